@@ -1,0 +1,19 @@
+"""An activation-caching feature store for face networks: pay for the backbone once, read it as memory maps."""
+
+from typing import TYPE_CHECKING, Any
+
+from featurestore.errors import FeatureStoreError
+
+if TYPE_CHECKING:
+    from featurestore.store import FeatureStore, Source
+
+__all__ = ["FeatureStore", "FeatureStoreError", "Source"]
+
+
+def __getattr__(name: str) -> Any:
+    """Load pandas only for those who open a store: commands print their help without it."""
+    if name in __all__:
+        from featurestore import store
+
+        return getattr(store, name)
+    raise AttributeError(f"module {__name__!r} has no attribute {name!r}")

@@ -1,0 +1,168 @@
+"""Find face photographs and give each its key: the pair (face, view).
+
+Keys are strings, never positions: a wrong face is then a look-up error instead of a silent mix-up.
+"""
+
+import os
+import re
+from collections.abc import Iterator
+from dataclasses import dataclass
+from pathlib import Path
+
+import pandas as pd
+
+from featurestore.errors import FeatureStoreError, listing, near_matches
+
+IMAGE_SUFFIXES = frozenset({".png", ".jpg", ".jpeg", ".pgm", ".ppm", ".bmp", ".tif", ".tiff", ".webp"})
+KEY = ["face_id", "view"]
+RESERVED = frozenset({"item", "image_sha256"})
+
+# Layouts of published face sets; matched against the path below the folder, without its ending.
+# "folders" is also VGGFace2 (n000129/0003_01). Deeper trees are refused rather than guessed at.
+LAYOUTS = {
+    "heads": r"(?:.*/)?(?P<face>head-\d+)_(?:angle-)?(?P<view>frontal|\d+(?:\.\d+)?)",
+    "folders": r"(?P<face>[^/]+)/(?P<view>[^/]+)",
+}
+
+
+@dataclass(frozen=True)
+class FoundFaces:
+    """Keyed photographs.
+
+    ``table`` has one row per item in natural key order: ``face_id``, ``view`` (str), ``path`` (str, absolute)
+    and any further metadata columns. ``layout`` says how keys were read, ``left_out`` which image files
+    did not match a pattern that the user gave.
+    """
+
+    table: pd.DataFrame
+    layout: str
+    left_out: tuple[str, ...] = ()
+
+
+def natural(text: str) -> tuple:
+    """Sort key under which ``"2" < "10"`` and ``"view9" < "view10"``."""
+    parts = re.split(r"([0-9]+)", text)
+    return tuple(int(part) if i % 2 else part for i, part in enumerate(parts)), text
+
+
+def find_faces(images: str | os.PathLike, pattern: str | None = None) -> FoundFaces:
+    """Key every photograph of a folder, or of a CSV with ``face_id, view, path`` columns.
+
+    ``pattern`` is a layout's name (see ``LAYOUTS``) or a regular expression with groups ``face`` and ``view``,
+    searched for in each path below the folder. Raises FeatureStoreError for a missing folder, no images,
+    an image without a key (no pattern given), or two files for one key.
+    """
+    root = Path(images).expanduser()
+    if not root.exists():
+        raise FeatureStoreError(f"there is no folder or CSV {root}. Check the path given with --images.")
+    if root.is_file():
+        if pattern is not None:
+            raise FeatureStoreError(f"--pattern is for folders; the keys of {root} are its face_id and view columns.")
+        found = FoundFaces(_read_csv(root), layout=f"CSV {root.name}")
+    else:
+        found = _scan(root, pattern)
+    _refuse_duplicates(found.table)
+    order = sorted(range(len(found.table)), key=lambda i: tuple(map(natural, found.table[KEY].iloc[i])))
+    return FoundFaces(found.table.iloc[order].reset_index(drop=True), found.layout, found.left_out)
+
+
+def _image_files(root: Path) -> Iterator[str]:
+    """Paths below ``root`` (posix, relative), hidden files and folders left out."""
+    for folder, folders, files in os.walk(root):
+        folders[:] = sorted(name for name in folders if not name.startswith("."))
+        for name in sorted(files):
+            if not name.startswith(".") and Path(name).suffix.lower() in IMAGE_SUFFIXES:
+                yield (Path(folder) / name).relative_to(root).as_posix()
+
+
+def _scan(root: Path, pattern: str | None) -> FoundFaces:
+    files = list(_image_files(root))
+    if not files:
+        raise FeatureStoreError(
+            f"no images in {root}: looked in all its folders for files ending in {', '.join(sorted(IMAGE_SUFFIXES))}."
+        )
+    rows: list[tuple[str, str, str]] = []
+    left_out = []
+    regexes = _regexes(pattern)
+    layouts = set()
+    for file in files:
+        stem = file[: -len(Path(file).suffix)]
+        for name, regex in regexes.items():
+            match = regex.fullmatch(stem) if name in LAYOUTS else regex.search(file)
+            if match and match["face"] and match["view"]:
+                rows.append((match["face"], match["view"], str((root / file).resolve())))
+                layouts.add(name)
+                break
+        else:
+            left_out.append(file)
+    if not rows or (left_out and pattern is None):
+        tried = pattern or "face/view.ext and head-007_angle-348.75.ext or head-007_frontal.ext"
+        raise FeatureStoreError(
+            f"{len(left_out)} of {len(files)} images in {root} have no key: {listing(left_out, 3)}. Looked for {tried}. "
+            "Give --pattern a regular expression with the groups face and view, such as "
+            r"'(?P<face>\w+)-(?P<view>\w+)\.jpg', or --images a CSV with face_id, view, path."
+        )
+    return FoundFaces(pd.DataFrame(rows, columns=[*KEY, "path"]), " and ".join(sorted(layouts)), tuple(left_out))
+
+
+def _regexes(pattern: str | None) -> dict[str, re.Pattern[str]]:
+    if pattern is None:
+        return {name: re.compile(regex) for name, regex in LAYOUTS.items()}
+    if pattern in LAYOUTS:
+        return {pattern: re.compile(LAYOUTS[pattern])}
+    try:
+        regex = re.compile(pattern)
+    except re.error as error:
+        raise FeatureStoreError(f"--pattern {pattern!r} is not a regular expression: {error}.") from None
+    if not {"face", "view"} <= set(regex.groupindex):
+        hint = near_matches(pattern, LAYOUTS) if pattern.isidentifier() else ""
+        raise FeatureStoreError(
+            f"--pattern {pattern!r} lacks the groups (?P<face>…) and (?P<view>…) that make a key. {hint}".rstrip()
+        )
+    return {pattern: regex}
+
+
+def _read_csv(path: Path) -> pd.DataFrame:
+    try:
+        table = pd.read_csv(path, dtype={"face_id": str, "view": str, "path": str}, keep_default_na=True)
+    except (ValueError, UnicodeDecodeError) as error:
+        raise FeatureStoreError(f"{path} cannot be read as a CSV: {error}.") from None
+    missing = [name for name in [*KEY, "path"] if name not in table.columns]
+    if missing:
+        raise FeatureStoreError(
+            f"{path} has no column {', '.join(missing)}; it has {', '.join(map(str, table.columns))}. "
+            "It needs face_id, view and path; further columns are kept as metadata."
+        )
+    if table.empty:
+        raise FeatureStoreError(f"no images in {path}: it has a header and no rows.")
+    for name in [*KEY, "path"]:
+        empty = table.index[table[name].isna() | (table[name].astype(str).str.strip() == "")]
+        if len(empty):
+            raise FeatureStoreError(f"{path} line {empty[0] + 2} has no {name}.")
+    table.columns = [re.sub(r"\s+", "_", str(name).strip()) for name in table.columns]
+    for name in table.columns:
+        if name in RESERVED or not re.fullmatch(r"\w[\w.-]*", name):
+            raise FeatureStoreError(f"{path} has a column {name!r}, which cannot name a coordinate. Rename it.")
+    if table.columns.has_duplicates:
+        twice = table.columns[table.columns.duplicated()][0]
+        raise FeatureStoreError(f"{path} has the column {twice!r} twice. Rename one.")
+    folder = path.resolve().parent
+    table["path"] = [str((folder / Path(image).expanduser()).resolve()) for image in table["path"]]
+    absent = [image for image in table["path"] if not os.path.isfile(image)]
+    if absent:
+        raise FeatureStoreError(
+            f"{len(absent)} of {len(table)} images named in {path} do not exist: {listing(absent, 3)}. "
+            "Paths are read relative to the CSV's own folder."
+        )
+    return table
+
+
+def _refuse_duplicates(table: pd.DataFrame) -> None:
+    twice = table[table.duplicated(KEY, keep=False)]
+    if len(twice):
+        face, view = twice.iloc[0][KEY]
+        same = twice[(twice["face_id"] == face) & (twice["view"] == view)]["path"]
+        raise FeatureStoreError(
+            f"two files for one key: face {face!r}, view {view!r} is {listing(same, 3)} "
+            f"({len(twice)} files share a key). Rename or remove one, or tell them apart with --pattern."
+        )

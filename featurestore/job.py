@@ -1,0 +1,133 @@
+"""What a pass was asked for, checked: names, weights, device, and the source they make."""
+
+import importlib.metadata
+import json
+import platform
+from collections.abc import Callable
+from contextlib import suppress
+from dataclasses import dataclass
+from hashlib import sha256
+from pathlib import Path
+from typing import Any, Literal
+
+import torch
+
+from featurestore.backbones import BackboneSpec, get_backbone
+from featurestore.capture import layer_shapes, meta_network, weight_shapes
+from featurestore.errors import FeatureStoreError, listing
+from featurestore.faces import FoundFaces
+from featurestore.images import Recipe, get_recipe
+from featurestore.weights import Weights, open_weights
+
+PRECISIONS = {"fp32": torch.float32, "bf16": torch.bfloat16, "fp16": torch.float16}
+BATCH_SIZE = {"cpu": 16, "cuda": 64, "mps": 32}
+_RECORDED = ("torch", "torchvision", "numpy", "pillow", "opencv-python-headless", "face-featurestore")
+
+
+@dataclass(frozen=True)
+class Request:
+    """What the user asked for; see the options of pipelines/cache_layers.py. None leaves the choice to us."""
+
+    store: Path
+    faces: FoundFaces
+    layers: list[str]
+    weights: str
+    backbone: str = "vggface"
+    recipe: str | None = None
+    device: str = "auto"
+    precision: str = "fp32"
+    dtype: str | None = None
+    compress: str | None = None
+    batch_size: int | None = None
+    workers: int | None = None
+    on_error: Literal["stop", "skip"] = "stop"
+    recompute_changed: bool = False
+    items_per_shard: int | None = None
+
+
+@dataclass(frozen=True)
+class Job:
+    """A request whose every name has been checked and whose weights fit."""
+
+    request: Request
+    spec: BackboneSpec
+    layers: list[str]
+    recipe: Recipe
+    weights: Weights
+    device: torch.device
+    shapes: dict[str, tuple[int, ...]]
+
+    @property
+    def identity(self) -> dict[str, Any]:
+        """What makes a source: two jobs with the same identity compute the same rows."""
+        return {
+            "backbone": self.spec.name,
+            "weights": self.weights.identity,
+            "recipe": self.recipe.as_dict(),
+            "precision": self.request.precision,
+        }
+
+    @property
+    def batch_size(self) -> int:
+        """Images in one forward pass."""
+        return self.request.batch_size or BATCH_SIZE[self.device.type]
+
+    @property
+    def source_name(self) -> str:
+        """Backbone and a hash of the identity: the group's name."""
+        digest = sha256(json.dumps(self.identity, sort_keys=True).encode()).hexdigest()
+        return f"{self.spec.name}-{digest[:12]}"
+
+    @property
+    def attributes(self) -> dict[str, Any]:
+        """The group's attributes."""
+        return {
+            **self.identity,
+            "weights_name": self.weights.name,
+            "licence": "none: seeded random weights" if self.weights.random else self.spec.licence,
+            "library_versions": library_versions(),
+        }
+
+
+def library_versions() -> dict[str, str]:
+    """Versions of what the numbers depend on."""
+    versions = {"python": platform.python_version()}
+    for name in _RECORDED:
+        with suppress(importlib.metadata.PackageNotFoundError):
+            versions[name] = importlib.metadata.version(name)
+    return versions
+
+
+def prepare(request: Request) -> Job:
+    """Check names, weights, device and recipe. Raises FeatureStoreError before anything is read or written twice."""
+    spec = get_backbone(request.backbone)
+    layers = spec.check_layers(request.layers)
+    recipe = get_recipe(request.recipe or spec.recipe)
+    if recipe.size != spec.input_size:
+        raise FeatureStoreError(
+            f"recipe {recipe.name!r} makes {recipe.size}-pixel inputs, {spec.name} takes {spec.input_size}. "
+            f"Its own recipe is {spec.recipe!r}."
+        )
+    device = choose_device(request.device)
+    weights = open_weights(request.weights, weight_shapes(meta_network(spec)))
+    if weights.absent:
+        needed = [name for name in layers if spec.layers[name].startswith("fc.")]
+        if needed:
+            raise FeatureStoreError(f"{weights.name} holds convolutions only, so it cannot give {listing(needed)}.")
+    return Job(request, spec, layers, recipe, weights, device, layer_shapes(spec))
+
+
+def choose_device(name: str) -> torch.device:
+    """``auto`` takes CUDA, then MPS, then the CPU; a device asked for by name has to be there."""
+    there: dict[str, Callable[[], bool]] = {
+        "cuda": torch.cuda.is_available,
+        "mps": torch.backends.mps.is_available,
+        "cpu": lambda: True,
+    }
+    if name == "auto":
+        name = next(kind for kind, available in there.items() if available())
+    elif not there[name]():
+        built = torch.version.cuda if name == "cuda" else torch.backends.mps.is_built()
+        why = "no such device answers" if built else f"this torch {torch.__version__} was built without it"
+        raise FeatureStoreError(f"--device {name}: {why}. Use --device cpu, or auto to take what there is.")
+    return torch.device(name)

@@ -1,0 +1,289 @@
+"""The bytes of one shard: equal records, each with its crc32c, then an index.
+
+A shard is a standard Zarr v3 ``sharding_indexed`` chunk whose inner chunk is one item:
+
+    record of slot 0 | crc32c u32 | record of slot 1 | crc32c u32 | … | (offset u64, nbytes u64) per slot | crc32c u32
+
+Without compression every record has the same length and slot ``i`` begins at ``i * (row_bytes + 4)``, so the file
+can be memory-mapped as a strided array. A slot without a record has ``(2**64 - 1, 2**64 - 1)`` in the index.
+"""
+
+import errno
+import os
+from collections.abc import Sequence
+from concurrent.futures import ThreadPoolExecutor
+from dataclasses import dataclass
+from functools import cache
+from pathlib import Path
+from typing import Any, Literal
+
+import numpy as np
+from crc32c import crc32c
+from numcodecs import Blosc, Zstd, blosc
+
+from featurestore.errors import FeatureStoreError
+
+Compress = Literal["none", "zstd", "blosc"]
+COMPRESS: tuple[Compress, ...] = ("none", "zstd", "blosc")
+CRC_BYTES = 4
+PARTIAL = ".partial"  # ending of a shard that is being written; readers never open it
+
+_ABSENT = np.uint64(2**64 - 1)
+_BUFFERS_PER_WRITE = 512  # under IOV_MAX, which is 1024 on Linux and macOS
+_ROWS_PER_WRITE = 32
+
+# Blosc's own thread pool is not safe to share between our threads.
+blosc.use_threads = False
+
+
+class DamagedShard(FeatureStoreError):
+    """A shard file whose bytes contradict their checksum or themselves."""
+
+
+@cache
+def thread_pool() -> ThreadPoolExecutor:
+    """Threads for encoding, decoding and checksums, which release the GIL; made at first use."""
+    return ThreadPoolExecutor(max_workers=min(8, os.cpu_count() or 1), thread_name_prefix="records")
+
+
+@dataclass(frozen=True)
+class RecordFormat:
+    """How one item's row becomes a record: element type, length in elements, compression."""
+
+    dtype: np.dtype
+    elements: int
+    compress: Compress
+
+    @property
+    def row_bytes(self) -> int:
+        """Bytes of a decoded row."""
+        return self.elements * self.dtype.itemsize
+
+    @property
+    def stride(self) -> int:
+        """Bytes from one uncompressed record to the next."""
+        return self.row_bytes + CRC_BYTES
+
+    def zarr_codecs(self) -> list[dict[str, Any]]:
+        """The inner codec chain, as Zarr metadata."""
+        settings: dict[Compress, dict[str, Any]] = {
+            "zstd": {"level": 3, "checksum": False},
+            "blosc": {
+                "typesize": self.dtype.itemsize,
+                "cname": "lz4",
+                "clevel": 5,
+                "shuffle": "shuffle",
+                "blocksize": 0,
+            },
+        }
+        chain: list[dict[str, Any]] = [{"name": "bytes", "configuration": {"endian": "little"}}]
+        if self.compress != "none":
+            chain.append({"name": self.compress, "configuration": settings[self.compress]})
+        return [*chain, {"name": "crc32c"}]
+
+    def encode(self, row: np.ndarray) -> bytes:
+        """A compressed record, checksum included."""
+        payload = _compressor(self.compress, self.dtype.itemsize).encode(row)
+        return payload + crc32c(payload).to_bytes(CRC_BYTES, "little")
+
+    def decode(self, record: bytes | memoryview) -> np.ndarray:
+        """A record's row, as a flat array. Raises DamagedShard if its checksum or length is wrong."""
+        payload, stored = memoryview(record)[:-CRC_BYTES], record[-CRC_BYTES:]
+        if len(record) < CRC_BYTES or crc32c(payload) != int.from_bytes(stored, "little"):
+            raise DamagedShard("a record does not match its checksum")
+        if self.compress != "none":
+            try:
+                payload = memoryview(_compressor(self.compress, self.dtype.itemsize).decode(bytes(payload)))
+            except (RuntimeError, ValueError) as error:
+                raise DamagedShard(f"a record cannot be decompressed: {error}") from None
+        if payload.nbytes != self.row_bytes:
+            raise DamagedShard(f"a record holds {payload.nbytes} bytes, not {self.row_bytes}")
+        return np.frombuffer(payload, self.dtype)
+
+
+def _compressor(compress: Compress, itemsize: int) -> Zstd | Blosc:
+    if compress == "zstd":
+        return Zstd(level=3)
+    return Blosc(cname="lz4", clevel=5, shuffle=Blosc.SHUFFLE, typesize=itemsize)
+
+
+@dataclass(frozen=True)
+class ShardIndex:
+    """Where each slot's record lies in its file: int64 byte offsets (-1 where absent) and lengths (checksum included)."""
+
+    offsets: np.ndarray
+    nbytes: np.ndarray
+
+    @property
+    def present(self) -> np.ndarray:
+        """bool per slot: whether there is a record."""
+        return self.offsets >= 0
+
+    def strided(self, record: RecordFormat, count: int) -> bool:
+        """Whether the first ``count`` slots are all there, uncompressed, one stride apart from the file's start."""
+        return record.compress == "none" and np.array_equal(self.offsets[:count], np.arange(count) * record.stride)
+
+
+def index_bytes(slots: int) -> int:
+    """Length of a shard's index, checksum included."""
+    return 16 * slots + CRC_BYTES
+
+
+def read_index(fd: int, slots: int, record: RecordFormat, name: object) -> ShardIndex:
+    """The index of an open shard. Raises DamagedShard if it cannot be trusted to point inside the file."""
+    size = os.fstat(fd).st_size
+    length = index_bytes(slots)
+    if size < length:
+        raise DamagedShard(f"{name} has {size} bytes, fewer than its index of {length}")
+    raw = os.pread(fd, length, size - length)
+    if crc32c(raw[:-CRC_BYTES]) != int.from_bytes(raw[-CRC_BYTES:], "little"):
+        raise DamagedShard(f"{name}: the index does not match its checksum")
+    pairs = np.frombuffer(raw[:-CRC_BYTES], "<u8").reshape(slots, 2)
+    absent = (pairs == _ABSENT).all(axis=1)
+    offsets, nbytes = np.where(absent[:, None], 0, pairs).T
+    inside = (offsets <= size) & (nbytes <= size) & (offsets + nbytes <= np.uint64(size - length))
+    plain = record.compress != "none" or (nbytes[~absent] == record.stride).all()
+    if not inside.all() or not plain:
+        raise DamagedShard(f"{name}: the index points outside the file or at records of another length")
+    return ShardIndex(np.where(absent, -1, offsets.astype(np.int64)), nbytes.astype(np.int64))
+
+
+class ShardWriter:
+    """Writes one shard to a temporary name, slot by slot in order, and renames it when it is whole.
+
+    ``keep`` are slots of the present file to carry over byte for byte; ``end`` is one past the last slot that will
+    be written, for preallocation. A full disk is met here, before anything is computed into the file.
+    """
+
+    def __init__(self, path: Path, record: RecordFormat, slots: int, *, keep: Sequence[int] = (), end: int = 0) -> None:
+        self.path = path
+        self.record = record
+        self.slots = slots
+        self._pairs = np.full((slots, 2), _ABSENT, "<u8")
+        self._position = 0
+        self._kept = sorted(keep)
+        self._old: int | None = None
+        path.parent.mkdir(parents=True, exist_ok=True)
+        self._partial = path.with_name(path.name + PARTIAL)
+        self._fd = os.open(self._partial, os.O_RDWR | os.O_CREAT | os.O_TRUNC, 0o666)
+        try:
+            if self._kept:
+                self._old = os.open(path, os.O_RDONLY)
+                self._old_index = read_index(self._old, slots, record, path)
+            if record.compress == "none":
+                last = max([end, *(slot + 1 for slot in self._kept[-1:])])
+                _allocate(self._fd, last * record.stride + index_bytes(slots))
+        except BaseException:
+            self.abandon()
+            raise
+
+    def write(self, slots: Sequence[int], rows: np.ndarray) -> None:
+        """Rows (n, elements), C-contiguous and of the stored dtype, for increasing ``slots``."""
+        start = 0
+        while start < len(slots):
+            self._carry_over(before=slots[start])
+            stop = start + 1
+            following = self._kept[0] if self._kept else self.slots
+            while stop < len(slots) and slots[stop] < following:
+                stop += 1
+            self._write_run(slots[start:stop], rows[start:stop])
+            start = stop
+
+    def commit(self) -> None:
+        """Write the index, flush to disk, and put the shard in its place in one step."""
+        self._carry_over(before=self.slots)
+        index = self._pairs.tobytes()
+        _write_all(self._fd, [index + crc32c(index).to_bytes(CRC_BYTES, "little")])
+        end = self._position + index_bytes(self.slots)
+        if end < os.fstat(self._fd).st_size:  # fewer rows came than space was reserved for
+            os.ftruncate(self._fd, end)
+        os.fdatasync(self._fd) if hasattr(os, "fdatasync") else os.fsync(self._fd)
+        self._close()
+        os.replace(self._partial, self.path)
+
+    def abandon(self) -> None:
+        """Drop what was written; the present file, if there is one, stays as it is."""
+        self._close()
+        self._partial.unlink(missing_ok=True)
+
+    def _close(self) -> None:
+        for fd in (self._fd, self._old):
+            if fd is not None:
+                os.close(fd)
+        self._fd, self._old = -1, None
+
+    def _write_run(self, slots: Sequence[int], rows: np.ndarray) -> None:
+        if self.record.compress != "none":
+            for slot, encoded in zip(slots, thread_pool().map(self.record.encode, rows), strict=True):
+                self._note(slot, len(encoded))
+                _write_all(self._fd, [encoded])
+            return
+        content = np.ascontiguousarray(rows).data.cast("B")
+        length = self.record.row_bytes
+        groups = [
+            range(first, min(first + _ROWS_PER_WRITE, len(slots))) for first in range(0, len(slots), _ROWS_PER_WRITE)
+        ]
+
+        def checksums(group: range) -> list[bytes]:
+            return [crc32c(content[i * length : (i + 1) * length]).to_bytes(CRC_BYTES, "little") for i in group]
+
+        # One thread sums ahead while this one hands bytes to the kernel: both are as fast as memory.
+        for group, sums in zip(groups, thread_pool().map(checksums, groups), strict=True):
+            buffers: list[bytes | memoryview] = []
+            for i, checksum in zip(group, sums, strict=True):
+                self._place(slots[i], buffers)
+                buffers += [content[i * length : (i + 1) * length], checksum]
+                self._note(slots[i], self.record.stride)
+            _write_all(self._fd, buffers)
+
+    def _place(self, slot: int, buffers: list) -> None:
+        """Uncompressed records lie at their slot's own offset, so a slot left out leaves a gap, not a shift."""
+        offset = slot * self.record.stride
+        if offset != self._position:
+            _write_all(self._fd, buffers)
+            buffers.clear()
+            self._seek(offset)
+
+    def _seek(self, offset: int) -> None:
+        os.lseek(self._fd, offset, os.SEEK_SET)
+        self._position = offset
+
+    def _note(self, slot: int, nbytes: int) -> None:
+        self._pairs[slot] = self._position, nbytes
+        self._position += nbytes
+
+    def _carry_over(self, before: int) -> None:
+        while self._kept and self._kept[0] < before:
+            slot = self._kept.pop(0)
+            assert self._old is not None
+            raw = os.pread(self._old, int(self._old_index.nbytes[slot]), int(self._old_index.offsets[slot]))
+            if self.record.compress == "none":
+                self._place(slot, [])
+            self._note(slot, len(raw))
+            _write_all(self._fd, [raw])
+
+
+def _allocate(fd: int, nbytes: int) -> None:
+    """Reserve disk space now; also keeps ext4 from flushing delayed blocks at every rename."""
+    if hasattr(os, "posix_fallocate"):
+        try:
+            os.posix_fallocate(fd, 0, nbytes)
+        except OSError as error:
+            if error.errno not in (errno.EOPNOTSUPP, errno.EINVAL):  # file systems that cannot reserve
+                raise
+
+
+def _write_all(fd: int, buffers: list) -> None:
+    """``writev`` until everything is written: the kernel may take less than it is given."""
+    views = [memoryview(buffer) for buffer in buffers]
+    while views:
+        written = os.writev(fd, views[:_BUFFERS_PER_WRITE])
+        while views and written >= len(views[0]):
+            written -= len(views.pop(0))
+        if written:
+            views[0] = views[0][written:]
+
+
+def read_record(fd: int, index: ShardIndex, slot: int, record: RecordFormat) -> np.ndarray:
+    """One row, checksum verified, as a flat array of shape (elements,)."""
+    return record.decode(os.pread(fd, int(index.nbytes[slot]), int(index.offsets[slot])))

@@ -1,0 +1,225 @@
+"""The one writer of a store: its lock, its source's metadata, its shards.
+
+Order makes it safe. Shards and coordinate chunks are written first, each by rename; the source's document is renamed
+last and is what readers believe. A process killed in between leaves files that nothing refers to, and
+``SourceWriter`` drops them before it writes anything else.
+"""
+
+import json
+import os
+import platform
+import shutil
+from collections.abc import Iterator, Mapping, Sequence
+from contextlib import contextmanager
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import pandas as pd
+from filelock import FileLock, Timeout
+
+from featurestore.errors import FeatureStoreError
+from featurestore.rows import open_shard
+from featurestore.shards import PARTIAL, DamagedShard, ShardWriter
+from featurestore.store import Source
+from featurestore.zarr_format import (
+    COORDINATE_CHUNK,
+    KEY,
+    METADATA,
+    Layer,
+    coordinate_kind,
+    coordinate_metadata,
+    encode_coordinate,
+    read_document,
+    root_document,
+    source_document,
+    write_atomically,
+    write_json,
+)
+
+
+@contextmanager
+def store_lock(store: Path, doing: str) -> Iterator[None]:
+    """Hold the store for writing; FeatureStoreError names who holds it already. Released even by SIGKILL."""
+    lock_path = store.with_name(store.name + ".lock")
+    holder_path = store.with_name(store.name + ".lock.json")
+    try:
+        store.parent.mkdir(parents=True, exist_ok=True)
+        lock = FileLock(lock_path, timeout=0)
+        lock.acquire()
+    except Timeout:
+        raise FeatureStoreError(
+            f"{store} is being written by {_holder(holder_path)}. Wait for it or stop it."
+        ) from None
+    except OSError as error:
+        raise FeatureStoreError(
+            f"{store} cannot be written: {error.strerror or error} ({lock_path}). Choose another --store."
+        ) from None
+    try:
+        holder = {"pid": os.getpid(), "host": platform.node(), "doing": doing}
+        holder_path.write_text(json.dumps(holder), "utf-8")
+        yield
+    finally:
+        holder_path.unlink(missing_ok=True)
+        lock.release()
+
+
+def _holder(path: Path) -> str:
+    try:
+        holder = json.loads(path.read_text("utf-8"))
+        return f"process {holder['pid']} on {holder['host']} ({holder['doing']})"
+    except (OSError, ValueError, KeyError, TypeError):
+        return "another process"
+
+
+def free_bytes(store: Path) -> int:
+    """Free space on the disk that holds, or will hold, ``store``."""
+    folder = store.absolute()
+    while not folder.exists():
+        folder = folder.parent
+    return shutil.disk_usage(folder).free
+
+
+class SourceWriter:
+    """Writes one source. Make it under ``store_lock``; it repairs what a killed pass left behind.
+
+    ``table`` holds the registered items' coordinates in row order, columns ``face_id, view, path, image_sha256`` and
+    the user's. Nothing is visible to readers before ``publish``.
+    """
+
+    def __init__(self, store: Path, name: str, attributes: Mapping[str, Any]) -> None:
+        self.store = store
+        self.folder = store / name
+        self.layers: dict[str, Layer] = {}
+        self._parts: list[pd.DataFrame] = []
+        if not (store / METADATA).exists():
+            if store.exists() and any(store.iterdir()):
+                raise FeatureStoreError(
+                    f"{store} is a folder with other things in it, not a store. Choose another --store."
+                )
+            write_json(store / METADATA, root_document({}))
+        read_document(store)
+        if (self.folder / METADATA).exists():
+            source = Source(store, name)
+            self.attributes = source.attributes
+            self.layers = dict(source.layers)
+            self._parts = [source.items.reset_index()]
+            self._drop_unregistered()
+        else:
+            shutil.rmtree(self.folder, ignore_errors=True)  # a source that never got its document
+            self.attributes = dict(attributes)
+        self._published = self.n_items  # rows before this one have their coordinates on disk
+        self._unpublished_changes = False
+
+    @property
+    def table(self) -> pd.DataFrame:
+        """Coordinates of all registered items, in row order."""
+        if len(self._parts) != 1:
+            self._parts = [pd.concat(self._parts, ignore_index=True)] if self._parts else [_empty_table()]
+        return self._parts[0]
+
+    @property
+    def n_items(self) -> int:
+        """Items registered so far, published or not."""
+        return sum(len(part) for part in self._parts)
+
+    def add_layer(self, name: str, shape: tuple[int, ...], dtype: str, compress: str, slots: int) -> Layer:
+        """Declare a layer; its rows are absent until shards hold them."""
+        shutil.rmtree(self.folder / name, ignore_errors=True)  # left by a pass that was killed before it published
+        self.layers[name] = Layer(name, shape, np.dtype(dtype), compress, slots, self.n_items, self.folder / name)
+        self._unpublished_changes = True
+        return self.layers[name]
+
+    def open_shard(self, layer: str, shard: int, keep: Sequence[int] = (), end: int = 0) -> ShardWriter:
+        """A writer for one shard of one layer; see ShardWriter."""
+        found = self.layers[layer]
+        return ShardWriter(found.shard_path(shard), found.record, found.slots, keep=keep, end=end)
+
+    def present_slots(self, layer: str, shard: int) -> np.ndarray:
+        """bool per slot of a shard: whether it holds a registered item's row."""
+        found = self.layers[layer]
+        with open_shard(found, shard) as opened:
+            present = opened[1].present.copy() if opened else np.zeros(found.slots, bool)
+        present[max(0, self.n_items - shard * found.slots) :] = False
+        return present
+
+    def append(self, table: pd.DataFrame) -> None:
+        """Register items whose rows are in committed shards; columns as ``table``'s."""
+        self._parts.append(table)
+        self._unpublished_changes = True
+
+    def replace_table(self, table: pd.DataFrame) -> None:
+        """Put other values into the coordinates; items and their order must stay the same."""
+        self._parts = [table.reset_index(drop=True)]
+        self._published = 0
+        self._unpublished_changes = True
+
+    def publish(self) -> None:
+        """Show readers everything committed so far, in one step; touches no file if nothing changed."""
+        if not self._unpublished_changes:
+            return
+        table = self.table
+        arrays: dict[str, dict[str, Any]] = {}
+        for name in table.columns:
+            values = table[name].to_numpy()
+            kind = coordinate_kind(values)
+            arrays[name] = coordinate_metadata(kind, len(table))
+            self._write_chunks(name, values, kind)
+        for name, layer in self.layers.items():
+            self.layers[name] = Layer(
+                name, layer.shape, layer.dtype, layer.compress, layer.slots, len(table), layer.folder
+            )
+            arrays[name] = self.layers[name].metadata()
+        self.attributes["coordinates"] = " ".join(table.columns)
+        for name, document in arrays.items():
+            _write_if_changed(self.folder / name / METADATA, document)
+        write_json(self.folder / METADATA, source_document(self.attributes, arrays))
+        folders = sorted(path.parent for path in self.store.glob(f"*/{METADATA}"))
+        write_json(self.store / METADATA, root_document({folder.name: read_document(folder) for folder in folders}))
+        self._published = len(table)
+        self._unpublished_changes = False
+
+    def _write_chunks(self, name: str, values: np.ndarray, kind: str) -> None:
+        if self._published == len(values):
+            return
+        chunk_folder = self.folder / name / "c"
+        for chunk in range(self._published // COORDINATE_CHUNK, -(-len(values) // COORDINATE_CHUNK)):
+            part = values[chunk * COORDINATE_CHUNK : (chunk + 1) * COORDINATE_CHUNK]
+            write_atomically(chunk_folder / str(chunk), encode_coordinate(part, kind))
+
+    def _drop_unregistered(self) -> None:
+        """Remove what a killed pass wrote and never published: partial files, and rows of items nobody registered.
+
+        Left in place, such a row would be taken for the row of whichever item is registered at its number next.
+        """
+        for partial in self.folder.rglob("*" + PARTIAL):
+            partial.unlink()
+        for layer in self.layers.values():
+            for path in (layer.folder / "c").glob("*"):
+                if path.name.isdecimal() and int(path.name) >= layer.n_shards:
+                    shutil.rmtree(path)
+            if layer.n_items % layer.slots == 0:
+                continue
+            last = layer.n_shards - 1
+            registered = len(layer.shard_rows(last))
+            try:
+                with open_shard(layer, last) as opened:
+                    present = opened[1].present if opened else np.zeros(layer.slots, bool)
+            except DamagedShard:
+                continue  # an index that cannot be read serves no row; verify_store repairs it
+            if present[registered:].any():
+                keep = np.flatnonzero(present[:registered]).tolist()
+                self.open_shard(layer.name, last, keep=keep).commit()
+
+
+def _write_if_changed(path: Path, document: Mapping[str, Any]) -> None:
+    try:
+        if json.loads(path.read_text("utf-8")) == document:
+            return
+    except (OSError, ValueError):
+        pass
+    write_json(path, document)
+
+
+def _empty_table() -> pd.DataFrame:
+    return pd.DataFrame({name: np.empty(0, object) for name in (*KEY, "path", "image_sha256")})

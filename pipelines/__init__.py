@@ -1,0 +1,1 @@
+"""Commands: each parses, calls and prints. The work is in ``featurestore`` and ``heads``."""

@@ -1,0 +1,234 @@
+"""Cache a network's layers for a folder of face photographs, once."""
+
+# featurestore and torch are imported inside the functions that need them: --help and tab completion stay instant.
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+import click
+from click.shell_completion import CompletionItem
+
+from pipelines._cli import Command, note_left_out, progress_bar
+
+if TYPE_CHECKING:
+    from featurestore.cache import Summary
+    from featurestore.job import Job, Request
+    from featurestore.plan import Plan
+
+DEMO_IMAGES = Path("store/demo_faces")
+DEMO_STORE = Path("store/demo.zarr")
+DEMO_WEIGHTS = "random:0"
+
+EPILOG = r"""
+Examples:
+
+\b
+  # demo faces, rendered here, and seeded random weights
+  python pipelines/cache_layers.py --layers maxp_5_3 fc7-relu
+\b
+  # your photographs (photos/anna/1.jpg …) and trained weights
+  python pipelines/cache_layers.py --layers maxp_5_3 fc7-relu \
+      --images photos --weights vgg_face.pth --store store/photos.zarr
+\b
+  # what would it cost? what layers are there?
+  python pipelines/cache_layers.py --layers all --images photos --weights vgg_face.pth --dry-run
+  python pipelines/cache_layers.py --list-layers
+
+Run it again after an interruption, with more photographs, or with other layers: it computes what is missing.
+"""
+
+
+def _complete_layers(ctx: click.Context, param: click.Parameter, incomplete: str) -> list[CompletionItem]:
+    from featurestore.backbones import BACKBONES
+
+    spec = BACKBONES.get(ctx.params.get("backbone") or "vggface")
+    names = ["all", *(spec.layers if spec else [])]
+    return [CompletionItem(name) for name in names if name.startswith(incomplete)]
+
+
+def _complete_recipes(ctx: click.Context, param: click.Parameter, incomplete: str) -> list[CompletionItem]:
+    from featurestore.images import RECIPES
+
+    return [CompletionItem(name, help=recipe.note) for name, recipe in RECIPES.items() if name.startswith(incomplete)]
+
+
+@click.command(cls=Command, epilog=EPILOG)
+@click.option(
+    "--layers",
+    multiple=True,
+    shell_complete=_complete_layers,
+    metavar="NAME …",
+    help="Layers to cache, up to the next option; `all` for every one.",
+)
+@click.option("--list-layers", is_flag=True, help="Print the layers with shapes and bytes per image, and stop.")
+@click.option(
+    "--images",
+    type=click.Path(path_type=Path),
+    metavar="DIR_OR_CSV",
+    help="Folder of photographs, or a CSV with face_id, view, path. Without it: rendered demo faces.",
+)
+@click.option(
+    "--pattern",
+    metavar="REGEX",
+    help="How keys are read from paths: a regular expression with groups face and view, or `folders`, `heads`.",
+)
+@click.option(
+    "--store",
+    type=click.Path(path_type=Path),
+    help="Where the store is or goes. [default: store/<name of images>.zarr, store/demo.zarr for demo faces]",
+)
+@click.option("--backbone", default="vggface", show_default=True, help="The frozen network.")
+@click.option(
+    "--weights",
+    metavar="FILE|random:SEED",
+    help=".pth or .safetensors file; random:SEED draws numbers that are no trained network's.",
+)
+@click.option(
+    "--recipe",
+    shell_complete=_complete_recipes,
+    metavar="NAME",
+    help="How a picture becomes input. [default: the backbone's published one]",
+)
+@click.option(
+    "--device",
+    type=click.Choice(["auto", "cpu", "cuda", "mps"]),
+    default="auto",
+    show_default=True,
+    help="Where the network runs; auto takes a GPU if there is one.",
+)
+@click.option(
+    "--precision",
+    type=click.Choice(["fp32", "bf16", "fp16"]),
+    default="fp32",
+    show_default=True,
+    help="What the network computes in; part of the source.",
+)
+@click.option("--dtype", type=click.Choice(["float32", "float16"]), help="What rows are stored as. [default: float32]")
+@click.option(
+    "--batch-size", type=click.IntRange(1), metavar="N", help="Images in one forward pass. [default: by device]"
+)
+@click.option("--workers", type=click.IntRange(1), metavar="N", help="Threads that read and decode. [default: up to 4]")
+@click.option("--compress", type=click.Choice(["none", "zstd", "blosc"]), help="Compression of rows. [default: none]")
+@click.option(
+    "--on-error",
+    type=click.Choice(["stop", "skip"]),
+    default="stop",
+    show_default=True,
+    help="At a photograph that cannot be read: stop, or leave it out and list it at the end.",
+)
+@click.option(
+    "--recompute-changed", is_flag=True, help="Compute photographs anew whose file changed since they were cached."
+)
+@click.option(
+    "--items-per-shard",
+    type=click.IntRange(1),
+    metavar="N",
+    help="Items in one shard file of a new store. [default: 256]",
+)
+@click.option("--dry-run", is_flag=True, help="Print the plan and stop.")
+def main(list_layers: bool, dry_run: bool, **options: Any) -> None:
+    """Run a frozen network over face photographs and keep the named layers, keyed by face and view."""
+    if list_layers:
+        _list_layers(options["backbone"])
+        return
+    request = _request(**options)
+    from featurestore.cache import run
+    from featurestore.job import prepare
+    from featurestore.writing import store_lock
+
+    job = prepare(request)
+    if dry_run:
+        click.echo(f"Plan (nothing is run)\n{_plan(job)}")
+        return
+    with store_lock(request.store, "pipelines/cache_layers.py"):
+        plan = _plan(job)
+        click.echo(f"Plan\n{plan}\n")
+        plan.refuse_if_full()
+        with progress_bar(plan.images, "computing") as bar:
+            summary = run(job, plan, bar.update)
+    _report(plan, summary)
+    if summary.interrupted:
+        click.get_current_context().exit(130)
+
+
+def _request(
+    layers: tuple[str, ...],
+    images: Path | None,
+    pattern: str | None,
+    store: Path | None,
+    weights: str | None,
+    **rest: Any,
+) -> "Request":
+    from featurestore.backbones import get_backbone
+
+    if not layers:
+        raise click.UsageError("--layers is missing. For example: --layers maxp_5_3 fc7-relu. See --list-layers.")
+    get_backbone(rest["backbone"]).check_layers(list(layers))  # before demo faces are rendered or photographs are read
+    if images is None:
+        click.echo(
+            f"No --images: using demo faces in {DEMO_IMAGES}"
+            + ("" if weights else f" and seeded random weights ({DEMO_WEIGHTS}), which are no trained network's")
+            + ".\n"
+        )
+        images, weights, store = _demo_faces(), weights or DEMO_WEIGHTS, store or DEMO_STORE
+    elif weights is None:
+        raise click.UsageError(
+            "--weights is missing: photographs of your own need a checkpoint FILE (.pth or .safetensors). "
+            "To try things out without one, ask for random numbers by name: --weights random:0."
+        )
+    from featurestore.faces import find_faces
+    from featurestore.job import Request
+
+    store = store or Path("store") / f"{images.resolve().stem}.zarr"
+    return Request(store=store, faces=find_faces(images, pattern), layers=list(layers), weights=weights, **rest)
+
+
+def _demo_faces() -> Path:
+    from featurestore.demo_faces import make_faces
+
+    table = DEMO_IMAGES / "faces.csv"
+    if not table.exists():
+        with progress_bar(500, "rendering") as bar:
+            make_faces(DEMO_IMAGES, progress=bar.update)
+    return table
+
+
+def _plan(job: "Job") -> "Plan":
+    from featurestore.plan import make_plan
+
+    with progress_bar(None, "checking cached photographs") as bar:
+        return make_plan(job, bar.update)
+
+
+def _list_layers(backbone: str) -> None:
+    from featurestore.backbones import get_backbone
+    from featurestore.capture import layer_shapes
+    from featurestore.plan import human_bytes
+
+    shapes = layer_shapes(get_backbone(backbone))
+    total = 0
+    click.echo(f"{'layer':<14} {'shape':<14} bytes per image (float32)")
+    for name, shape in shapes.items():
+        size = 4
+        for side in shape:
+            size *= side
+        total += size
+        click.echo(f"{name:<14} {'×'.join(map(str, shape)):<14} {size:>10,}  {human_bytes(size)}")
+    click.echo(f"{len(shapes)} layers      {'':<14} {total:>10,}  {human_bytes(total)}")
+
+
+def _report(plan: "Plan", summary: "Summary") -> None:
+    from featurestore.plan import human_bytes
+
+    rate = summary.computed / summary.seconds if summary.seconds else 0.0
+    state = "Stopped" if summary.interrupted else "Done"
+    click.echo(
+        f"{state}: {summary.computed} of {plan.images} images in {summary.seconds:.1f} s ({rate:.1f} images/s, "
+        f"after {summary.loading:.1f} s of loading), {human_bytes(summary.bytes_written)} of rows written to {plan.store}, source {plan.source}."
+    )
+    if summary.interrupted:
+        click.echo("Everything computed so far is in the store. Run the same command again to go on.")
+    note_left_out(summary.failures, "left out")
+
+
+if __name__ == "__main__":
+    main()

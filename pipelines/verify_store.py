@@ -1,0 +1,111 @@
+"""Check a store: every record, a few recomputed; mend what is damaged."""
+
+from pathlib import Path
+from typing import TYPE_CHECKING
+
+import click
+
+from pipelines._cli import Command, note_left_out, progress_bar
+
+if TYPE_CHECKING:
+    from featurestore.store import FeatureStore, Source
+    from featurestore.verify import Report
+
+EPILOG = r"""
+Examples:
+
+\b
+  python pipelines/verify_store.py store/demo.zarr
+  python pipelines/verify_store.py store/photos.zarr --weights vgg_face.pth --repair
+"""
+
+
+@click.command(cls=Command, epilog=EPILOG)
+@click.argument("store", type=click.Path(path_type=Path))
+@click.option("--source", metavar="NAME", help="Only this source. [default: all]")
+@click.option(
+    "--weights", metavar="FILE", help="The weights file a source was made with, to recompute (seeded ones need none)."
+)
+@click.option(
+    "--recompute",
+    "n_recompute",
+    type=click.IntRange(0),
+    default=4,
+    show_default=True,
+    metavar="N",
+    help="Items to compute anew and compare; 0 for none.",
+)
+@click.option("--repair", is_flag=True, help="Compute damaged records anew, and only those.")
+@click.option("--device", type=click.Choice(["auto", "cpu", "cuda", "mps"]), default="auto", show_default=True)
+def main(store: Path, source: str | None, weights: str | None, n_recompute: int, repair: bool, device: str) -> None:
+    """Check the checksum, keys, NaN and infinity of every record of STORE; exit status 1 if anything is wrong."""
+    from featurestore.store import FeatureStore
+
+    opened = FeatureStore.open(store)
+    sound = True
+    for found in [opened.source(source)] if source else opened.sources.values():
+        sound &= _verify(opened, found, weights, n_recompute, repair, device)
+    if not opened.sources:
+        click.echo(f"{store} holds no source.")
+    if not sound:
+        click.get_current_context().exit(1)
+
+
+def _verify(store: "FeatureStore", source: "Source", weights: str | None, n: int, repair: bool, device: str) -> bool:
+    from featurestore import verify
+    from featurestore.errors import FeatureStoreError
+    from featurestore.job import choose_device
+
+    click.echo(f"{source.name}: {source.n_items} items, layers {', '.join(source.layers) or 'none'}")
+    with progress_bar(source.n_items * len(source.layers), "checking", " rows") as bar:
+        report = verify.check(source, bar.update)
+    if n and source.layers:
+        try:
+            verify.recompute_some(source, verify.weights_of(source, weights), choose_device(device), report, n)
+        except FeatureStoreError as error:
+            if weights or repair:
+                raise
+            report.notes.append(f"nothing recomputed: {error}")
+    _print(report)
+    if repair and report.damage:
+        return _repair(store, source, report, weights, device)
+    return report.sound
+
+
+def _repair(store: "FeatureStore", source: "Source", report: "Report", weights: str | None, device: str) -> bool:
+    from featurestore import cache, verify
+    from featurestore.store import FeatureStore
+    from featurestore.writing import store_lock
+
+    job = verify.repair_job(store, source, verify.weights_of(source, weights), device)
+    with store_lock(store.path, "pipelines/verify_store.py --repair"):
+        plan = verify.repair_plan(store, source, report)
+        click.echo(f"\nRepair\n{plan}\n")
+        plan.refuse_if_full()
+        verify.drop_lost_shards(source, report)
+        with progress_bar(plan.images, "recomputing") as bar:
+            summary = cache.run(job, plan, bar.update)
+    note_left_out(summary.failures, "not repaired")
+    after = verify.check(FeatureStore.open(store.path).source(source.name))
+    _print(after)
+    return after.sound
+
+
+def _print(report: "Report") -> None:
+    click.echo(f"  {report.records} records read, {len(report.damage)} damaged")
+    for name, count in report.absent.items():
+        click.echo(f"  layer {name}: {count} rows not cached yet")
+    if report.recomputed:
+        worst = max(report.recomputed, key=lambda name: report.recomputed[name])
+        click.echo(
+            f"  recomputed rows agree within {report.recomputed[worst]:.1e} of the largest value (worst: {worst})"
+        )
+    for line in [*map(str, report.damage), *report.suspicious]:
+        click.echo(f"  WRONG  {line}")
+    for line in report.notes:
+        click.echo(f"  note   {line}")
+    click.echo("  sound" if report.sound else "  NOT SOUND")
+
+
+if __name__ == "__main__":
+    main()

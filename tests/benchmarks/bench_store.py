@@ -1,0 +1,503 @@
+"""Measure the store and the pass beside what people use today, both sides in one run.
+
+    python tests/benchmarks/bench_store.py                 # everything, about 10 minutes on two cores
+    python tests/benchmarks/bench_store.py --only gather   # one section
+    python tests/benchmarks/bench_store.py --markdown      # the table as the README shows it
+
+Each ratio is the median over rounds in which both sides take turns, so that a neighbour's noise falls on both.
+"""
+
+import json
+import os
+import statistics
+import subprocess
+import sys
+import tempfile
+import threading
+import time
+from collections.abc import Callable
+from dataclasses import dataclass
+from pathlib import Path
+
+import click
+import cv2
+import dask
+import dask.array as da
+import numpy as np
+import pandas as pd
+import tensorstore
+import torch
+import zarr
+
+from featurestore import FeatureStore, cache
+from featurestore.backbones import get_backbone
+from featurestore.capture import load_extractor, meta_network, weight_shapes
+from featurestore.faces import find_faces
+from featurestore.images import RECIPES, decode
+from featurestore.job import Request, prepare
+from featurestore.plan import make_plan
+from featurestore.rows import Rows
+from featurestore.weights import draw, open_weights
+from featurestore.writing import SourceWriter, store_lock
+
+ROOT = Path(__file__).resolve().parents[2]
+MAXP_5_3 = (512, 7, 7)
+BATCH = 16
+
+
+@dataclass(frozen=True)
+class Line:
+    """One comparison. ``ratio`` is ours over theirs (or a plain measurement); ``wanted`` is what the project asks for."""
+
+    what: str
+    ours: str
+    theirs: str
+    ratio: float
+    wanted: str
+    reached: bool
+
+
+def alternate(ours: Callable[[], float], theirs: Callable[[], float], rounds: int) -> tuple[float, float, float]:
+    """Medians of both rates, and the median of the ratios of neighbouring runs."""
+    ours(), theirs()
+    pairs = [(ours(), theirs()) for _ in range(rounds)]
+    a, b = zip(*pairs, strict=True)
+    return statistics.median(a), statistics.median(b), statistics.median(x / y for x, y in pairs)
+
+
+def rate(work: Callable[[], object], amount: float, times: int = 1) -> float:
+    """``amount`` per second."""
+    start = time.perf_counter()
+    for _ in range(times):
+        work()
+    return amount * times / (time.perf_counter() - start)
+
+
+def compare(
+    what: str, ours: Callable[[], float], theirs: Callable[[], float], wanted: float, unit: str, rounds: int = 5
+) -> Line:
+    a, b, ratio = alternate(ours, theirs, rounds)
+    return Line(what, f"{a:,.2f} {unit}", f"{b:,.2f} {unit}", ratio, f"{wanted:g}", ratio >= wanted)
+
+
+# --- stores of made-up rows ---------------------------------------------------------------------------------------------
+
+
+def fill_store(path: Path, n_items: int, shape: tuple[int, ...], slots: int, layer: str = "maxp_5_3") -> np.ndarray:
+    """A store with one layer of random rows, written by our own writer; returns the shard's worth of rows repeated in it."""
+    rng = np.random.default_rng(0)
+    rows = rng.standard_normal((slots, int(np.prod(shape))), np.float32)
+    with store_lock(path, "benchmark"):
+        writer = SourceWriter(
+            path, "bench", {"backbone": "none", "weights": "seed:0", "recipe": {}, "precision": "fp32"}
+        )
+        writer.add_layer(layer, shape, "float32", "none", slots)
+        for shard in range(n_items // slots):
+            shard_writer = writer.open_shard(layer, shard, end=slots)
+            shard_writer.write(range(slots), rows)
+            shard_writer.commit()
+        numbers = np.arange(n_items)
+        faces = np.array([f"n{i:06d}" for i in numbers // 100], object)
+        views = np.array([f"{i:04d}_01" for i in numbers % 100], object)
+        hashes = np.full(n_items, "0" * 64, object)
+        writer.append(
+            pd.DataFrame(
+                {"face_id": faces, "view": views, "path": faces + "/" + views + ".jpg", "image_sha256": hashes}
+            )
+        )
+        writer.publish()
+    return rows
+
+
+def gather(folder: Path) -> list[Line]:
+    """96 random rows of maxp_5_3, page cache warm."""
+    lines = []
+    rng = np.random.default_rng(1)
+    for name, slots, n_items, wanted in (("one shard", 1024, 1024, 0.9), ("many shards", 256, 4096, 0.6)):
+        path = folder / f"gather-{slots}.zarr"
+        shard = fill_store(path, n_items, MAXP_5_3, slots)
+        bare_path = folder / "bare.bin"
+        with bare_path.open("wb") as file:
+            for _ in range(n_items // slots):
+                shard.tofile(file)
+        bare = torch.from_numpy(np.memmap(bare_path, np.float32, "c", shape=(n_items, shard.shape[1])))
+        rows = FeatureStore.open(path).rows("maxp_5_3")
+        array = zarr.open_array(path / "bench" / "maxp_5_3", mode="r")
+        spec = {"driver": "zarr3", "kvstore": {"driver": "file", "path": str(path / "bench" / "maxp_5_3")}}
+        stored = tensorstore.open(spec, read=True).result()
+        out = torch.empty(96, *MAXP_5_3)
+        flat = torch.empty(96, shard.shape[1])
+        picks = [torch.from_numpy(rng.integers(0, n_items, 96)) for _ in range(40)]
+        assert torch.equal(rows.gather(picks[0]).view(96, -1), bare[picks[0]])
+        gigabytes = out.nbytes / 1e9
+
+        def each(
+            read: Callable[[torch.Tensor], object], picks: list = picks, gigabytes: float = gigabytes
+        ) -> Callable[[], float]:
+            return lambda: rate(lambda: [read(pick) for pick in picks], gigabytes * len(picks))
+
+        def few(
+            read: Callable[[torch.Tensor], object], picks: list = picks[:3], gigabytes: float = gigabytes
+        ) -> Callable[[], float]:
+            return lambda: rate(lambda: [read(pick) for pick in picks], gigabytes * len(picks))
+
+        ours = each(lambda pick, rows=rows, out=out: rows.gather(pick, out=out))
+        lines.append(
+            compare(
+                f"gather 96 rows, {name}, against index_select on a bare np.memmap",
+                ours,
+                each(lambda pick, bare=bare, flat=flat: torch.index_select(bare, 0, pick, out=flat)),
+                wanted,
+                "GB/s",
+                41,
+            )
+        )
+        lines.append(
+            compare(
+                f"gather 96 rows, {name}, against TensorStore",
+                ours,
+                few(lambda pick, stored=stored: stored[pick.numpy()].read().result()),
+                4,
+                "GB/s",
+            )
+        )
+        lines.append(
+            compare(
+                f"gather 96 rows, {name}, against zarr-python",
+                ours,
+                few(lambda pick, array=array: array.oindex[pick.numpy()]),
+                50,
+                "GB/s",
+                3,
+            )
+        )
+        bare_path.unlink()
+    return lines
+
+
+def write(folder: Path) -> list[Line]:
+    """Shards of 256 rows of maxp_5_3 against tofile of the same bytes, with and without waiting for the disk."""
+    path = folder / "write.zarr"
+    rows = fill_store(path, 256, MAXP_5_3, 256)
+    writer = SourceWriter(path, "bench", {})
+    numbers = iter(range(10**9))
+
+    def ours() -> None:
+        shard_writer = writer.open_shard("maxp_5_3", next(numbers) % 4, end=256)
+        for first in range(0, 256, 64):
+            shard_writer.write(range(first, first + 64), rows[first : first + 64])
+        shard_writer.commit()
+
+    def tofile() -> None:
+        target = folder / f"bare-{next(numbers) % 4}.bin"
+        with target.open("wb") as file:
+            rows.tofile(file)
+            file.flush()
+            os.fdatasync(file.fileno())
+
+    def unsynced(work: Callable[[], None]) -> None:
+        sync, os.fdatasync = os.fdatasync, lambda fd: None
+        try:
+            work()
+        finally:
+            os.fdatasync = sync
+
+    gigabytes = rows.nbytes / 1e9
+    return [
+        compare("write a shard against ndarray.tofile, into the page cache", lambda: rate(lambda: unsynced(ours), gigabytes, 4),
+                lambda: rate(lambda: unsynced(tofile), gigabytes, 4), 0.8, "GB/s", 15),
+        compare("write a shard against ndarray.tofile, both flushed to disk", lambda: rate(ours, gigabytes, 4),
+                lambda: rate(tofile, gigabytes, 4), 0.8, "GB/s", 15),
+    ]  # fmt: skip
+
+
+def scan(folder: Path) -> list[Line]:
+    """The mean of a whole layer, lazily."""
+    path = folder / "scan.zarr"
+    fill_store(path, 4096, MAXP_5_3, 256)
+    store = FeatureStore.open(path)
+    array = path / "bench" / "maxp_5_3"
+    gigabytes = 4096 * int(np.prod(MAXP_5_3)) * 4 / 1e9
+    with dask.config.set(scheduler="threads"):
+        return [
+            compare("full scan: store.dask(layer).mean() against dask.array.from_zarr", lambda: rate(
+                lambda: store.dask("maxp_5_3").mean().compute(), gigabytes),
+                lambda: rate(lambda: da.from_zarr(str(array)).mean().compute(), gigabytes), 2, "GB/s", 3)
+        ]  # fmt: skip
+
+
+def million(folder: Path) -> list[Line]:
+    """Open a store of 1,000,000 items with its rows, then find 10,000 keys."""
+    path = folder / "million.zarr"
+    fill_store(path, 1_000_192, (16,), 256, "tiny")
+    picks = np.random.default_rng(2).integers(0, 1_000_000, 10_000)
+    keys = [(f"n{i // 100:06d}", f"{i % 100:04d}_01") for i in picks]
+    opening, finding = [], []
+    for _ in range(5):
+        start = time.perf_counter()
+        store = FeatureStore.open(path)
+        store.rows("tiny")
+        store.find(keys[:1])  # reads all keys and builds their index
+        middle = time.perf_counter()
+        found = store.find(keys)
+        finding.append(time.perf_counter() - middle)
+        opening.append(middle - start)
+        assert np.array_equal(found, picks)
+    seconds, milliseconds = statistics.median(opening), 1000 * statistics.median(finding)
+    return [
+        Line(
+            "open a store of 1,000,000 items: keys, index and rows",
+            f"{seconds:.2f} s",
+            "",
+            seconds,
+            "< 1 s",
+            seconds < 1,
+        ),
+        Line("find 10,000 keys in it", f"{milliseconds:.0f} ms", "", milliseconds, "< 50 ms", milliseconds < 50),
+    ]
+
+
+# --- the pass -------------------------------------------------------------------------------------------------------------
+
+
+def make_photographs(folder: Path, n: int) -> Path:
+    """JPEG photographs of 250 × 250 smoothed noise, as large as LFW's."""
+    rng = np.random.default_rng(3)
+    for i in range(n):
+        small = rng.integers(0, 255, (25, 25, 3), np.uint8)
+        target = folder / f"f{i // 10}" / f"{i % 10}.jpg"
+        target.parent.mkdir(parents=True, exist_ok=True)
+        cv2.imwrite(str(target), cv2.resize(small, (250, 250), interpolation=cv2.INTER_CUBIC))
+    return folder
+
+
+def run_pass(images: Path, store: Path, layers: list[str], precision: str, items_per_shard: int = 256) -> float:
+    """Images per second of the pass itself, network loaded."""
+    faces = find_faces(images)
+    request = Request(
+        store,
+        faces,
+        layers,
+        "random:0",
+        precision=precision,
+        batch_size=BATCH,
+        items_per_shard=items_per_shard,
+        device="cpu",
+    )
+    job = prepare(request)
+    with store_lock(store, "benchmark"):
+        summary = cache.run(job, make_plan(job))
+    return summary.computed / summary.seconds
+
+
+def the_pass(folder: Path) -> list[Line]:
+    """The pass with its decoding and writing against forward passes alone, and against the usual loop."""
+    images = make_photographs(folder / "photographs", 96)
+    layers = ["maxp_5_3", "fc7-relu"]
+    spec = get_backbone("vggface")
+    weights = open_weights("random:0", weight_shapes(meta_network(spec)))
+    lines = []
+    rounds = iter(range(10**9))
+    inputs = torch.randn(BATCH, 3, 224, 224).contiguous(memory_format=torch.channels_last)
+    cut = load_extractor(spec, layers, weights, torch.device("cpu"), torch.float32)
+    plain = spec.build().eval()
+    plain.load_state_dict(draw(0, plain.state_dict(), weight_shapes(plain)))
+
+    def ours(precision: str = "fp32") -> float:
+        return run_pass(images, folder / f"pass-{next(rounds)}.zarr", layers, precision)
+
+    def bare(network: torch.nn.Module, batch: torch.Tensor) -> Callable[[], float]:
+        def loop() -> float:
+            with torch.inference_mode():
+                return rate(lambda: network(batch), BATCH, 96 // BATCH)
+
+        return loop
+
+    lines.append(
+        compare(
+            "the pass, fp32, against the bare forward loop of its own (cut, channels-last) network",
+            ours,
+            bare(cut, inputs),
+            0.95,
+            "images/s",
+            3,
+        )
+    )
+    lines.append(
+        compare(
+            "the pass, fp32, against the bare forward loop of the whole network as published",
+            ours,
+            bare(plain, inputs.contiguous()),
+            0.95,
+            "images/s",
+            3,
+        )
+    )
+    del cut
+    double = plain.double()
+    files = sorted(images.rglob("*.jpg"))[:6]
+    recipe = RECIPES[spec.recipe]
+
+    def usual_loop() -> float:
+        """One image at a time, float64, whole network, both layers kept by hooks, appended to a list."""
+        kept: list[dict[str, np.ndarray]] = []
+        current: dict[str, np.ndarray] = {}
+        modules = dict(double.named_modules())
+        hooks = [
+            modules[spec.layers[name]].register_forward_hook(
+                lambda m, i, o, name=name: current.update({name: o.numpy().copy()})
+            )
+            for name in layers
+        ]
+        start = time.perf_counter()
+        with torch.no_grad():
+            for file in files:
+                pixels = torch.from_numpy(recipe.pixels(decode(file.read_bytes()))[None])
+                double(recipe.normalise(pixels).double())
+                kept.append(dict(current))
+        seconds = time.perf_counter() - start
+        for hook in hooks:
+            hook.remove()
+        return len(files) / seconds
+
+    lines.append(
+        compare(
+            "the pass, bf16, against one image at a time in float64",
+            lambda: ours("bf16"),
+            usual_loop,
+            15,
+            "images/s",
+            3,
+        )
+    )
+    return lines
+
+
+# --- memory ---------------------------------------------------------------------------------------------------------------
+
+
+def peak_anonymous(work: Callable[[], object]) -> int:
+    """Largest RssAnon (bytes) while ``work`` runs, sampled every 10 ms."""
+    peak, done = 0, threading.Event()
+
+    def sample() -> None:
+        nonlocal peak
+        while not done.is_set():
+            text = Path("/proc/self/status").read_text()
+            peak = max(peak, int(text.split("RssAnon:")[1].split()[0]) * 1024)
+            done.wait(0.01)
+
+    thread = threading.Thread(target=sample)
+    thread.start()
+    try:
+        work()
+    finally:
+        done.set()
+        thread.join()
+    return peak
+
+
+def memory_child(kind: str, folder: Path, n: int) -> int:
+    if kind == "pass":
+        return peak_anonymous(
+            lambda: run_pass(
+                folder / f"photographs-{n}", folder / f"memory-{n}.zarr", ["maxp_2_2", "maxp_3_3"], "fp32", 16
+            )
+        )
+    rows = FeatureStore.open(folder / f"rows-{n}.zarr").rows("maxp_5_3")
+    return peak_anonymous(lambda: gather_loop(rows))
+
+
+def gather_loop(rows: Rows) -> None:
+    out = torch.empty(96, *rows.layer.shape)
+    rng = np.random.default_rng(4)
+    for _ in range(400):
+        rows.gather(rng.integers(0, len(rows), 96), out=out)
+
+
+def memory(folder: Path) -> list[Line]:
+    """RssAnon in a fresh process, with a store (or set of photographs) of one size and ten times that."""
+    lines = []
+    for kind, small, label in (("pass", 48, "the pass"), ("gather", 1024, "a gather loop")):
+        peaks = []
+        for n in (small, 10 * small):
+            if kind == "pass":
+                make_photographs(folder / f"photographs-{n}", n)
+            else:
+                fill_store(folder / f"rows-{n}.zarr", n, MAXP_5_3, 256)
+            command = [sys.executable, __file__, "--memory-child", kind, str(folder), str(n)]
+            peaks.append(int(json.loads(subprocess.run(command, check=True, capture_output=True, text=True).stdout)))
+        ratio = peaks[1] / peaks[0]
+        mib = [f"{peak / 2**20:,.0f} MiB" for peak in peaks]
+        lines.append(
+            Line(f"anonymous memory of {label} at 10 × the items", mib[1], mib[0], ratio, "≤ 1.1", ratio <= 1.1)
+        )
+    return lines
+
+
+def help_time(_: Path) -> list[Line]:
+    """Wall time of --help, the slowest command."""
+    worst = 0.0
+    for script in sorted((ROOT / "pipelines").glob("[a-z]*.py")):
+        times = []
+        for _ in range(5):
+            start = time.perf_counter()
+            subprocess.run([sys.executable, script, "--help"], check=True, capture_output=True)
+            times.append(time.perf_counter() - start)
+        worst = max(worst, statistics.median(times))
+    return [Line("--help of the slowest command", f"{worst:.2f} s", "", worst, "< 0.5 s", worst < 0.5)]
+
+
+SECTIONS: dict[str, Callable[[Path], list[Line]]] = {
+    "pass": the_pass, "gather": gather, "write": write, "scan": scan, "million": million, "memory": memory, "help": help_time,
+}  # fmt: skip
+
+
+def show(lines: list[Line], markdown: bool) -> None:
+    rows = [("what", "ours", "theirs", "ratio", "wanted", "")]
+    for line in lines:
+        plain = line.wanted.startswith("<")
+        rows.append(
+            (
+                line.what,
+                line.ours,
+                line.theirs,
+                "" if plain else f"{line.ratio:.2f}",
+                line.wanted,
+                "ok" if line.reached else "SHORT",
+            )
+        )
+    if markdown:
+        for i, row in enumerate(rows):
+            click.echo("| " + " | ".join(row) + " |")
+            if i == 0:
+                click.echo("|---" * len(row) + "|")
+        return
+    widths = [max(map(len, column)) for column in zip(*rows, strict=True)]
+    for row in rows:
+        click.echo("  ".join(cell.ljust(width) for cell, width in zip(row, widths, strict=True)).rstrip())
+
+
+@click.command()
+@click.option("--only", multiple=True, type=click.Choice(list(SECTIONS)), help="Only these sections.")
+@click.option("--markdown", is_flag=True, help="Print a Markdown table.")
+@click.option("--memory-child", type=(str, click.Path(path_type=Path), int), hidden=True)
+def main(only: tuple[str, ...], markdown: bool, memory_child: tuple | None) -> None:
+    """Compare the store and the pass with what people use today; nothing is asserted."""
+    if memory_child:
+        click.echo(json.dumps(globals()["memory_child"](*memory_child)))
+        return
+    lines: list[Line] = []
+    for name in only or SECTIONS:
+        click.echo(f"… {name}", err=True)
+        with tempfile.TemporaryDirectory(dir=ROOT / "store") as folder:
+            lines += SECTIONS[name](Path(folder))
+    show(lines, markdown)
+    click.echo(
+        f"\ntorch {torch.__version__}, {torch.get_num_threads()} threads, {torch.backends.cpu.get_cpu_capability()}",
+        err=True,
+    )
+
+
+if __name__ == "__main__":
+    main()

@@ -1,0 +1,111 @@
+"""What tests share: real photographs where they are, and small stores made by the real pass."""
+
+import os
+import subprocess
+import sys
+from pathlib import Path
+
+import cv2
+import numpy as np
+import pytest
+import torch
+
+from featurestore import FeatureStore, cache
+from featurestore.faces import find_faces
+from featurestore.job import Request, prepare
+from featurestore.plan import make_plan
+from featurestore.writing import store_lock
+
+ROOT = Path(__file__).resolve().parents[1]
+SHARED = Path(os.environ.get("FEATURESTORE_SHARED", ROOT.parent / "shared"))
+
+
+@pytest.fixture(scope="session")
+def parity() -> Path:
+    folder = SHARED / "parity"
+    if not folder.is_dir():
+        pytest.skip("the numbers of the original implementations (shared/parity) are not on this machine")
+    return folder
+
+
+@pytest.fixture(scope="session")
+def orl() -> Path:
+    folder = SHARED / "data" / "orl_faces"
+    if not folder.is_dir():
+        pytest.skip("the photographs (shared/data/orl_faces) are not on this machine")
+    return folder
+
+
+def write_photographs(folder: Path, faces: int, views: int, seed: int = 0) -> Path:
+    """Small PNGs of smoothed noise, ``f1/1.png`` …: enough for a network with random weights to tell apart."""
+    rng = np.random.default_rng(seed)
+    for face in range(1, faces + 1):
+        (folder / f"f{face}").mkdir(parents=True, exist_ok=True)
+        for view in range(1, views + 1):
+            noise = rng.integers(0, 255, (8, 8, 3), np.uint8)
+            cv2.imwrite(
+                str(folder / f"f{face}" / f"{view}.png"), cv2.resize(noise, (64, 80), interpolation=cv2.INTER_CUBIC)
+            )
+    return folder
+
+
+@pytest.fixture
+def photographs(tmp_path: Path) -> Path:
+    """10 photographs: 5 faces × 2 views."""
+    return write_photographs(tmp_path / "photographs", 5, 2)
+
+
+def request_for(images: Path, store: Path, layers: list[str], **options) -> Request:
+    defaults = {"weights": "random:0", "device": "cpu", "batch_size": 4, "items_per_shard": 4}
+    return Request(store=store, faces=find_faces(images), layers=layers, **{**defaults, **options})
+
+
+def run_pass(images: Path, store: Path, layers: list[str], **options) -> cache.Summary:
+    """The real pass, as the command runs it."""
+    job = prepare(request_for(images, store, layers, **options))
+    with store_lock(store, "test"):
+        return cache.run(job, make_plan(job))
+
+
+def command(script: str, *args: object, cwd: Path | None = None, **options) -> subprocess.CompletedProcess[str]:
+    """Run one of the commands as a user does."""
+    line = [sys.executable, str(ROOT / "pipelines" / f"{script}.py"), *map(str, args)]
+    return subprocess.run(line, capture_output=True, text=True, cwd=cwd or ROOT, **options)
+
+
+# The cheapest layers of the real network: what a test of storing needs is real rows, not many of them.
+LAYERS = ["maxp_1_2", "maxp_2_2"]
+
+
+@pytest.fixture(scope="session")
+def small_store(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """A finished store of 10 items, 4 to a shard. Read only; tests that change a store make their own."""
+    folder = tmp_path_factory.mktemp("small")
+    run_pass(write_photographs(folder / "photographs", 5, 2), folder / "small.zarr", LAYERS)
+    return folder / "small.zarr"
+
+
+@pytest.fixture(scope="session")
+def small_rows(small_store: Path) -> dict[str, np.ndarray]:
+    """The small store's rows, computed anew by a plain loop over the network's modules: no capture, no store."""
+    from featurestore.backbones import get_backbone
+    from featurestore.images import RECIPES, decode
+    from featurestore.weights import draw
+
+    source = FeatureStore.open(small_store).source()
+    network = get_backbone("vggface").build().eval()
+    shapes = {key: tuple(value.shape) for key, value in network.state_dict().items()}
+    keys = [key for key in shapes if key.startswith(("features.conv_1", "features.conv_2"))]
+    network.load_state_dict(draw(0, keys, shapes), strict=False)
+    recipe = RECIPES["vggface-published"]
+    rows: dict[str, list] = {name: [] for name in LAYERS}
+    with torch.no_grad():
+        for path in source.items["path"]:
+            x = recipe.normalise(torch.from_numpy(recipe.pixels(decode(Path(path).read_bytes()))[None]))
+            for name, module in network.features.named_children():
+                x = module(x)
+                if name in rows:
+                    rows[name].append(x[0].numpy().copy())
+                if name == LAYERS[-1]:
+                    break
+    return {name: np.stack(values) for name, values in rows.items()}

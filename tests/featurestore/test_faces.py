@@ -1,0 +1,122 @@
+"""Finding photographs and reading their keys."""
+
+import random
+from pathlib import Path
+
+import pytest
+
+from featurestore.errors import FeatureStoreError
+from featurestore.faces import find_faces, natural
+
+
+def touch(root: Path, *names: str) -> Path:
+    for name in names:
+        (root / name).parent.mkdir(parents=True, exist_ok=True)
+        (root / name).write_bytes(b"x")
+    return root
+
+
+def keys(root: Path, pattern: str | None = None) -> list[tuple[str, str]]:
+    table = find_faces(root, pattern).table
+    return list(zip(table["face_id"], table["view"], strict=True))
+
+
+def test_folders_sort_naturally_and_hidden_files_are_no_photographs(tmp_path: Path) -> None:
+    touch(tmp_path, "s10/1.pgm", "s2/10.pgm", "s2/9.PGM", "s2/README.txt", ".git/x.png", "s2/._9.pgm")
+    assert keys(tmp_path) == [("s2", "9"), ("s2", "10"), ("s10", "1")]
+
+
+def test_vggface2_and_head_names(tmp_path: Path) -> None:
+    touch(tmp_path / "v", "n000129/0003_01.jpg")
+    assert keys(tmp_path / "v") == [("n000129", "0003_01")]
+    touch(
+        tmp_path / "h",
+        "head-007_angle-348.75.png",
+        "head-007_frontal.png",
+        "head-007_angle-11.25.png",
+        "sub/head-012_frontal.png",
+    )
+    assert keys(tmp_path / "h") == [
+        ("head-007", "11.25"),
+        ("head-007", "348.75"),
+        ("head-007", "frontal"),
+        ("head-012", "frontal"),
+    ]
+
+
+def test_a_pattern_reads_keys_and_says_what_it_left_out(tmp_path: Path) -> None:
+    touch(tmp_path, "id7-left.jpg", "id7-right.jpg", "mosaic.jpg")
+    found = find_faces(tmp_path, r"(?P<face>id\d+)-(?P<view>\w+)\.jpg")
+    assert found.table["face_id"].tolist() == ["id7", "id7"]
+    assert found.left_out == ("mosaic.jpg",)
+
+
+def test_images_without_a_key_are_never_dropped_silently(tmp_path: Path) -> None:
+    touch(tmp_path, "s1/1.png", "stray.png", "a/b/c.png")
+    with pytest.raises(FeatureStoreError, match=r"2 of 3 images .*stray\.png.*--pattern"):
+        find_faces(tmp_path)
+
+
+def test_two_files_for_one_key_are_both_named(tmp_path: Path) -> None:
+    touch(tmp_path, "s1/1.png", "s1/1.jpg")
+    with pytest.raises(
+        FeatureStoreError, match=r"two files for one key.*1\.jpg.*1\.png|two files for one key.*1\.png.*1\.jpg"
+    ):
+        find_faces(tmp_path)
+
+
+@pytest.mark.parametrize(
+    ("make", "message"),
+    [
+        (lambda p: p / "missing", "there is no folder or CSV"),
+        (lambda p: touch(p, "notes.txt"), "no images in .*looked in all its folders for files ending in"),
+    ],
+)
+def test_missing_and_empty_folders(tmp_path: Path, make, message: str) -> None:
+    with pytest.raises(FeatureStoreError, match=message):
+        find_faces(make(tmp_path))
+
+
+@pytest.mark.parametrize("pattern", ["(", "(?P<face>x)", "fodlers"])
+def test_a_bad_pattern_is_explained(tmp_path: Path, pattern: str) -> None:
+    touch(tmp_path, "s1/1.png")
+    with pytest.raises(FeatureStoreError, match="--pattern"):
+        find_faces(tmp_path, pattern)
+
+
+def test_a_csv_keeps_keys_as_text_and_carries_metadata(tmp_path: Path) -> None:
+    touch(tmp_path, "pictures/a.png", "pictures/b.png")
+    table = tmp_path / "faces.csv"
+    table.write_text(
+        "face_id,view,path,gender,response time\n007,02,pictures/a.png,female,1.5\n007,10,pictures/b.png,male,\n"
+    )
+    found = find_faces(table).table
+    assert found["face_id"].tolist() == ["007", "007"]
+    assert found["view"].tolist() == ["02", "10"]
+    assert found["path"].tolist() == [str(tmp_path / "pictures/a.png"), str(tmp_path / "pictures/b.png")]
+    assert found["gender"].tolist() == ["female", "male"]
+    assert found["response_time"].isna().tolist() == [False, True]
+
+
+@pytest.mark.parametrize(
+    ("text", "message"),
+    [
+        ("face,view,path\na,b,c\n", "has no column face_id; it has face, view, path"),
+        ("face_id,view,path\na,,x.png\n", "line 2 has no view"),
+        ("face_id,view,path\na,b,gone.png\n", "1 of 1 images .* do not exist.*gone.png"),
+        ("face_id,view,path\n", "has a header and no rows"),
+        ("face_id,view,path,a/b\nq,w,x.png,1\n", "cannot name a coordinate"),
+        ('face_id,view,path\n"a,b,x.png\n', "cannot be read as a CSV"),
+    ],
+)
+def test_a_bad_csv_says_what_is_wrong_and_where(tmp_path: Path, text: str, message: str) -> None:
+    touch(tmp_path, "x.png")
+    (tmp_path / "faces.csv").write_text(text)
+    with pytest.raises(FeatureStoreError, match=message):
+        find_faces(tmp_path / "faces.csv")
+
+
+def test_natural_order_is_numeric_inside_text() -> None:
+    wanted = ["s1", "s2", "s2a", "s10", "s10b1", "s10b11", "t"]
+    shuffled = random.Random(0).sample(wanted, len(wanted))
+    assert sorted(shuffled, key=natural) == wanted

@@ -1,0 +1,115 @@
+"""Decoding and recipes, against the original implementations' pixels and against pictures made by hand."""
+
+import io
+from pathlib import Path
+
+import numpy as np
+import pytest
+import torch
+from PIL import Image
+
+from featurestore.errors import FeatureStoreError
+from featurestore.images import RECIPES, ImageError, decode, get_recipe
+
+RGB = np.random.default_rng(0).integers(0, 256, (6, 9, 3), np.uint8)
+
+
+def encoded(image: Image.Image, kind: str = "PNG", **options) -> bytes:
+    buffer = io.BytesIO()
+    image.save(buffer, kind, **options)
+    return buffer.getvalue()
+
+
+@pytest.mark.parametrize(
+    ("recipe", "original"),
+    [("vggface-published", "facesim3d_bgr224"), ("facenet", "facenet_rgb160"), ("vggface2", "vggface2_rgb224")],
+)
+@pytest.mark.parametrize("image", ["s0_250x250", "s2_w300_h200"])
+def test_pixels_equal_the_originals(parity: Path, recipe: str, original: str, image: str) -> None:
+    expected = np.load(parity / "expected.npz")[f"preprocessed/{original}/{image}"]
+    pixels = RECIPES[recipe].pixels(decode((parity / "images" / f"{image}.png").read_bytes()))
+    if recipe == "vggface2":  # the original's numbers are from before it turns RGB to BGR
+        pixels = pixels[:, :, ::-1]
+    assert np.array_equal(pixels, expected)
+
+
+@pytest.mark.parametrize("name", RECIPES)
+def test_normalise_is_the_arithmetic_it_says(name: str) -> None:
+    recipe = RECIPES[name]
+    pixels = np.random.default_rng(1).integers(0, 256, (2, recipe.size, recipe.size, 3), np.uint8)
+    expected = (pixels.astype(np.float64) - np.array(recipe.mean)) / recipe.scale
+    got = recipe.normalise(torch.from_numpy(pixels))
+    assert got.dtype == torch.float32
+    np.testing.assert_allclose(got.permute(0, 2, 3, 1).numpy(), expected, atol=1e-4)
+
+
+def test_the_published_recipe_takes_rgb_means_off_bgr_channels() -> None:
+    red = np.zeros((10, 10, 3), np.uint8)
+    red[..., 0] = 255
+    published, matched = (
+        RECIPES[name].normalise(torch.from_numpy(RECIPES[name].pixels(red)[None]))
+        for name in ("vggface-published", "vggface-bgr")
+    )
+    np.testing.assert_allclose(published[0, :, 0, 0], [-129.1863, -104.7624, 255 - 93.5940], rtol=1e-6)
+    np.testing.assert_allclose(matched[0, :, 0, 0], [-93.5940, -104.7624, 255 - 129.1863], rtol=1e-6)
+
+
+@pytest.mark.parametrize("bits", ["8", "16-png", "16-pgm", "16-tiff"])
+def test_grey_of_any_depth_is_scaled_not_clipped(bits: str) -> None:
+    grey = np.array([[0, 64, 128, 255]], np.uint8)
+    if bits == "8":
+        content = encoded(Image.fromarray(grey))
+    elif bits == "16-pgm":
+        content = b"P5 4 1 65535\n" + (grey.astype(">u2") * 257).tobytes()
+    else:
+        content = encoded(Image.fromarray(grey.astype(np.uint16) * 257), "PNG" if bits == "16-png" else "TIFF")
+    assert decode(content)[0, :, 0].tolist() == [0, 64, 128, 255]
+    assert decode(content).shape == (1, 4, 3)
+
+
+def test_colour_models_become_the_rgb_a_viewer_shows() -> None:
+    image = Image.fromarray(RGB)
+    assert np.array_equal(decode(encoded(image)), RGB)
+    few = Image.fromarray((RGB // 128) * 255)
+    assert np.array_equal(decode(encoded(few.convert("P", palette=Image.Palette.ADAPTIVE, colors=8))), np.asarray(few))
+    alpha = np.concatenate([RGB, np.zeros((6, 9, 1), np.uint8)], axis=2)
+    alpha[0, :, 3] = 255
+    shown = decode(encoded(Image.fromarray(alpha)))
+    assert np.array_equal(shown[0], RGB[0])
+    assert (shown[1:] == 255).all()  # transparent means white paper
+    white_cmyk = Image.new("CMYK", (4, 4), (0, 0, 0, 0))
+    assert (decode(encoded(white_cmyk, "JPEG", quality=100)) > 250).all()
+    black_cmyk = Image.new("CMYK", (4, 4), (0, 0, 0, 255))
+    assert (decode(encoded(black_cmyk, "JPEG", quality=100)) < 5).all()
+
+
+def test_exif_rotation_is_applied() -> None:
+    exif = Image.Exif()
+    exif[0x0112] = 6  # the camera was turned: rotate 90° clockwise to view
+    content = encoded(Image.fromarray(RGB), "PNG", exif=exif)
+    assert np.array_equal(decode(content), np.rot90(RGB, -1))
+
+
+@pytest.mark.parametrize("what", ["empty", "text", "truncated", "half a header", "eps"])
+def test_damaged_files_are_image_errors(what: str) -> None:
+    whole = encoded(Image.fromarray(np.random.default_rng(2).integers(0, 256, (64, 64, 3), np.uint8)), "JPEG")
+    content = {
+        "empty": b"",
+        "text": b"not an image",
+        "truncated": whole[: len(whole) // 2],
+        "half a header": whole[:10],
+        "eps": b"%!PS-Adobe-3.0 EPSF-3.0\n%%BoundingBox: 0 0 10 10\n(x) run\n",
+    }[what]
+    with pytest.raises(ImageError, match="image cannot be decoded"):
+        decode(content)
+
+
+def test_an_image_of_a_billion_pixels_is_refused_before_it_is_decoded() -> None:
+    header = b"P5 40000 40000 255\n"
+    with pytest.raises(ImageError, match="too many pixels"):
+        decode(header)
+
+
+def test_an_unknown_recipe_names_its_neighbours() -> None:
+    with pytest.raises(FeatureStoreError, match=r"Did you mean .*vggface-published"):
+        get_recipe("vggface-publisched")

@@ -1,0 +1,135 @@
+"""Gathering rows: against NumPy on rows computed without the store."""
+
+import gc
+import os
+from pathlib import Path
+
+import numpy as np
+import pytest
+import torch
+
+from featurestore import FeatureStore, FeatureStoreError
+from featurestore.shards import DamagedShard
+from tests.conftest import LAYERS, run_pass, write_photographs
+
+PICK = [7, 0, 9, 4, 4, 3, 8]  # crosses shards, repeats, out of order
+
+
+@pytest.mark.parametrize("layer", LAYERS)
+@pytest.mark.parametrize(
+    "indices",
+    [
+        PICK,
+        np.array(PICK, np.uint8),
+        np.array(PICK, np.int32),
+        torch.tensor(PICK),
+        torch.tensor(PICK, dtype=torch.int16),
+        range(10),
+    ],
+)
+def test_gather_is_indexing(small_store: Path, small_rows, layer: str, indices) -> None:
+    got = FeatureStore.open(small_store).rows(layer).gather(indices)
+    expected = small_rows[layer][np.asarray(indices)]
+    assert got.dtype == torch.float32
+    np.testing.assert_allclose(got.numpy(), expected, atol=1e-5 * np.abs(expected).max())
+
+
+def test_out_is_filled_and_returned(small_store: Path) -> None:
+    rows = FeatureStore.open(small_store).rows("maxp_2_2")
+    out = torch.full((len(PICK), *rows.shape[1:]), torch.nan)
+    assert rows.gather(PICK, out=out) is out
+    assert torch.equal(out, rows.gather(PICK))
+
+
+def test_nothing_asked_nothing_given(small_store: Path) -> None:
+    assert FeatureStore.open(small_store).rows("maxp_2_2").gather([]).shape == (0, 128, 56, 56)
+
+
+@pytest.mark.parametrize("wrong", ["shape", "dtype", "strides"])
+def test_a_wrong_out_gives_both_shapes(small_store: Path, wrong: str) -> None:
+    rows = FeatureStore.open(small_store).rows("maxp_2_2")
+    out = {
+        "shape": torch.empty(3, 128, 56, 56),
+        "dtype": torch.empty(2, 128, 56, 56, dtype=torch.float16),
+        "strides": torch.empty(2, 56, 56, 128).permute(0, 3, 1, 2),
+    }[wrong]
+    with pytest.raises(
+        FeatureStoreError, match=r"these rows need contiguous torch.float32 of shape \(2, 128, 56, 56\)"
+    ):
+        rows.gather([0, 1], out=out)
+
+
+@pytest.mark.parametrize("index", [-1, 10, 10**12, -(10**12)])
+def test_rows_outside_are_refused(small_store: Path, index: int) -> None:
+    with pytest.raises(IndexError, match=f"row {index} is outside 0 … 9"):
+        FeatureStore.open(small_store).rows("maxp_2_2").gather([3, index])
+
+
+@pytest.mark.parametrize("indices", [[0.5], [True, False], [[0, 1]]])
+def test_only_integers_are_indices(small_store: Path, indices) -> None:
+    with pytest.raises(FeatureStoreError, match="one-dimensional array of integers"):
+        FeatureStore.open(small_store).rows("maxp_2_2").gather(indices)
+
+
+@pytest.mark.parametrize("compress", ["none", "zstd", "blosc"])
+@pytest.mark.parametrize("dtype", ["float32", "float16"])
+def test_every_encoding_gives_the_same_rows(tmp_path: Path, small_rows, compress: str, dtype: str) -> None:
+    images = write_photographs(tmp_path / "photographs", 5, 2)
+    run_pass(images, tmp_path / "s.zarr", ["maxp_2_2"], compress=compress, dtype=dtype)
+    store = FeatureStore.open(tmp_path / "s.zarr")
+    got = store.rows("maxp_2_2").gather(PICK)
+    expected = small_rows["maxp_2_2"][PICK]
+    assert got.dtype == getattr(torch, dtype)
+    np.testing.assert_allclose(
+        got.float().numpy(), expected, atol=(1e-5 if dtype == "float32" else 1e-3) * np.abs(expected).max()
+    )
+    assert np.array_equal(store.dask("maxp_2_2").compute()[PICK], got.numpy())
+
+
+def test_a_damaged_compressed_record_is_an_error(tmp_path: Path) -> None:
+    run_pass(write_photographs(tmp_path / "p", 2, 2), tmp_path / "s.zarr", ["maxp_2_2"], compress="zstd")
+    source = FeatureStore.open(tmp_path / "s.zarr").source()
+    path = source.layers["maxp_2_2"].shard_path(0)
+    content = bytearray(path.read_bytes())
+    content[100] ^= 1
+    path.write_bytes(content)
+    with pytest.raises(DamagedShard, match="checksum"):
+        source.rows("maxp_2_2").gather([0])
+
+
+def test_absent_rows_are_refused_with_the_command(tmp_path: Path) -> None:
+    images = write_photographs(tmp_path / "p", 4, 1)
+    run_pass(images, tmp_path / "s.zarr", LAYERS)
+    run_pass(write_photographs(tmp_path / "p", 6, 1), tmp_path / "s.zarr", LAYERS[:1])
+    store = FeatureStore.open(tmp_path / "s.zarr")
+    rows = store.rows(LAYERS[1])
+    assert rows.present.tolist() == [True] * 4 + [False] * 2
+    with pytest.raises(FeatureStoreError, match=rf"no row yet for 1 .*row 5 .*cache_layers.py --layers {LAYERS[1]}"):
+        rows.gather([0, 5])
+    assert np.isnan(store.dask(LAYERS[1])[4:].compute()).all()
+
+
+def test_old_rows_outlive_a_rewritten_shard(tmp_path: Path) -> None:
+    run_pass(write_photographs(tmp_path / "p", 3, 1), tmp_path / "s.zarr", ["maxp_2_2"])
+    rows = FeatureStore.open(tmp_path / "s.zarr").rows("maxp_2_2")
+    before = rows.gather([0, 1, 2])
+    run_pass(write_photographs(tmp_path / "p", 6, 1), tmp_path / "s.zarr", ["maxp_2_2"])
+    assert torch.equal(rows.gather([0, 1, 2]), before)
+    assert torch.equal(FeatureStore.open(tmp_path / "s.zarr").rows("maxp_2_2").gather([0, 1, 2]), before)
+
+
+def test_maps_and_files_are_given_back(small_store: Path) -> None:
+    def used() -> tuple[int, int]:
+        maps = Path("/proc/self/maps")
+        if not maps.exists():
+            pytest.skip("needs /proc")
+        return maps.read_text().count(str(small_store)), len(os.listdir("/proc/self/fd"))
+
+    store = FeatureStore.open(small_store)
+    rows = store.rows("maxp_2_2")
+    rows.gather([0])
+    assert used()[0] == 3
+    before = used()[1]
+    del rows
+    gc.collect()
+    assert used() == (0, before)

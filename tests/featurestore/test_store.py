@@ -1,0 +1,183 @@
+"""Opening a store, its keys and sources; and other programs opening the same bytes."""
+
+import json
+import shutil
+import warnings
+from pathlib import Path
+
+import numpy as np
+import pandas as pd
+import pytest
+import tensorstore
+import xarray as xr
+import zarr
+
+from featurestore import FeatureStore, FeatureStoreError
+from tests.conftest import LAYERS, run_pass, write_photographs
+
+KEPT = Path(__file__).parent / "data" / "version-1.zarr"
+
+
+def test_items_are_in_row_order_with_their_metadata(tmp_path: Path) -> None:
+    write_photographs(tmp_path, 11, 1)
+    table = tmp_path / "faces.csv"
+    pd.DataFrame(
+        {"face_id": [f"f{i}" for i in range(11, 0, -1)], "view": "1", "path": [f"f{i}/1.png" for i in range(11, 0, -1)],
+         "gender": ["female", "male"] * 5 + ["female"], "age": range(11), "known": [True, False] * 5 + [True]}
+    ).to_csv(table, index=False)  # fmt: skip
+    run_pass(table, tmp_path / "s.zarr", ["maxp_2_2"])
+    items = FeatureStore.open(tmp_path / "s.zarr").items
+    assert [face for face, _ in items.index] == [f"f{i}" for i in range(1, 12)]
+    assert items["age"].tolist() == list(range(10, -1, -1))
+    assert items["known"].dtype == bool
+    assert items.loc[("f11", "1"), "gender"] == "female"
+    assert items["path"].iloc[0] == str(tmp_path / "f1" / "1.png")
+
+
+def test_keys_are_found_many_at_once(small_store: Path) -> None:
+    store = FeatureStore.open(small_store)
+    assert store.find([("f5", "2"), ("f1", "1"), ("f5", "2")]).tolist() == [9, 0, 9]
+    assert store.find(store.items.index[3:5]).tolist() == [3, 4]
+    assert store.find(pd.DataFrame({"face_id": ["f2"], "view": ["1"], "more": [0]})).tolist() == [2]
+    assert store.find([]).shape == (0,)
+
+
+def test_unknown_keys_are_named(small_store: Path) -> None:
+    store = FeatureStore.open(small_store)
+    with pytest.raises(FeatureStoreError, match=r"2 of 3 keys are not in .*\('f55', '1'\).*Did you mean f5"):
+        store.find([("f1", "1"), ("f55", "1"), ("f1", "9")])
+    with pytest.raises(FeatureStoreError, match="pairs of strings"):
+        store.find([("f1", 1)])
+
+
+def test_several_sources_have_to_be_told_apart(tmp_path: Path) -> None:
+    images = write_photographs(tmp_path / "p", 2, 1)
+    run_pass(images, tmp_path / "s.zarr", ["maxp_2_2"])
+    run_pass(images, tmp_path / "s.zarr", ["maxp_2_2"], weights="random:1")
+    run_pass(images, tmp_path / "s.zarr", ["maxp_2_2"], recipe="vggface-rgb")
+    run_pass(images, tmp_path / "s.zarr", ["maxp_2_2"], precision="bf16")
+    store = FeatureStore.open(tmp_path / "s.zarr")
+    assert len(store.sources) == 4
+    names = list(store.sources)
+    with pytest.raises(FeatureStoreError, match="holds 4 sources") as error:
+        store.rows("maxp_2_2")
+    assert all(name in str(error.value) for name in names)
+    values = [store.rows("maxp_2_2", source=name).gather([0]).numpy() for name in names]
+    assert all(not np.array_equal(values[0], other) for other in values[1:])
+    assert store.sources[names[0]].attributes["backbone"] == "vggface"
+    with pytest.raises(FeatureStoreError, match="no source 'vggface-x'"):
+        store.rows("maxp_2_2", source="vggface-x")
+
+
+def test_a_missing_layer_comes_with_its_command(small_store: Path) -> None:
+    with pytest.raises(FeatureStoreError, match=r"it holds maxp_1_2, maxp_2_2\. Add it: .*--layers fc7-relu"):
+        FeatureStore.open(small_store).rows("fc7-relu")
+
+
+def test_what_is_not_a_store_is_refused(tmp_path: Path, small_store: Path) -> None:
+    with pytest.raises(FeatureStoreError, match="there is no store"):
+        FeatureStore.open(tmp_path / "gone.zarr")
+    (tmp_path / "folder").mkdir()
+    with pytest.raises(FeatureStoreError, match=r"not a feature store: it has no zarr\.json"):
+        FeatureStore.open(tmp_path / "folder")
+    zarr.create_group(tmp_path / "other.zarr", zarr_format=3)
+    with pytest.raises(FeatureStoreError, match="not a feature store"):
+        FeatureStore.open(tmp_path / "other.zarr")
+    shutil.copytree(small_store, tmp_path / "new.zarr")
+    root = tmp_path / "new.zarr" / "zarr.json"
+    document = json.loads(root.read_text())
+    document["attributes"]["format_version"] = 2
+    root.write_text(json.dumps(document))
+    with pytest.raises(FeatureStoreError, match="format version 2; this program reads version 1"):
+        FeatureStore.open(tmp_path / "new.zarr")
+    root.write_text("{")
+    with pytest.raises(FeatureStoreError, match="damaged"):
+        FeatureStore.open(tmp_path / "new.zarr")
+
+
+def test_a_store_cannot_point_outside_itself(tmp_path: Path, small_store: Path) -> None:
+    shutil.copytree(small_store, tmp_path / "s.zarr")
+    name = next(iter(FeatureStore.open(small_store).sources))
+    path = tmp_path / "s.zarr" / name / "zarr.json"
+    document = json.loads(path.read_text())
+    arrays = document["consolidated_metadata"]["metadata"]
+    arrays["../../secret"] = arrays.pop("maxp_2_2")
+    path.write_text(json.dumps(document))
+    with pytest.raises(FeatureStoreError, match="damaged"):
+        FeatureStore.open(tmp_path / "s.zarr")
+
+
+def test_zarr_python_reads_it(small_store: Path) -> None:
+    source = FeatureStore.open(small_store).source()
+    with warnings.catch_warnings():
+        warnings.simplefilter("error")
+        group = zarr.open_group(small_store / source.name, mode="r")
+        for layer in LAYERS:
+            assert np.array_equal(group[layer][:], source.rows(layer).gather(range(10)).numpy())
+        assert group["face_id"][:].tolist() == [face for face, _ in source.keys]
+        assert group["view"][:].tolist() == [view for _, view in source.keys]
+        assert sorted(dict(zarr.open_group(small_store, mode="r").groups())) == [source.name]
+
+
+def test_tensorstore_reads_it(small_store: Path) -> None:
+    source = FeatureStore.open(small_store).source()
+    for layer in LAYERS:
+        spec = {"driver": "zarr3", "kvstore": {"driver": "file", "path": str(small_store / source.name / layer)}}
+        array = tensorstore.open(spec, read=True).result()
+        assert np.array_equal(array[:].read().result(), source.rows(layer).gather(range(10)).numpy())
+        assert array.domain.labels[0] == "item"
+
+
+@pytest.mark.parametrize("through_root", [False, True])
+def test_xarray_reads_it(small_store: Path, through_root: bool) -> None:
+    source = FeatureStore.open(small_store).source()
+    with warnings.catch_warnings():
+        warnings.simplefilter("error")
+        dataset = (
+            xr.open_zarr(small_store, group=source.name) if through_root else xr.open_zarr(small_store / source.name)
+        )
+    assert dataset["maxp_2_2"].dims == ("item", "channel_128", "y_56", "x_56")
+    assert set(dataset.coords) == {"face_id", "view", "path", "image_sha256"}
+    chosen = dataset["maxp_2_2"][(dataset.face_id == "f3").compute()]
+    assert np.array_equal(chosen.values, source.rows("maxp_2_2").gather([4, 5]).numpy())
+    xr.testing.assert_equal(dataset.compute(), source.xarray().compute())
+
+
+@pytest.mark.parametrize("compress", ["zstd", "blosc"])
+def test_other_readers_read_compressed_layers(tmp_path: Path, compress: str) -> None:
+    run_pass(
+        write_photographs(tmp_path / "p", 3, 2), tmp_path / "s.zarr", ["maxp_2_2"], compress=compress, dtype="float16"
+    )
+    source = FeatureStore.open(tmp_path / "s.zarr").source()
+    expected = source.rows("maxp_2_2").gather(range(6)).numpy()
+    assert np.array_equal(zarr.open_group(tmp_path / "s.zarr" / source.name, mode="r")["maxp_2_2"][:], expected)
+    spec = {
+        "driver": "zarr3",
+        "kvstore": {"driver": "file", "path": str(tmp_path / "s.zarr" / source.name / "maxp_2_2")},
+    }
+    assert np.array_equal(tensorstore.open(spec, read=True).result()[:].read().result(), expected)
+
+
+def test_shards_written_by_zarr_python_are_read(tmp_path: Path, small_store: Path) -> None:
+    """The format is Zarr's, not ours: the same array written by another program gathers the same rows."""
+    shutil.copytree(small_store, tmp_path / "s.zarr")
+    source = FeatureStore.open(tmp_path / "s.zarr").source()
+    expected = source.rows("maxp_2_2").gather(range(10)).numpy()
+    shutil.rmtree(tmp_path / "s.zarr" / source.name / "maxp_2_2" / "c")
+    array = zarr.open_group(tmp_path / "s.zarr" / source.name, mode="r+", use_consolidated=False)["maxp_2_2"]
+    array[:] = expected
+    assert np.array_equal(FeatureStore.open(tmp_path / "s.zarr").rows("maxp_2_2").gather(range(10)).numpy(), expected)
+
+
+def test_the_kept_store_of_version_1_opens(tmp_path: Path) -> None:
+    """A tiny store written when the format was made. It must open for ever; do not write it anew."""
+    store = FeatureStore.open(KEPT)
+    assert list(store.layers) == ["maxp_5_3", "fc7-relu"]
+    assert store.items.index.tolist() == [("head-007", "11.25"), ("head-007", "frontal"), ("head-012", "frontal")]
+    assert store.items["gender"].tolist() == ["female", "female", "male"]
+    assert store.items["age"].tolist() == [31.0, 31.0, 45.5]
+    maps = store.rows("maxp_5_3").gather([2, 0])
+    assert maps.shape == (2, 8, 2, 2)
+    assert maps[0].flatten().tolist() == [i / 8 + 2 for i in range(32)]
+    assert store.rows("fc7-relu").gather([1]).tolist() == [[0.5, 1.0, 1.5, 2.0]]
+    assert store.rows("fc7-relu").present.tolist() == [True, True, False]

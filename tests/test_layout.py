@@ -1,0 +1,41 @@
+"""The direction of imports, and what importing costs."""
+
+import ast
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+
+from tests.conftest import ROOT
+
+ORDER = ["featurestore", "heads", "pipelines"]  # each may import itself and what stands before it
+
+
+def imported(path: Path) -> set[str]:
+    names = set()
+    for node in ast.walk(ast.parse(path.read_text("utf-8"))):
+        if isinstance(node, ast.Import):
+            names |= {alias.name.split(".")[0] for alias in node.names}
+        elif isinstance(node, ast.ImportFrom):
+            assert node.level == 0, f"{path}: relative imports hide the direction"
+            names.add((node.module or "").split(".")[0])
+    return names
+
+
+@pytest.mark.parametrize("package", ORDER)
+def test_imports_run_one_way(package: str) -> None:
+    later = set(ORDER[ORDER.index(package) + 1 :]) | {"tests"}
+    files = list((ROOT / package).rglob("*.py"))
+    assert files
+    for path in files:
+        assert not imported(path) & later, f"{path} imports {imported(path) & later}"
+
+
+@pytest.mark.parametrize(
+    "module", ["featurestore", "featurestore.backbones", "pipelines.cache_layers", "pipelines.verify_store"]
+)
+def test_naming_things_loads_nothing_heavy(module: str) -> None:
+    code = f"import sys, {module}; print([name for name in ('torch', 'pandas', 'zarr', 'dask', 'cv2') if name in sys.modules])"
+    done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=True, cwd=ROOT)
+    assert done.stdout.strip() == "[]"
