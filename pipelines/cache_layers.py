@@ -222,8 +222,9 @@ def _report(plan: "Plan", summary: "Summary") -> None:
     rate = summary.computed / summary.seconds if summary.seconds else 0.0
     state = "Stopped" if summary.interrupted else "Done"
     click.echo(
-        f"{state}: {summary.computed} of {plan.images} images in {summary.seconds:.1f} s ({rate:.1f} images/s, "
-        f"after {summary.loading:.1f} s of loading), {human_bytes(summary.bytes_written)} of rows written to {plan.store}, source {plan.source}."
+        f"{state}: {summary.computed} of {plan.images} images in {summary.seconds:.1f} s "
+        f"({rate:.1f} images/s, after {summary.loading:.1f} s of loading), "
+        f"{human_bytes(summary.bytes_written)} of rows written to {plan.store}, source {plan.source}."
     )
     if summary.interrupted:
         click.echo("Everything computed so far is in the store. Run the same command again to go on.")

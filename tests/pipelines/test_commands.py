@@ -26,10 +26,8 @@ def test_help_has_examples(script: str) -> None:
 
 def test_layers_take_names_up_to_the_next_option(tmp_path: Path) -> None:
     images = write_photographs(tmp_path / "p", 2, 1)
-    done = command(
-        "cache_layers", "--layers", "maxp_1_2", "relu_1_1", "--images", images, "--weights", "random:0", "--store", tmp_path / "s.zarr",
-        "--batch-size", 2,
-    )  # fmt: skip
+    options = ["--images", images, "--weights", "random:0", "--store", tmp_path / "s.zarr"]
+    done = command("cache_layers", "--layers", "maxp_1_2", "relu_1_1", *options)
     assert done.returncode == 0, done.stderr
     assert "random numbers, not a trained network" in done.stdout
     assert list(FeatureStore.open(tmp_path / "s.zarr").layers) == ["relu_1_1", "maxp_1_2"]
