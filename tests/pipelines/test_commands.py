@@ -162,20 +162,6 @@ def test_a_read_only_store(tmp_path: Path) -> None:
     assert "cannot be written: Permission denied" in done.stderr
 
 
-def test_demo_faces_and_weights_are_announced(tmp_path: Path) -> None:
-    """The main job, on few and small demo faces made first: the command takes those that are there."""
-    made = command("make_faces", "--faces", 3, "--views", 2, "--trials", 10, "--out", tmp_path / "store" / "demo_faces")
-    assert made.returncode == 0, made.stderr
-    assert "Best reachable accuracy on the trials: 0.900" in made.stdout
-    done = command("cache_layers", "--layers", "maxp_5_3", "fc7-relu", cwd=tmp_path)
-    assert done.returncode == 0, done.stderr
-    assert "using demo faces in store/demo_faces and seeded random weights (random:0)" in done.stdout
-    store = FeatureStore.open(tmp_path / "store" / "demo.zarr")
-    assert store.rows("maxp_5_3").shape == (6, 512, 7, 7)
-    assert store.rows("fc7-relu").gather(store.find([("face-003", "frontal")])).shape == (1, 4096)
-    assert {"gender", "yaw", "skin"} <= set(store.items.columns)
-
-
 def test_real_photographs(orl: Path, tmp_path: Path) -> None:
     """Forty items of real people through the whole network: rows of one person are nearer than rows of two."""
     for person in (1, 2, 11, 20):
