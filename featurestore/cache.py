@@ -108,17 +108,11 @@ def _end_recompute(writer: SourceWriter, planned: Plan, hashes: Mapping[int, str
 
 
 def _photos_to_fill(planned: Plan) -> list[Photo]:
-    table, recompute = planned.existing, planned.recompute
-    return [
-        Photo(
-            table["face_id"].iloc[row],
-            table["view"].iloc[row],
-            table["path"].iloc[row],
-            row=int(row),
-            sha256=None if recompute[row] else table["image_sha256"].iloc[row],
-        )
-        for row in planned.to_fill
-    ]
+    rows = planned.to_fill
+    table = planned.existing.iloc[rows]
+    hashes = np.where(planned.recompute[rows], "", table["image_sha256"].to_numpy(object))
+    known = zip(table["face_id"], table["view"], table["path"], rows.tolist(), hashes, strict=True)
+    return [Photo(face, view, path, row, sha256 or None) for face, view, path, row, sha256 in known]
 
 
 def _photos_to_append(planned: Plan) -> list[Photo]:

@@ -15,7 +15,7 @@ from featurestore.errors import FeatureStoreError, listing, near_matches
 
 IMAGE_SUFFIXES = frozenset({".png", ".jpg", ".jpeg", ".pgm", ".ppm", ".bmp", ".tif", ".tiff", ".webp"})
 KEY = ["face_id", "view"]
-RESERVED = frozenset({"item", "image_sha256"})
+RESERVED = re.compile(r"item|image_sha256|zarr\.json|(channel|y|x|feature)_[0-9]+")
 
 # Layouts of published face sets; matched against the path below the folder, without its ending.
 # "folders" is also VGGFace2 (n000129/0003_01). Deeper trees are refused rather than guessed at.
@@ -62,13 +62,22 @@ def find_faces(images: str | os.PathLike, pattern: str | None = None) -> FoundFa
     else:
         found = _scan(root, pattern)
     _refuse_duplicates(found.table)
-    order = sorted(range(len(found.table)), key=lambda i: tuple(map(natural, found.table[KEY].iloc[i])))
+    keys = [
+        (natural(face), natural(view)) for face, view in zip(found.table["face_id"], found.table["view"], strict=True)
+    ]
+    order = sorted(range(len(keys)), key=keys.__getitem__)
     return FoundFaces(found.table.iloc[order].reset_index(drop=True), found.layout, found.left_out)
 
 
 def _image_files(root: Path) -> Iterator[str]:
-    """Paths below ``root`` (posix, relative), hidden files and folders left out."""
-    for folder, folders, files in os.walk(root):
+    """Paths below ``root`` (posix, relative), hidden files and folders left out; linked folders are entered once."""
+    entered = set()
+    for folder, folders, files in os.walk(root, followlinks=True):
+        real = os.path.realpath(folder)
+        if real in entered:  # a link back to where we are
+            folders.clear()
+            continue
+        entered.add(real)
         folders[:] = sorted(name for name in folders if not name.startswith("."))
         for name in sorted(files):
             if not name.startswith(".") and Path(name).suffix.lower() in IMAGE_SUFFIXES:
@@ -141,8 +150,10 @@ def _read_csv(path: Path) -> pd.DataFrame:
             raise FeatureStoreError(f"{path} line {empty[0] + 2} has no {name}.")
     table.columns = [re.sub(r"\s+", "_", str(name).strip()) for name in table.columns]
     for name in table.columns:
-        if name in RESERVED or not re.fullmatch(r"\w[\w.-]*", name):
-            raise FeatureStoreError(f"{path} has a column {name!r}, which cannot name a coordinate. Rename it.")
+        if RESERVED.fullmatch(name) or not re.fullmatch(r"\w[\w.-]*", name):
+            raise FeatureStoreError(
+                f"{path} has a column {name!r}, which cannot name a coordinate of a store. Rename it."
+            )
     if table.columns.has_duplicates:
         twice = table.columns[table.columns.duplicated()][0]
         raise FeatureStoreError(f"{path} has the column {twice!r} twice. Rename one.")

@@ -151,6 +151,9 @@ def make_plan(job: Job, progress: Progress = lambda n: None) -> Plan:
     Photographs that the store knows already are hashed, to notice a changed one; ``progress`` counts them.
     """
     request = job.request
+    clash = [name for name in request.faces.table.columns if name in job.spec.layers]
+    if clash:
+        raise FeatureStoreError(f"the column {clash[0]!r} of the CSV has the name of a layer. Rename it.")
     source = _existing_source(request.store, job.source_name)
     found = request.faces.table
     old = source.items.reset_index() if source else pd.DataFrame(columns=[*KEY, "path", "image_sha256"])
@@ -255,11 +258,12 @@ def _changed(
     """Rows whose photograph no longer has the hash that was cached, and those that changed into something unreadable."""
     again = np.flatnonzero(known >= 0)
     paths = found["path"].to_numpy(object)[again]
+    cached = old["image_sha256"].to_numpy(object)
     changed, failures = [], []
     digests = thread_pool().map(sha256_of, paths)
     for row, path, digest in zip(known[again], paths, digests, strict=True):
         progress(1)
-        if digest == old["image_sha256"].iloc[row]:
+        if digest == cached[row]:
             continue
         try:
             decode(Path(path).read_bytes())

@@ -1,5 +1,6 @@
 """A layer as a lazy Dask array, a source as an xarray dataset."""
 
+from dataclasses import replace
 from typing import TYPE_CHECKING
 
 import dask.array as da
@@ -18,6 +19,7 @@ BLOCK_BYTES = 1 << 26  # small shards are read together up to this, so that task
 
 def dask_array(layer: Layer) -> da.Array:
     """(item, *shape): blocks are whole shards, mapped from the file rather than read; absent rows are NaN."""
+    layer = replace(layer, folder=layer.folder.resolve())  # a worker may stand in another folder
     per_block = max(1, BLOCK_BYTES // max(1, layer.slots * layer.row_bytes))
     block_items = per_block * layer.slots
     items = tuple(min(block_items, layer.n_items - first) for first in range(0, layer.n_items, block_items)) or (0,)

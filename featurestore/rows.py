@@ -16,7 +16,7 @@ import numpy as np
 import torch
 
 from featurestore.errors import FeatureStoreError
-from featurestore.shards import ShardIndex, read_index, read_record, thread_pool
+from featurestore.shards import DamagedShard, ShardIndex, read_index, read_record, thread_pool
 from featurestore.zarr_format import Layer
 
 _MAP_FIXED = 0x10  # not in Python's mmap module; the same on Linux and macOS
@@ -41,11 +41,16 @@ class Rows:
         self.shape = (layer.n_items, *layer.shape)
         self.dtype: torch.dtype = getattr(torch, layer.dtype.name)
         self._row_shape, self._elements = layer.shape, layer.record.elements
+        self._region, positions, self._lengths = _map_shards(layer)
         self._view: torch.Tensor | None = None
         if layer.compress == "none":
-            self._positions, self._view = self._map()
-        else:
-            self._positions, self._files, self._indices = self._open()
+            if (positions[positions >= 0] % layer.dtype.itemsize).any():
+                raise FeatureStoreError(f"{layer.folder} has records that are not aligned to their elements.")
+            positions //= layer.dtype.itemsize  # -1 stays -1
+            flat = self._region.tensor(self.dtype)
+            last = max(flat.numel() - self._elements + 1, 0)
+            self._view = flat.as_strided((last, self._elements), (1, 1))
+        self._positions = torch.from_numpy(positions)
 
     def __len__(self) -> int:
         return self.layer.n_items
@@ -75,7 +80,7 @@ class Rows:
             if self._view is not None:
                 torch.index_select(self._view, 0, positions, out=flat)
             else:
-                self._decode(positions.numpy(), flat.numpy())
+                self._decode(index, positions, flat.numpy())
         except IndexError:
             self._refuse(index)
             raise
@@ -103,82 +108,71 @@ class Rows:
             f"Finish it: pipelines/cache_layers.py --layers {layer.name}, with the images and store of the first run."
         )
 
-    def _map(self) -> tuple[torch.Tensor, torch.Tensor]:
-        """Element position of each row (-1 if absent), and the view whose row ``p`` begins at element ``p``."""
-        layer, record = self.layer, self.layer.record
-        positions = np.full(layer.n_items, -1, np.int64)
-        shards: list[tuple[int, int, ShardIndex]] = []
-        try:
-            for shard, fd in _open_shards(layer):
-                shards.append((shard, fd, read_index(fd, layer.slots, record, layer.shard_path(shard))))
-            region = _Region([fd for _, fd, _ in shards])
-        finally:
-            for _, fd, _ in shards:
-                os.close(fd)
-        for (shard, _, index), start in zip(shards, region.starts, strict=True):
-            rows = layer.shard_rows(shard)
-            offsets = index.offsets[: len(rows)]
-            if (offsets[offsets >= 0] % layer.dtype.itemsize).any():
-                raise FeatureStoreError(
-                    f"{layer.shard_path(shard)} has records that are not aligned to their elements."
-                )
-            element = (start + offsets) // layer.dtype.itemsize
-            positions[rows.start : rows.stop] = np.where(offsets < 0, -1, element)
-        flat = region.tensor(self.dtype)
-        last = max(flat.numel() - record.elements + 1, 0)
-        self._region = region  # keeps the mapping alive as long as the view
-        return torch.from_numpy(positions), flat.as_strided((last, record.elements), (1, 1))
+    def _decode(self, rows: torch.Tensor, positions: torch.Tensor, out: np.ndarray) -> None:
+        if bool((positions < 0).any()):
+            raise IndexError("an absent row")
+        content, decode = self._region.content(), self.layer.record.decode
 
-    def _open(self) -> tuple[torch.Tensor, list[int], dict[int, ShardIndex]]:
-        """Row number where present (-1 if absent), and open files with their indexes, for compressed layers."""
-        layer = self.layer
-        positions = np.full(layer.n_items, -1, np.int64)
-        files = [-1] * layer.n_shards
-        indices: dict[int, ShardIndex] = {}
-        self._finalizer = weakref.finalize(self, _close_all, files)
-        for shard, fd in _open_shards(layer):
-            files[shard] = fd
-            indices[shard] = read_index(fd, layer.slots, layer.record, layer.shard_path(shard))
-            rows = layer.shard_rows(shard)
-            here = indices[shard].present[: len(rows)]
-            positions[rows.start : rows.stop] = np.where(here, np.arange(rows.start, rows.stop), -1)
-        return torch.from_numpy(positions), files, indices
+        def put(i: int, start: int, length: int) -> None:
+            out[i] = decode(content[start : start + length])
 
-    def _decode(self, rows: np.ndarray, out: np.ndarray) -> None:
-        if len(rows) and rows.min() < 0:
-            raise IndexError("absent row")
-        record, slots = self.layer.record, self.layer.slots
-
-        def decode(task: tuple[int, int]) -> None:
-            i, row = task
-            shard, slot = divmod(row, slots)
-            out[i] = read_record(self._files[shard], self._indices[shard], slot, record)
-
-        for _ in thread_pool().map(decode, enumerate(rows.tolist())):
+        lengths = self._lengths[rows.numpy()].tolist()
+        for _ in thread_pool().map(put, range(len(lengths)), positions.tolist(), lengths):
             pass
 
 
-class _Region:
-    """Files mapped read-only one after another into one range of addresses; ``starts`` are their byte offsets."""
+def _map_shards(layer: Layer) -> tuple["_Region", np.ndarray, np.ndarray]:
+    """All shards mapped, and each row's byte position there (-1 if absent) and length."""
+    positions, lengths = np.full((2, layer.n_items), -1, np.int64)
+    region = _Region(layer.n_shards, layer.record.largest_shard(layer.slots))
+    for shard in range(layer.n_shards):
+        with open_shard(layer, shard) as opened:
+            if opened is None:
+                continue
+            fd, index = opened
+            start = region.map(shard, fd, layer.shard_path(shard))
+            rows = layer.shard_rows(shard)
+            offsets = index.offsets[: len(rows)]
+            positions[rows.start : rows.stop] = np.where(offsets < 0, -1, start + offsets)
+            lengths[rows.start : rows.stop] = index.nbytes[: len(rows)]
+    return region, positions, lengths
 
-    def __init__(self, fds: list[int]) -> None:
-        sizes = [os.fstat(fd).st_size for fd in fds]
-        ends = np.cumsum([-(-size // _PAGE) * _PAGE for size in sizes], dtype=np.int64)
-        self.starts = [0, *ends.tolist()][: len(fds)]
-        self.nbytes = int(ends[-1]) if fds else 0
-        self._base = 0
-        if not fds:
-            return
-        self._base = _mmap(None, self.nbytes, 0, mmap.MAP_PRIVATE | mmap.MAP_ANONYMOUS, -1)
-        self._finalizer = weakref.finalize(self, _libc.munmap, self._base, self.nbytes)
-        for fd, start, size in zip(fds, self.starts, sizes, strict=True):
-            _mmap(self._base + start, size, mmap.PROT_READ, mmap.MAP_SHARED | _MAP_FIXED, fd)
+
+class _Region:
+    """One reserved range of addresses with a place of ``capacity`` bytes for each of ``n`` files, mapped read-only.
+
+    Reserving takes no memory, and files can be closed once they are mapped: a million items need no more
+    open files than ten.
+    """
+
+    def __init__(self, n: int, capacity: int) -> None:
+        self._capacity = -(-capacity // _PAGE) * _PAGE
+        self._nbytes = n * self._capacity
+        if self._nbytes:
+            self._base = _mmap(None, self._nbytes, 0, mmap.MAP_PRIVATE | mmap.MAP_ANONYMOUS, -1)
+            self._finalizer = weakref.finalize(self, _libc.munmap, self._base, self._nbytes)
+
+    def map(self, place: int, fd: int, name: object) -> int:
+        """Map an open file into its place; returns the place's first byte. Raises DamagedShard if it is too large."""
+        size, start = os.fstat(fd).st_size, place * self._capacity
+        if size > self._capacity:
+            raise DamagedShard(f"{name} has {size} bytes, more than its records can take ({self._capacity})")
+        _mmap(self._base + start, size, mmap.PROT_READ, mmap.MAP_SHARED | _MAP_FIXED, fd)
+        return start
 
     def tensor(self, dtype: torch.dtype) -> torch.Tensor:
         """The whole range as a flat tensor. Only for reading, only inside the files, only while this object lives."""
-        if not self.nbytes:
+        if not self._nbytes:
             return torch.empty(0, dtype=dtype)
-        return torch.frombuffer((ctypes.c_uint8 * self.nbytes).from_address(self._base), dtype=dtype)
+        return torch.frombuffer((ctypes.c_uint8 * self._nbytes).from_address(self._base), dtype=dtype)
+
+    def content(self) -> memoryview:
+        """The whole range as bytes, under the same conditions."""
+        return (
+            memoryview((ctypes.c_uint8 * self._nbytes).from_address(self._base)).cast("B")
+            if self._nbytes
+            else memoryview(b"")
+        )
 
 
 def _mmap(address: int | None, nbytes: int, protection: int, flags: int, fd: int) -> int:
@@ -187,21 +181,6 @@ def _mmap(address: int | None, nbytes: int, protection: int, flags: int, fd: int
         number = ctypes.get_errno()
         raise OSError(number, f"cannot map {nbytes} bytes: {os.strerror(number)}")
     return found
-
-
-def _open_shards(layer: Layer) -> Iterator[tuple[int, int]]:
-    """(shard number, file descriptor) of every shard that exists; the caller closes them."""
-    for shard in range(layer.n_shards):
-        try:
-            yield shard, os.open(layer.shard_path(shard), os.O_RDONLY)
-        except FileNotFoundError:
-            continue
-
-
-def _close_all(files: list[int]) -> None:
-    for fd in files:
-        if fd >= 0:
-            os.close(fd)
 
 
 @contextmanager

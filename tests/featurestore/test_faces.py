@@ -106,6 +106,7 @@ def test_a_csv_keeps_keys_as_text_and_carries_metadata(tmp_path: Path) -> None:
         ("face_id,view,path\na,b,gone.png\n", "1 of 1 images .* do not exist.*gone.png"),
         ("face_id,view,path\n", "has a header and no rows"),
         ("face_id,view,path,a/b\nq,w,x.png,1\n", "cannot name a coordinate"),
+        ("face_id,view,path,channel_512\nq,w,x.png,1\n", "cannot name a coordinate"),
         ('face_id,view,path\n"a,b,x.png\n', "cannot be read as a CSV"),
     ],
 )
@@ -120,3 +121,11 @@ def test_natural_order_is_numeric_inside_text() -> None:
     wanted = ["s1", "s2", "s2a", "s10", "s10b1", "s10b11", "t"]
     shuffled = random.Random(0).sample(wanted, len(wanted))
     assert sorted(shuffled, key=natural) == wanted
+
+
+def test_linked_folders_are_entered_once(tmp_path: Path) -> None:
+    touch(tmp_path / "elsewhere", "1.png")
+    (tmp_path / "photos").mkdir()
+    (tmp_path / "photos" / "s1").symlink_to(tmp_path / "elsewhere")
+    (tmp_path / "photos" / "loop").symlink_to(tmp_path / "photos")
+    assert keys(tmp_path / "photos") == [("s1", "1")]
