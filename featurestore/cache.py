@@ -94,8 +94,6 @@ def _begin(writer: SourceWriter, planned: Plan) -> None:
         table.loc[planned.recompute, "image_sha256"] = ""
     if planned.table_changed or planned.recompute.any():
         writer.replace_table(table)
-    elif not any(part.new for part in planned.layers):
-        return
     writer.publish()
 
 
@@ -257,6 +255,7 @@ class _Sink:
         shard = batch.rows[0] // self._slots
         if shard != self._shard:
             self._finish()
+            self._torn = True
             self._start(shard)
         rows = np.array(batch.rows)
         self._torn = True
@@ -273,12 +272,14 @@ class _Sink:
 
     def close(self) -> None:
         """Commit the open shard if all its layers hold the same rows, drop it otherwise, and publish."""
-        if not self._torn:
-            self._finish()
-        for shard_writer in self._open.values():
-            shard_writer.abandon()
-        self._open.clear()
-        self._writer.publish()
+        try:
+            if not self._torn:
+                self._finish()
+        finally:
+            for shard_writer in self._open.values():
+                shard_writer.abandon()
+            self._open.clear()
+            self._writer.publish()
 
     def _wanted(self, part: LayerPlan, rows: np.ndarray) -> np.ndarray:
         """bool per row: whether this layer is to get it."""
@@ -298,17 +299,17 @@ class _Sink:
         self._shard = shard
         first = shard * self._slots
         end = min(self._slots, self._registered + len(self._new) - first)
-        for name, part in self._parts.items():
-            keep = self._writer.present_slots(name, shard)
-            if not len(self._new):
-                keep[np.flatnonzero(part.needed[first : first + self._slots])] = False
-            self._open[name] = self._writer.open_shard(name, shard, keep=np.flatnonzero(keep).tolist(), end=end)
+        for name in self._parts:
+            keep = np.flatnonzero(self._writer.present_slots(name, shard)).tolist()
+            self._open[name] = self._writer.open_shard(name, shard, keep=keep, end=end)
 
     def _finish(self) -> None:
+        self._torn = True
         while self._open:
             name, shard_writer = next(iter(self._open.items()))
             shard_writer.commit()
             del self._open[name]
+        self._torn = False
         self._shard = None
         if self._appended:
             self._writer.append(pd.concat(self._appended, ignore_index=True))

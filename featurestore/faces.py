@@ -3,6 +3,7 @@
 Keys are strings, never positions: a wrong face is then a look-up error instead of a silent mix-up.
 """
 
+import csv
 import os
 import re
 from collections.abc import Iterator
@@ -15,7 +16,7 @@ from featurestore.errors import FeatureStoreError, listing, near_matches
 
 IMAGE_SUFFIXES = frozenset({".png", ".jpg", ".jpeg", ".pgm", ".ppm", ".bmp", ".tif", ".tiff", ".webp"})
 KEY = ["face_id", "view"]
-RESERVED = re.compile(r"item|image_sha256|zarr\.json|(channel|y|x|feature)_[0-9]+")
+RESERVED = re.compile(r"item|image_sha256|zarr\.json|.*\.partial|(channel|y|x|feature)_[0-9]+")
 
 # Layouts of published face sets; matched against the path below the folder, without its ending.
 # "folders" is also VGGFace2 (n000129/0003_01). Deeper trees are refused rather than guessed at.
@@ -81,7 +82,17 @@ def _image_files(root: Path) -> Iterator[str]:
         folders[:] = sorted(name for name in folders if not name.startswith("."))
         for name in sorted(files):
             if not name.startswith(".") and Path(name).suffix.lower() in IMAGE_SUFFIXES:
-                yield (Path(folder) / name).relative_to(root).as_posix()
+                path = Path(folder) / name
+                if path.is_file() or path.is_symlink():  # a broken link is named when it is read; a pipe would hang
+                    yield _utf8(path.relative_to(root).as_posix())
+
+
+def _utf8(name: str) -> str:
+    try:
+        name.encode("utf-8")
+    except UnicodeEncodeError:
+        raise FeatureStoreError(f"the file name {name!a} is not UTF-8, so it cannot be a key. Rename it.") from None
+    return name
 
 
 def _scan(root: Path, pattern: str | None) -> FoundFaces:
@@ -133,8 +144,16 @@ def _regexes(pattern: str | None) -> dict[str, re.Pattern[str]]:
 
 def _read_csv(path: Path) -> pd.DataFrame:
     try:
-        table = pd.read_csv(path, dtype={"face_id": str, "view": str, "path": str}, keep_default_na=True)
-    except (ValueError, UnicodeDecodeError) as error:
+        _check_lines(path)
+        columns = {
+            "dtype": str,
+            "keep_default_na": False,
+            "na_values": [""],
+            "usecols": lambda name: name in (*KEY, "path"),
+        }
+        table = pd.read_csv(path, index_col=False)
+        table = table.assign(**pd.read_csv(path, index_col=False, **columns))  # a face may be called 007, or NA
+    except (ValueError, UnicodeDecodeError, csv.Error) as error:
         raise FeatureStoreError(f"{path} cannot be read as a CSV: {error}.") from None
     missing = [name for name in [*KEY, "path"] if name not in table.columns]
     if missing:
@@ -158,6 +177,8 @@ def _read_csv(path: Path) -> pd.DataFrame:
         twice = table.columns[table.columns.duplicated()][0]
         raise FeatureStoreError(f"{path} has the column {twice!r} twice. Rename one.")
     folder = path.resolve().parent
+    if table["path"].str.contains("\0", regex=False).any():
+        raise FeatureStoreError(f"{path} has a path with a NUL character in it.")
     table["path"] = [str((folder / Path(image).expanduser()).resolve()) for image in table["path"]]
     absent = [image for image in table["path"] if not os.path.isfile(image)]
     if absent:
@@ -166,6 +187,16 @@ def _read_csv(path: Path) -> pd.DataFrame:
             "Paths are read relative to the CSV's own folder."
         )
     return table
+
+
+def _check_lines(path: Path) -> None:
+    """ValueError for a line with more or fewer fields than the header: its values would slide into other columns."""
+    with path.open(newline="", encoding="utf-8-sig") as file:
+        reader = csv.reader(file, strict=True)
+        header = next(reader, [])
+        for row in reader:
+            if row and len(row) != len(header):
+                raise ValueError(f"line {reader.line_num} has {len(row)} fields, the header {len(header)}")
 
 
 def _refuse_duplicates(table: pd.DataFrame) -> None:

@@ -15,7 +15,7 @@ from featurestore.pump import Failure, Photo, sha256_of
 from featurestore.rows import present_rows
 from featurestore.shards import DamagedShard, index_bytes, thread_pool
 from featurestore.store import FeatureStore, Source
-from featurestore.writing import free_bytes
+from featurestore.writing import free_bytes, refuse_other_folder
 from featurestore.zarr_format import DTYPES, KEY, METADATA, Layer
 
 ITEMS_PER_SHARD = 256
@@ -158,7 +158,6 @@ def make_plan(job: Job, progress: Progress = lambda n: None) -> Plan:
     found = request.faces.table
     old = source.items.reset_index() if source else pd.DataFrame(columns=[*KEY, "path", "image_sha256"])
     known = pd.MultiIndex.from_frame(old[list(KEY)]).get_indexer(pd.MultiIndex.from_frame(found[list(KEY)]))
-    existing, new = _join(old, found, known)
     changed_rows, failures = _changed(old, found, known, progress)
     if failures and request.on_error == "stop":
         raise FeatureStoreError(f"a photograph that is cached has changed and cannot be read: {failures[0]}.")
@@ -166,14 +165,16 @@ def make_plan(job: Job, progress: Progress = lambda n: None) -> Plan:
     if request.recompute_changed:
         recompute[changed_rows] = True
     keeps_old = np.setdiff1d(changed_rows, np.flatnonzero(recompute))
-    existing.loc[keeps_old, "path"] = old.loc[keeps_old, "path"]  # the cached rows are the earlier photograph's
+    stays = np.isin(known, keeps_old) & (known >= 0)  # rows of the earlier photograph keep what was said of it
+    existing, new = _join(old, found, known, ~stays)
     parts = _layer_plans(job, source, recompute)
     needed_anyway = np.logical_or.reduce([part.needed for part in parts]) if parts else recompute
     mixed = keeps_old[needed_anyway[keeps_old]]
     if len(mixed):
         raise FeatureStoreError(
-            f"{len(mixed)} photographs changed since they were cached, so another layer of them would not belong to the "
-            f"cached ones: {listing(_names(old.iloc[mixed]))}. Put the photographs back, or add --recompute-changed."
+            f"{len(mixed)} photographs changed since they were cached (or recomputing them was interrupted), so another "
+            f"layer of them would not belong to the cached ones: {listing(_names(old.iloc[mixed]))}. "
+            "Add --recompute-changed to compute them anew in every layer."
         )
     return Plan(
         store=request.store,
@@ -193,6 +194,7 @@ def make_plan(job: Job, progress: Progress = lambda n: None) -> Plan:
 
 
 def _existing_source(store: Path, name: str) -> Source | None:
+    refuse_other_folder(store)
     if not (store / METADATA).exists():
         return None
     return FeatureStore.open(store).sources.get(name)
@@ -224,18 +226,20 @@ def _names(table: pd.DataFrame) -> list[str]:
     return [f"({face!r}, {view!r})" for face, view in zip(table["face_id"], table["view"], strict=True)]
 
 
-def _join(old: pd.DataFrame, found: pd.DataFrame, known: np.ndarray) -> tuple[pd.DataFrame, pd.DataFrame]:
-    """Coordinates of registered items, brought up to date from ``found``, and those of the items it adds.
+def _join(
+    old: pd.DataFrame, found: pd.DataFrame, known: np.ndarray, believe: np.ndarray
+) -> tuple[pd.DataFrame, pd.DataFrame]:
+    """Coordinates of registered items, brought up to date from what is believed of ``found``, and those it adds.
 
     Both have the same columns of the same types, so that the store's do not depend on how often it was appended to.
     """
     given = found.assign(image_sha256="")
     columns = list(dict.fromkeys([*KEY, "path", "image_sha256", *old.columns, *given.columns]))
     updated = old.reindex(columns=columns).astype(object)
-    again = known >= 0
+    again = (known >= 0) & believe
     for name in given.columns.difference([*KEY, "image_sha256"]):
         updated.loc[known[again], name] = given.loc[again, name].to_numpy(object)
-    added = given[~again].reindex(columns=columns).astype(object)
+    added = given[known < 0].reindex(columns=columns).astype(object)
     whole = pd.concat([updated, added], ignore_index=True)
     settled = pd.DataFrame({name: _settle(whole[name]) for name in columns})
     return settled.iloc[: len(old)].reset_index(drop=True), settled.iloc[len(old) :].reset_index(drop=True)
@@ -260,7 +264,7 @@ def _changed(
     paths = found["path"].to_numpy(object)[again]
     cached = old["image_sha256"].to_numpy(object)
     changed, failures = [], []
-    digests = thread_pool().map(sha256_of, paths)
+    digests = thread_pool().map(_sha256_or_none, paths)
     for row, path, digest in zip(known[again], paths, digests, strict=True):
         progress(1)
         if digest == cached[row]:
@@ -268,9 +272,16 @@ def _changed(
         try:
             decode(Path(path).read_bytes())
             changed.append(row)
-        except FeatureStoreError as error:
+        except (FeatureStoreError, OSError) as error:
             failures.append(Failure(Photo(old["face_id"].iloc[row], old["view"].iloc[row], path), str(error)))
     return np.array(sorted(changed), np.int64), failures
+
+
+def _sha256_or_none(path: str) -> str | None:
+    try:
+        return sha256_of(path)
+    except OSError:
+        return None
 
 
 def _layer_plans(job: Job, source: Source | None, recompute: np.ndarray) -> list[LayerPlan]:

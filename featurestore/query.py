@@ -1,18 +1,17 @@
 """A layer as a lazy Dask array, a source as an xarray dataset."""
 
+from collections.abc import Mapping
 from dataclasses import replace
-from typing import TYPE_CHECKING
+from typing import Any
 
 import dask.array as da
 import numpy as np
+import pandas as pd
 import xarray as xr
 from dask.base import tokenize
 
 from featurestore.rows import read_shard
-from featurestore.zarr_format import METADATA, Layer
-
-if TYPE_CHECKING:
-    from featurestore.store import Source
+from featurestore.zarr_format import Layer
 
 BLOCK_BYTES = 1 << 26  # small shards are read together up to this, so that tasks outweigh their scheduling
 
@@ -23,7 +22,8 @@ def dask_array(layer: Layer) -> da.Array:
     per_block = max(1, BLOCK_BYTES // max(1, layer.slots * layer.row_bytes))
     block_items = per_block * layer.slots
     items = tuple(min(block_items, layer.n_items - first) for first in range(0, layer.n_items, block_items)) or (0,)
-    written = (layer.folder / METADATA).stat().st_mtime_ns
+    files = [path.stat() for path in map(layer.shard_path, range(layer.n_shards)) if path.exists()]
+    written = [(file.st_mtime_ns, file.st_ino, file.st_size) for file in files]  # other rows have another name
     return da.map_blocks(
         _read_block,
         layer=layer,
@@ -43,11 +43,9 @@ def _read_block(layer: Layer, per_block: int, block_id: tuple[int, ...] = (0,)) 
     return shards[0] if len(shards) == 1 else np.concatenate(shards)
 
 
-def dataset(source: "Source") -> xr.Dataset:
+def dataset(items: pd.DataFrame, layers: Mapping[str, Layer], attributes: Mapping[str, Any]) -> xr.Dataset:
     """What ``xarray.open_zarr`` gives, with blocks mapped from the files. Dimension names carry sizes: ``channel_512``."""
-    items = source.items.reset_index()
-    coordinates = {str(name): ("item", items[name].to_numpy()) for name in items.columns}
-    variables = {
-        name: (layer.metadata()["dimension_names"], dask_array(layer)) for name, layer in source.layers.items()
-    }
-    return xr.Dataset(variables, coords=coordinates, attrs=source.attributes)
+    flat = items.reset_index()
+    coordinates = {str(name): ("item", flat[name].to_numpy()) for name in flat.columns}
+    variables = {name: (layer.metadata()["dimension_names"], dask_array(layer)) for name, layer in layers.items()}
+    return xr.Dataset(variables, coords=coordinates, attrs=dict(attributes))

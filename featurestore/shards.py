@@ -157,8 +157,9 @@ def read_index(fd: int, slots: int, record: RecordFormat, name: object) -> Shard
 class ShardWriter:
     """Writes one shard to a temporary name, slot by slot in order, and renames it when it is whole.
 
-    ``keep`` are slots of the present file to carry over byte for byte; ``end`` is one past the last slot that will
-    be written, for preallocation. A full disk is met here, before anything is computed into the file.
+    ``keep`` are slots of the present file to carry over byte for byte unless they are written anew, so that a pass
+    which ends early loses no row; ``end`` is one past the last slot that will be written, for preallocation.
+    A full disk is met here, before anything is computed into the file.
     """
 
     def __init__(self, path: Path, record: RecordFormat, slots: int, *, keep: Sequence[int] = (), end: int = 0) -> None:
@@ -188,6 +189,8 @@ class ShardWriter:
         start = 0
         while start < len(slots):
             self._carry_over(before=slots[start])
+            if self._kept and self._kept[0] == slots[start]:
+                self._kept.pop(0)
             stop = start + 1
             following = self._kept[0] if self._kept else self.slots
             while stop < len(slots) and slots[stop] < following:
@@ -198,6 +201,7 @@ class ShardWriter:
     def commit(self) -> None:
         """Write the index, flush to disk, and put the shard in its place in one step."""
         self._carry_over(before=self.slots)
+        self._seek(self._position)
         index = self._pairs.tobytes()
         _write_all(self._fd, [index + crc32c(index).to_bytes(CRC_BYTES, "little")])
         end = self._position + index_bytes(self.slots)
@@ -214,7 +218,7 @@ class ShardWriter:
 
     def _close(self) -> None:
         for fd in (self._fd, self._old):
-            if fd is not None:
+            if fd is not None and fd >= 0:
                 os.close(fd)
         self._fd, self._old = -1, None
 

@@ -21,10 +21,13 @@ from featurestore.zarr_format import (
     KEY,
     METADATA,
     Layer,
+    claims_to_be_layer,
+    is_coordinate,
     parse_layer,
     read_coordinate,
     read_document,
     safe_name,
+    source_names,
 )
 
 if TYPE_CHECKING:
@@ -47,22 +50,23 @@ class Source:
         self.name = name
         self.folder = store / name
         document = read_document(self.folder)
-        arrays: dict[str, dict] = document.get("consolidated_metadata", {}).get("metadata", {})
         self.attributes: dict[str, Any] = document["attributes"]
-        self._coordinates = {
-            name: arrays[name] for name in self.attributes.get("coordinates", "").split() if name in arrays
-        }
-        unsafe = [name for name in arrays if not safe_name(name)]
-        missing = [name for name in KEY if name not in self._coordinates]
-        if unsafe or missing:
+        try:
+            arrays: dict[str, dict] = document["consolidated_metadata"]["metadata"]
+            self._coordinates = {name: arrays[name] for name in self.attributes["coordinates"].split()}
+            self.n_items: int = arrays[KEY[0]]["shape"][0]
+            problem = _problem(self.attributes, arrays, self._coordinates)
+        except (KeyError, IndexError, TypeError, AttributeError) as error:
+            problem = f"{type(error).__name__} {error}"
+        if problem:
             raise FeatureStoreError(
-                f"{self.folder / METADATA} is damaged: {listing(unsafe or missing)} cannot be read."
+                f"{self.folder / METADATA} is damaged or was written by another program: {problem}. "
+                "Restore it from a copy, or cache the source anew."
             )
-        self.n_items: int = self._coordinates[KEY[0]]["shape"][0]
-        parsed = [parse_layer(name, document, self.folder) for name, document in arrays.items()]
-        self.layers: dict[str, Layer] = {
-            layer.name: layer for layer in parsed if layer and layer.n_items == self.n_items
-        }
+        others = {name: document for name, document in arrays.items() if name not in self._coordinates}
+        parsed = {name: parse_layer(name, document, self.folder) for name, document in others.items()}
+        self.layers: dict[str, Layer] = {name: layer for name, layer in parsed.items() if layer}
+        self.foreign = {name: others[name] for name, layer in parsed.items() if not layer}  # arrays that are not ours
 
     def __repr__(self) -> str:
         return f"<Source {self.name}: {self.n_items} items, {len(self.layers)} layers ({', '.join(self.layers)})>"
@@ -122,7 +126,7 @@ class Source:
         """Items as coordinates and every layer as a lazy variable."""
         from featurestore.query import dataset
 
-        return dataset(self)
+        return dataset(self.items, self.layers, self.attributes)
 
 
 class FeatureStore:
@@ -139,8 +143,7 @@ class FeatureStore:
         if not root.exists():
             raise FeatureStoreError(f"there is no store {root}. Make it: pipelines/cache_layers.py --store {root}")
         read_document(root)
-        names = sorted(entry.name for entry in root.iterdir() if (entry / METADATA).is_file())
-        return cls(root, {name: Source(root, name) for name in names})
+        return cls(root, {name: Source(root, name) for name in source_names(root)})
 
     def __repr__(self) -> str:
         return f"<FeatureStore {self.path}: {', '.join(map(repr, self.sources.values())) or 'empty'}>"
@@ -189,6 +192,28 @@ class FeatureStore:
     def xarray(self, source: str | None = None) -> "xr.Dataset":
         """A lazy xarray dataset; see ``Source.xarray``."""
         return self.source(source).xarray()
+
+
+def _problem(attributes: dict[str, Any], arrays: dict[str, dict], coordinates: dict[str, dict]) -> str:
+    """What is wrong with a source's document; empty if nothing is."""
+    missing = [name for name in ("backbone", "weights", "recipe", "precision") if name not in attributes]
+    if missing:
+        return f"it has no attribute {listing(missing)}"
+    unsafe = [name for name in arrays if not safe_name(name)]
+    if unsafe:
+        return f"{unsafe[0]!r} cannot name an array"
+    n_items = arrays[KEY[0]]["shape"][0]
+    for name in [*KEY, *coordinates]:
+        if name not in coordinates or not is_coordinate(arrays[name]) or arrays[name]["shape"] != [n_items]:
+            return f"coordinate {name!r} is not one of {n_items} items"
+    slots = set()
+    for name, document in arrays.items():
+        if claims_to_be_layer(document):
+            layer = parse_layer(name, document, Path())
+            if layer is None or layer.n_items != n_items:
+                return f"array {name!r} is not a layer of {n_items} items as this version writes them"
+            slots.add(layer.slots)
+    return f"layers have different numbers of items to a shard: {sorted(slots)}" if len(slots) > 1 else ""
 
 
 def _key_index(keys: Keys) -> pd.MultiIndex:

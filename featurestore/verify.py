@@ -182,10 +182,18 @@ def weights_of(source: Source, given: str | None) -> Weights:
     return weights
 
 
+def precision_of(source: Source) -> str:
+    """The precision a source was computed in."""
+    precision = source.attributes["precision"]
+    if precision not in PRECISIONS:
+        raise FeatureStoreError(f"{source.name} was computed in {precision!r}, which this version does not know.")
+    return precision
+
+
 def recipe_of(source: Source) -> Recipe:
     """The recipe a source was made with, checked against the one of that name today."""
     stored = source.attributes["recipe"]
-    recipe = RECIPES.get(stored["name"])
+    recipe = RECIPES.get(stored.get("name", "")) if isinstance(stored, dict) else None
     if recipe is None or recipe.as_dict() != stored:
         raise FeatureStoreError(f"{source.name} was made with recipe {stored}, which this version does not have.")
     return recipe
@@ -200,7 +208,7 @@ def recompute_some(source: Source, weights: Weights, device: torch.device, repor
     rows = np.unique(np.linspace(0, source.n_items - 1, n).astype(int)) if source.n_items else np.empty(0, int)
     photos = [_photo(source, int(row)) for row in rows]
     failures: list = []
-    recipe, precision = recipe_of(source), source.attributes["precision"]
+    recipe, precision = recipe_of(source), precision_of(source)
     network = load_extractor(spec, layers, weights, device, PRECISIONS[precision])
     stream = batches(
         photos,
@@ -285,13 +293,6 @@ def repair_plan(store: FeatureStore, source: Source, report: Report) -> Plan:
     )
 
 
-def drop_lost_shards(source: Source, report: Report) -> None:
-    """Remove shards whose index is lost: nothing in them can be kept. Call under ``store_lock``, before the repair."""
-    for damage in report.damage:
-        if damage.row < 0:
-            source.layers[damage.layer].shard_path(damage.shard).unlink(missing_ok=True)
-
-
 def repair_job(store: FeatureStore, source: Source, weights: Weights, device: str) -> Job:
     """The job that made ``source``, for ``cache.run`` to carry out a repair."""
     layers = list(source.layers)
@@ -304,7 +305,7 @@ def repair_job(store: FeatureStore, source: Source, weights: Weights, device: st
         backbone=source.attributes["backbone"],
         recipe=source.attributes["recipe"]["name"],
         device=device,
-        precision=source.attributes["precision"],
+        precision=precision_of(source),
     )
     spec = get_backbone(request.backbone)
     shapes = {name: source.layers[name].shape for name in layers}

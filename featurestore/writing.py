@@ -11,6 +11,7 @@ import platform
 import shutil
 from collections.abc import Iterator, Mapping, Sequence
 from contextlib import contextmanager
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -27,12 +28,14 @@ from featurestore.zarr_format import (
     KEY,
     METADATA,
     Layer,
+    coordinate_chunk,
     coordinate_kind,
     coordinate_metadata,
     encode_coordinate,
     read_document,
     root_document,
     source_document,
+    source_names,
     write_atomically,
     write_json,
 )
@@ -41,12 +44,15 @@ from featurestore.zarr_format import (
 @contextmanager
 def store_lock(store: Path, doing: str) -> Iterator[None]:
     """Hold the store for writing; FeatureStoreError names who holds it already. Released even by SIGKILL."""
+    store = store.resolve()  # a link to a store is the same store
     lock_path = store.with_name(store.name + ".lock")
     holder_path = store.with_name(store.name + ".lock.json")
     try:
         store.parent.mkdir(parents=True, exist_ok=True)
         lock = FileLock(lock_path, timeout=0)
         lock.acquire()
+        holder = {"pid": os.getpid(), "host": platform.node(), "doing": doing}
+        holder_path.write_text(json.dumps(holder), "utf-8")
     except Timeout:
         raise FeatureStoreError(
             f"{store} is being written by {_holder(holder_path)}. Wait for it or stop it."
@@ -56,8 +62,6 @@ def store_lock(store: Path, doing: str) -> Iterator[None]:
             f"{store} cannot be written: {error.strerror or error} ({lock_path}). Choose another --store."
         ) from None
     try:
-        holder = {"pid": os.getpid(), "host": platform.node(), "doing": doing}
-        holder_path.write_text(json.dumps(holder), "utf-8")
         yield
     finally:
         holder_path.unlink(missing_ok=True)
@@ -80,6 +84,15 @@ def free_bytes(store: Path) -> int:
     return shutil.disk_usage(folder).free
 
 
+def refuse_other_folder(store: Path) -> None:
+    """FeatureStoreError if ``store`` is something else than a store or a place for one."""
+    if (store / METADATA).exists() or not os.path.lexists(store):
+        return
+    if not store.is_dir() or any(path.name != METADATA + PARTIAL for path in store.iterdir()):
+        what = "a folder with other things in it" if store.is_dir() else "a file"
+        raise FeatureStoreError(f"{store} is {what}, not a store. Choose another --store.")
+
+
 class SourceWriter:
     """Writes one source. Make it under ``store_lock``; it repairs what a killed pass left behind.
 
@@ -92,17 +105,17 @@ class SourceWriter:
         self.folder = store / name
         self.layers: dict[str, Layer] = {}
         self._parts: list[pd.DataFrame] = []
-        if not (store / METADATA).exists():
-            if store.exists() and any(store.iterdir()):
-                raise FeatureStoreError(
-                    f"{store} is a folder with other things in it, not a store. Choose another --store."
-                )
+        self._foreign: dict[str, Any] = {}
+        refuse_other_folder(store)
+        if (store / METADATA).exists():
+            read_document(store)
+        else:
             write_json(store / METADATA, root_document({}))
-        read_document(store)
         if (self.folder / METADATA).exists():
             source = Source(store, name)
             self.attributes = source.attributes
             self.layers = dict(source.layers)
+            self._foreign = source.foreign
             self._parts = [source.items.reset_index()]
             self._drop_unregistered()
         else:
@@ -136,10 +149,13 @@ class SourceWriter:
         return ShardWriter(found.shard_path(shard), found.record, found.slots, keep=keep, end=end)
 
     def present_slots(self, layer: str, shard: int) -> np.ndarray:
-        """bool per slot of a shard: whether it holds a registered item's row."""
+        """bool per slot of a shard: whether it holds a registered item's row. A lost index holds none."""
         found = self.layers[layer]
-        with open_shard(found, shard) as opened:
-            present = opened[1].present.copy() if opened else np.zeros(found.slots, bool)
+        try:
+            with open_shard(found, shard) as opened:
+                present = opened[1].present.copy() if opened else np.zeros(found.slots, bool)
+        except DamagedShard:
+            present = np.zeros(found.slots, bool)
         present[max(0, self.n_items - shard * found.slots) :] = False
         return present
 
@@ -156,44 +172,44 @@ class SourceWriter:
 
     def publish(self) -> None:
         """Show readers everything committed so far, in one step; touches no file if nothing changed."""
-        if not self._unpublished_changes:
-            return
+        if self._unpublished_changes:
+            self._publish_source()
+        documents = {name: read_document(self.store / name) for name in source_names(self.store)}
+        _write_if_changed(self.store / METADATA, root_document(documents))  # also after a kill just before it
+
+    def _publish_source(self) -> None:
         table = self.table
-        arrays: dict[str, dict[str, Any]] = {}
-        for name in table.columns:
-            values = table[name].to_numpy()
-            kind = coordinate_kind(values)
-            arrays[name] = coordinate_metadata(kind, len(table))
-            self._write_chunks(name, values, kind)
+        kinds = {str(name): coordinate_kind(table[name].to_numpy()) for name in table.columns}
+        arrays = {name: coordinate_metadata(kind, len(table)) for name, kind in kinds.items()}
+        for name, kind in kinds.items():
+            self._write_chunks(name, table[name].to_numpy(), kind)
         for name, layer in self.layers.items():
-            self.layers[name] = Layer(
-                name, layer.shape, layer.dtype, layer.compress, layer.slots, len(table), layer.folder
-            )
+            self.layers[name] = replace(layer, n_items=len(table))
             arrays[name] = self.layers[name].metadata()
-        self.attributes["coordinates"] = " ".join(table.columns)
+        self.attributes["coordinates"] = " ".join(kinds)
         for name, document in arrays.items():
             _write_if_changed(self.folder / name / METADATA, document)
-        write_json(self.folder / METADATA, source_document(self.attributes, arrays))
-        folders = sorted(path.parent for path in self.store.glob(f"*/{METADATA}"))
-        write_json(self.store / METADATA, root_document({folder.name: read_document(folder) for folder in folders}))
+        write_json(self.folder / METADATA, source_document(self.attributes, {**arrays, **self._foreign}))
+        for name, kind in kinds.items():
+            _drop_other_chunks(self.folder / name, kind)
         self._published = len(table)
         self._unpublished_changes = False
 
     def _write_chunks(self, name: str, values: np.ndarray, kind: str) -> None:
         if self._published == len(values):
             return
-        chunk_folder = self.folder / name / "c"
         for chunk in range(self._published // COORDINATE_CHUNK, -(-len(values) // COORDINATE_CHUNK)):
             part = values[chunk * COORDINATE_CHUNK : (chunk + 1) * COORDINATE_CHUNK]
-            write_atomically(chunk_folder / str(chunk), encode_coordinate(part, kind))
+            write_atomically(coordinate_chunk(self.folder / name, kind, chunk), encode_coordinate(part, kind))
 
     def _drop_unregistered(self) -> None:
         """Remove what a killed pass wrote and never published: partial files, and rows of items nobody registered.
 
         Left in place, such a row would be taken for the row of whichever item is registered at its number next.
         """
-        for partial in self.folder.rglob("*" + PARTIAL):
-            partial.unlink()
+        for partial in [*self.store.glob("*" + PARTIAL), *self.folder.rglob("*" + PARTIAL)]:
+            if partial.is_file():
+                partial.unlink()
         for layer in self.layers.values():
             for path in (layer.folder / "c").glob("*"):
                 if path.name.isdecimal() and int(path.name) >= layer.n_shards:
@@ -210,6 +226,19 @@ class SourceWriter:
             if present[registered:].any():
                 keep = np.flatnonzero(present[:registered]).tolist()
                 self.open_shard(layer.name, last, keep=keep).commit()
+
+
+def _drop_other_chunks(folder: Path, kind: str) -> None:
+    """Remove chunks of the type that a coordinate had before."""
+    keep = coordinate_chunk(folder, kind, 0)
+    for path in folder.iterdir():
+        if path.is_dir():
+            if path != keep.parent:
+                shutil.rmtree(path)
+        elif path.name != METADATA and (
+            keep.parent != folder or path.name.startswith("c") != keep.name.startswith("c")
+        ):
+            path.unlink()
 
 
 def _write_if_changed(path: Path, document: Mapping[str, Any]) -> None:

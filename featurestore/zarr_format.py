@@ -16,10 +16,11 @@ from pathlib import Path
 from typing import Any
 
 import numpy as np
+from crc32c import crc32c
 from numcodecs import VLenUTF8, Zstd
 
 from featurestore.errors import FeatureStoreError
-from featurestore.shards import COMPRESS, RecordFormat
+from featurestore.shards import COMPRESS, CRC_BYTES, RecordFormat
 
 FORMAT = "face-featurestore"
 FORMAT_VERSION = 1
@@ -29,7 +30,10 @@ DTYPES = ("float32", "float16")
 
 COORDINATE_CHUNK = 16384  # items a chunk; an append rewrites the last one
 _NUMBERS = {"float64": ("<f8", "NaN"), "int64": ("<i8", 0), "bool": ("|b1", False)}
-_ZSTD = {"name": "zstd", "configuration": {"level": 3, "checksum": False}}
+_TAIL = [{"name": "zstd", "configuration": {"level": 3, "checksum": False}}, {"name": "crc32c"}]
+# Chunks of different types have different names, so that a column which changes its type never overwrites
+# a chunk that the published document still describes. Bool and int64 share one: their chunks differ in length.
+_CHUNK_KEYS = {"string": ("default", "/"), "float64": ("default", "."), "int64": ("v2", "."), "bool": ("v2", ".")}
 
 
 @dataclass(frozen=True)
@@ -99,7 +103,10 @@ def parse_layer(name: str, document: Mapping[str, Any], folder: Path) -> Layer |
         slots = document["chunk_grid"]["configuration"]["chunk_shape"][0]
         inner = [codec["name"] for codec in document["codecs"][0]["configuration"]["codecs"]]
         compress = inner[1] if len(inner) == 3 else "none"
-        if compress not in COMPRESS or document["data_type"] not in DTYPES or slots < 1 or len(shape) not in (1, 3):
+        sizes = [n_items + 1, slots, *shape]  # an empty store has no items, but nothing else may be empty
+        if compress not in COMPRESS or document["data_type"] not in DTYPES or len(shape) not in (1, 3):
+            return None
+        if not all(isinstance(size, int) and 0 < size < 2**40 for size in sizes):
             return None
         layer = Layer(name, tuple(shape), np.dtype(document["data_type"]), compress, slots, n_items, folder / name)
         # The codec settings do not matter for reading; everything else has to be what we would write.
@@ -141,10 +148,18 @@ def coordinate_metadata(kind: str, n_items: int) -> dict[str, Any]:
     if kind != "string":
         first = {"name": "bytes", "configuration": {"endian": "little"}}
         fill = _NUMBERS[kind][1]
-    codecs = [first, _ZSTD]
-    return _array(
+    codecs = [first, *_TAIL]
+    document = _array(
         shape=(n_items,), data_type=kind, chunk=(COORDINATE_CHUNK,), fill_value=fill, codecs=codecs, dimensions=["item"]
     )
+    name, separator = _CHUNK_KEYS[kind]
+    return {**document, "chunk_key_encoding": {"name": name, "configuration": {"separator": separator}}}
+
+
+def coordinate_chunk(folder: Path, kind: str, chunk: int) -> Path:
+    """The file of one chunk of a coordinate."""
+    name, separator = _CHUNK_KEYS[kind]
+    return folder / (f"c{separator}{chunk}" if name == "default" else str(chunk))
 
 
 def coordinate_kind(values: np.ndarray) -> str:
@@ -157,32 +172,58 @@ def encode_coordinate(values: np.ndarray, kind: str) -> bytes:
     if kind == "string":
         padded = np.full(COORDINATE_CHUNK, "", object)
         padded[: len(values)] = values
-        return bytes(Zstd(level=3).encode(VLenUTF8().encode(padded)))
-    dtype, fill = _NUMBERS[kind]
-    chunk = np.full(COORDINATE_CHUNK, np.nan if fill == "NaN" else fill, dtype)
-    chunk[: len(values)] = values
-    return bytes(Zstd(level=3).encode(chunk))
+        raw = VLenUTF8().encode(padded)
+    else:
+        dtype, fill = _NUMBERS[kind]
+        raw = np.full(COORDINATE_CHUNK, np.nan if fill == "NaN" else fill, dtype)
+        raw[: len(values)] = values
+    packed = bytes(Zstd(level=3).encode(raw))
+    return packed + crc32c(packed).to_bytes(CRC_BYTES, "little")
+
+
+def _decode_coordinate(content: bytes, kind: str) -> np.ndarray:
+    if crc32c(content[:-CRC_BYTES]) != int.from_bytes(content[-CRC_BYTES:], "little"):
+        raise ValueError("the chunk does not match its checksum")
+    raw = Zstd().decode(content[:-CRC_BYTES])
+    values = VLenUTF8().decode(raw) if kind == "string" else np.frombuffer(raw, _NUMBERS[kind][0])
+    if len(values) != COORDINATE_CHUNK:
+        raise ValueError(f"the chunk has {len(values)} values, not {COORDINATE_CHUNK}")
+    return values
 
 
 def read_coordinate(folder: Path, document: Mapping[str, Any]) -> np.ndarray:
     """A whole coordinate: an object array of str, or numbers. Raises FeatureStoreError if a chunk is missing or damaged."""
     (n_items,), kind = document["shape"], document["data_type"]
-    chunk_items = document["chunk_grid"]["configuration"]["chunk_shape"][0]
-    parts = []
-    for chunk in range(-(-n_items // chunk_items)):
-        path = folder / "c" / str(chunk)
+    parts = [np.empty(0, object if kind == "string" else _NUMBERS[kind][0])]
+    for chunk in range(-(-n_items // COORDINATE_CHUNK)):
+        path = coordinate_chunk(folder, kind, chunk)
         try:
-            raw = Zstd().decode(path.read_bytes())
-            values = VLenUTF8().decode(raw) if kind == "string" else np.frombuffer(raw, _NUMBERS[kind][0])
-        except (OSError, RuntimeError, ValueError, KeyError) as error:
+            parts.append(_decode_coordinate(path.read_bytes(), kind))
+        except (OSError, RuntimeError, ValueError) as error:
             raise FeatureStoreError(
-                f"coordinate {folder.name} is damaged: {path}: {error}. Cache the store anew."
+                f"{path} cannot be read: {error}. If a pass has written the store since it was opened, open it again; "
+                "otherwise it is damaged, and its items have to be cached anew."
             ) from None
-        parts.append(values)
-    whole = np.concatenate(parts)[:n_items] if parts else np.empty(0, object if kind == "string" else _NUMBERS[kind][0])
-    if len(whole) != n_items:
-        raise FeatureStoreError(f"coordinate {folder.name} of {folder.parent} has {len(whole)} values, not {n_items}.")
-    return whole
+    return np.concatenate(parts)[:n_items]
+
+
+def is_coordinate(document: Mapping[str, Any]) -> bool:
+    """Whether an array document is one that this format writes for a coordinate."""
+    kind, shape = document.get("data_type"), document.get("shape")
+    return (
+        kind in _CHUNK_KEYS
+        and isinstance(shape, list)
+        and len(shape) == 1
+        and isinstance(shape[0], int)
+        and shape[0] >= 0
+        and dict(document) == coordinate_metadata(kind, shape[0])
+    )
+
+
+def claims_to_be_layer(document: Mapping[str, Any]) -> bool:
+    """Whether an array has items along its first of several dimensions; other arrays are none of ours."""
+    names = document.get("dimension_names") or [None]
+    return names[0] == "item" and len(names) > 1
 
 
 def root_document(sources: Mapping[str, Mapping[str, Any]]) -> dict[str, Any]:
@@ -217,7 +258,7 @@ def read_document(folder: Path) -> dict[str, Any]:
         document = json.loads(path.read_text("utf-8"))
         attributes = document["attributes"]
         found, version = attributes.get("format"), attributes.get("format_version")
-    except FileNotFoundError:
+    except (FileNotFoundError, NotADirectoryError):
         raise FeatureStoreError(f"{folder} is not a feature store: it has no {METADATA}.") from None
     except (ValueError, KeyError, TypeError, AttributeError) as error:
         raise FeatureStoreError(f"{path} is damaged: {error}.") from None
@@ -229,6 +270,19 @@ def read_document(folder: Path) -> dict[str, Any]:
             "Install the version of face-featurestore that wrote it, or a newer one."
         )
     return document
+
+
+def source_names(store: Path) -> list[str]:
+    """The member groups that are sources; groups and files that somebody else put there are passed over."""
+    names = []
+    for path in sorted(store.glob(f"*/{METADATA}")):
+        try:
+            ours = json.loads(path.read_text("utf-8"))["attributes"].get("format") == FORMAT
+        except (OSError, ValueError, KeyError, TypeError, AttributeError):
+            ours = True  # it has to be read, and will say what is wrong with it
+        if ours:
+            names.append(path.parent.name)
+    return names
 
 
 def safe_name(name: str) -> bool:

@@ -40,6 +40,9 @@ class Command(click.Command):
             return super().invoke(ctx)
         except FeatureStoreError as error:
             raise click.ClickException(str(error)) from error
+        except OSError as error:
+            where = f" ({error.filename})" if error.filename else ""
+            raise click.ClickException(f"{error.strerror or error}{where}") from error
         except KeyboardInterrupt:
             click.echo("\nStopped.", err=True)
             sys.exit(130)

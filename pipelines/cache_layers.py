@@ -228,6 +228,10 @@ def _report(plan: "Plan", summary: "Summary") -> None:
     )
     if summary.interrupted:
         click.echo("Everything computed so far is in the store. Run the same command again to go on.")
+    if plan.changed and not plan.recompute.any():
+        click.echo(
+            f"{len(plan.changed)} photographs differ from those cached and were kept as cached; see the plan.", err=True
+        )
     note_left_out(summary.failures, "left out")
 
 

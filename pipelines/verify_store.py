@@ -82,7 +82,6 @@ def _repair(store: "FeatureStore", source: "Source", report: "Report", weights: 
         plan = verify.repair_plan(store, source, report)
         click.echo(f"\nRepair\n{plan}\n")
         plan.refuse_if_full()
-        verify.drop_lost_shards(source, report)
         with progress_bar(plan.images, "recomputing") as bar:
             summary = cache.run(job, plan, bar.update)
     note_left_out(summary.failures, "not repaired")

@@ -328,3 +328,104 @@ def test_a_gpu_computes_what_the_cpu_does(photographs: Path, tmp_path: Path) -> 
     for layer in LAYERS:
         a, b = values(tmp_path / "cpu.zarr", layer), values(tmp_path / "gpu.zarr", layer)
         assert np.abs(a - b).max() <= 1e-5 * np.abs(a).max()
+
+
+def write_table(images: Path, **columns) -> Path:
+    table = pd.DataFrame({"face_id": ["f1", "f2", "f3", "f4"], "view": "1", **columns})
+    table["path"] = table["face_id"] + "/1.png"
+    table.to_csv(images / "faces.csv", index=False)
+    return images / "faces.csv"
+
+
+class Killed(BaseException):
+    """Stands for SIGKILL at one exact line: nothing after it runs, not even what catches errors."""
+
+
+def test_a_column_that_changes_its_type_is_never_read_as_the_other(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Killed after the chunks of the new type are written and before the document that describes them."""
+    images, store = write_photographs(tmp_path / "p", 4, 1), tmp_path / "s.zarr"
+    run_pass(write_table(images, age=[30, 31, 32, 33]), store, LAYERS[:1])
+    early = FeatureStore.open(store)  # has not read its ages yet
+
+    def kill(*_: object) -> None:
+        raise Killed
+
+    table = write_table(images, age=[30.5, 31, 32, 33])
+    with monkeypatch.context() as patch, pytest.raises(Killed):
+        patch.setattr("featurestore.writing.source_document", kill)
+        run_pass(table, store, LAYERS[:1])
+    assert early.items["age"].tolist() == [30, 31, 32, 33]
+    assert FeatureStore.open(store).items["age"].tolist() == [30, 31, 32, 33]
+    run_pass(table, store, LAYERS[:1])
+    assert FeatureStore.open(store).items["age"].tolist() == [30.5, 31, 32, 33]
+    assert sorted(path.name for path in (store.glob("*/age/*"))) == ["c.0", "zarr.json"]
+    run_pass(write_table(images, age=["30", "31", "x", "33"]), store, LAYERS[:1])
+    assert FeatureStore.open(store).items["age"].tolist() == ["30", "31", "x", "33"]
+
+
+def test_a_kill_just_before_the_roots_document_is_made_good(tmp_path: Path) -> None:
+    images, store = write_photographs(tmp_path / "p", 4, 1), tmp_path / "s.zarr"
+    run_pass(images, store, LAYERS)
+    finished = contents(store)
+    (store / "zarr.json").write_bytes((store / "zarr.json").read_bytes().replace(b"maxp_1_2", b"maxp_9_9"))
+    (store / "zarr.json.partial").write_bytes(b"{")
+    run_pass(images, store, LAYERS)
+    assert contents(store) == finished
+
+
+def test_a_kill_at_the_very_first_write_is_made_good(photographs: Path, tmp_path: Path) -> None:
+    (tmp_path / "s.zarr").mkdir()
+    (tmp_path / "s.zarr" / "zarr.json.partial").write_bytes(b"{")
+    run_pass(photographs, tmp_path / "s.zarr", LAYERS[:1])
+    assert [path.name for path in (tmp_path / "s.zarr").glob("*.partial")] == []
+
+
+def test_a_recompute_that_ends_early_keeps_the_rows_it_did_not_reach(photographs: Path, tmp_path: Path) -> None:
+    store = tmp_path / "s.zarr"
+    run_pass(photographs, store, LAYERS, batch_size=1)
+    before = {layer: values(store, layer) for layer in LAYERS}
+    change(photographs, "f1")
+    change(photographs, "f2")
+    (photographs / "f1" / "1.png").write_bytes((photographs / "f1" / "1.png").read_bytes() + b"changed")
+    job = prepare(request_for(photographs, store, LAYERS, recompute_changed=True, batch_size=1))
+    plan = make_plan(job)
+    assert len(plan.changed) == 2
+    (photographs / "f2" / "1.png").write_bytes(b"gone bad between planning and reading")
+    with store_lock(store, "test"), pytest.raises(FeatureStoreError, match="cannot be decoded"):
+        cache.run(job, plan)
+    opened = FeatureStore.open(store)
+    for layer in LAYERS:
+        assert opened.rows(layer).present.all()
+        assert np.array_equal(values(store, layer)[1:], before[layer][1:])
+        assert not np.array_equal(values(store, layer)[0], before[layer][0])
+    assert opened.items["image_sha256"].tolist()[:3:2] == ["", ""]  # nobody may take these for finished
+    with pytest.raises(FeatureStoreError, match=r"recomputing them was interrupted.*--recompute-changed"):
+        run_pass(photographs, store, [*LAYERS, "conv_1_1"], on_error="skip")
+
+
+def test_a_changed_photograph_keeps_what_was_said_of_the_earlier_one(tmp_path: Path) -> None:
+    images, store = write_photographs(tmp_path / "p", 4, 2), tmp_path / "s.zarr"
+    run_pass(write_table(images, who=["anna", "berta", "carla", "dora"]), store, LAYERS[:1])
+    shutil.copy(images / "f3" / "2.png", images / "f1" / "1.png")
+    run_pass(write_table(images, who=["emma", "berta", "carla", "dorothea"]), store, LAYERS[:1])
+    assert FeatureStore.open(store).items["who"].tolist() == ["anna", "berta", "carla", "dorothea"]
+
+
+def test_a_link_to_a_store_is_the_same_store(tmp_path: Path) -> None:
+    (tmp_path / "s.zarr").mkdir()
+    (tmp_path / "link.zarr").symlink_to(tmp_path / "s.zarr")
+    with (
+        store_lock(tmp_path / "s.zarr", "first"),
+        pytest.raises(FeatureStoreError, match="first"),
+        store_lock(tmp_path / "link.zarr", "second"),
+    ):
+        pass
+
+
+def test_a_column_with_a_layers_name_is_refused(tmp_path: Path) -> None:
+    images = write_photographs(tmp_path / "p", 4, 1)
+    with pytest.raises(FeatureStoreError, match="'maxp_1_2' of the CSV has the name of a layer"):
+        run_pass(write_table(images, maxp_1_2=1), tmp_path / "s.zarr", LAYERS)
+    assert not (tmp_path / "s.zarr").exists()

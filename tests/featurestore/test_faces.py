@@ -1,5 +1,6 @@
 """Finding photographs and reading their keys."""
 
+import os
 import random
 from pathlib import Path
 
@@ -106,6 +107,8 @@ def test_a_csv_keeps_keys_as_text_and_carries_metadata(tmp_path: Path) -> None:
         ("face_id,view,path\na,b,gone.png\n", "1 of 1 images .* do not exist.*gone.png"),
         ("face_id,view,path\n", "has a header and no rows"),
         ("face_id,view,path,a/b\nq,w,x.png,1\n", "cannot name a coordinate"),
+        ("face_id,view,path\na,1,,9\n", "line 2 has 4 fields, the header 3"),
+        ("face_id,view,path,x.partial\nq,w,x.png,1\n", "cannot name a coordinate"),
         ("face_id,view,path,channel_512\nq,w,x.png,1\n", "cannot name a coordinate"),
         ('face_id,view,path\n"a,b,x.png\n', "cannot be read as a CSV"),
     ],
@@ -129,3 +132,19 @@ def test_linked_folders_are_entered_once(tmp_path: Path) -> None:
     (tmp_path / "photos" / "s1").symlink_to(tmp_path / "elsewhere")
     (tmp_path / "photos" / "loop").symlink_to(tmp_path / "photos")
     assert keys(tmp_path / "photos") == [("s1", "1")]
+
+
+def test_a_face_may_be_called_na(tmp_path: Path) -> None:
+    touch(tmp_path, "x.png")
+    (tmp_path / "faces.csv").write_text("face_id,view,path,age\nNA,null,x.png,NA\n")
+    assert keys(tmp_path / "faces.csv") == [("NA", "null")]
+    assert find_faces(tmp_path / "faces.csv").table["age"].isna().all()
+
+
+def test_odd_names_in_a_folder(tmp_path: Path) -> None:
+    touch(tmp_path, "s1/ünï côdé.png", "s2.png/1.png")
+    os.mkfifo(tmp_path / "s1" / "pipe.png")
+    assert keys(tmp_path) == [("s1", "ünï côdé"), ("s2.png", "1")]
+    (tmp_path / "s1" / os.fsdecode(b"a\xff.png")).write_bytes(b"x")
+    with pytest.raises(FeatureStoreError, match="not UTF-8"):
+        find_faces(tmp_path)

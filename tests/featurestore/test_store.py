@@ -181,3 +181,64 @@ def test_the_kept_store_of_version_1_opens(tmp_path: Path) -> None:
     assert maps[0].flatten().tolist() == [i / 8 + 2 for i in range(32)]
     assert store.rows("fc7-relu").gather([1]).tolist() == [[0.5, 1.0, 1.5, 2.0]]
     assert store.rows("fc7-relu").present.tolist() == [True, True, False]
+
+
+@pytest.mark.parametrize(
+    "damage",
+    [
+        lambda d: d["consolidated_metadata"].update(metadata=None),
+        lambda d: d["attributes"].update(coordinates=5),
+        lambda d: d["attributes"].pop("recipe"),
+        lambda d: d["consolidated_metadata"]["metadata"]["face_id"].pop("shape"),
+        lambda d: d["consolidated_metadata"]["metadata"]["view"].update(shape=[3]),
+        lambda d: d["consolidated_metadata"]["metadata"]["view"].update(data_type="int64"),
+        lambda d: d["consolidated_metadata"]["metadata"]["maxp_2_2"].update(fill_value=0.0),
+        lambda d: d["consolidated_metadata"]["metadata"]["maxp_2_2"].update(shape=[10, 128, 56, -56]),
+        lambda d: d["consolidated_metadata"]["metadata"]["maxp_2_2"].update(shape=[9, 128, 56, 56]),
+    ],
+)
+def test_a_document_that_was_edited_is_damaged_not_believed(tmp_path: Path, small_store: Path, damage) -> None:
+    shutil.copytree(small_store, tmp_path / "s.zarr")
+    path = next((tmp_path / "s.zarr").glob("*/zarr.json"))
+    document = json.loads(path.read_text())
+    damage(document)
+    path.write_text(json.dumps(document))
+    with pytest.raises(FeatureStoreError, match="damaged"):
+        FeatureStore.open(tmp_path / "s.zarr")
+
+
+def test_every_flipped_bit_of_a_key_is_noticed(tmp_path: Path, small_store: Path) -> None:
+    shutil.copytree(small_store, tmp_path / "s.zarr")
+    path = next((tmp_path / "s.zarr").glob("*/face_id/c/0"))
+    content = path.read_bytes()
+    for bit in range(0, 8 * len(content), 5):
+        flipped = bytearray(content)
+        flipped[bit // 8] ^= 1 << bit % 8
+        path.write_bytes(flipped)
+        with pytest.raises(FeatureStoreError, match="does not match its checksum"):
+            FeatureStore.open(tmp_path / "s.zarr").find([("f1", "1")])
+
+
+def test_what_others_put_beside_our_arrays_stays(tmp_path: Path) -> None:
+    images = write_photographs(tmp_path / "p", 3, 1)
+    run_pass(images, tmp_path / "s.zarr", ["maxp_2_2"])
+    zarr.open_group(tmp_path / "s.zarr", mode="r+").create_group("analysis")
+    assert len(FeatureStore.open(tmp_path / "s.zarr").sources) == 1
+    source = FeatureStore.open(tmp_path / "s.zarr").source()
+    group = zarr.open_group(tmp_path / "s.zarr" / source.name, mode="r+", use_consolidated=False)
+    group.create_array("rdm", data=np.eye(3))
+    zarr.consolidate_metadata(tmp_path / "s.zarr" / source.name)
+    run_pass(write_photographs(tmp_path / "p", 5, 1), tmp_path / "s.zarr", ["maxp_2_2"])
+    assert FeatureStore.open(tmp_path / "s.zarr").source().n_items == 5
+    assert np.array_equal(zarr.open_group(tmp_path / "s.zarr" / source.name, mode="r")["rdm"][:], np.eye(3))
+
+
+def test_other_rows_have_another_dask_name(tmp_path: Path) -> None:
+    run_pass(write_photographs(tmp_path / "p", 3, 1), tmp_path / "s.zarr", ["maxp_2_2"])
+    store = FeatureStore.open(tmp_path / "s.zarr")
+    before = store.dask("maxp_2_2").name
+    assert store.dask("maxp_2_2").name == before
+    shard = store.layers["maxp_2_2"].shard_path(0)
+    shutil.copy(shard, tmp_path / "copy")
+    (tmp_path / "copy").replace(shard)
+    assert store.dask("maxp_2_2").name != before
