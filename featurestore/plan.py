@@ -155,6 +155,8 @@ def make_plan(job: Job, progress: Progress = lambda n: None) -> Plan:
     if clash:
         raise FeatureStoreError(f"the column {clash[0]!r} of the CSV has the name of a layer. Rename it.")
     source = _existing_source(request.store, job.source_name)
+    if source:
+        source.refuse_twins()
     found = request.faces.table
     old = source.items.reset_index() if source else pd.DataFrame(columns=[*KEY, "path", "image_sha256"])
     known = pd.MultiIndex.from_frame(old[list(KEY)]).get_indexer(pd.MultiIndex.from_frame(found[list(KEY)]))

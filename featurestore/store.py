@@ -89,6 +89,7 @@ class Source:
     def find(self, keys: Keys) -> np.ndarray:
         """Row numbers (int64) of (face, view) pairs, many at once. FeatureStoreError names the keys that are not there."""
         wanted = _key_index(keys)
+        self.refuse_twins()
         rows = self.keys.get_indexer(wanted)
         if (rows < 0).any():
             missing = wanted[rows < 0]
@@ -100,6 +101,15 @@ class Source:
                 f"{listing(missing, 3)}. {hint or 'Keys are (face, view) pairs of strings.'}"
             )
         return rows.astype(np.int64)
+
+    def refuse_twins(self) -> None:
+        """FeatureStoreError if a key is there twice: no row could be told from the other's."""
+        if not self.keys.is_unique:
+            twins = self.keys[self.keys.duplicated()]
+            raise FeatureStoreError(
+                f"{self.folder} holds {listing(twins, 3)} twice, so its rows cannot be told apart. It was not written by "
+                "this program; cache the source anew."
+            )
 
     def layer(self, name: str) -> Layer:
         """The layer of that name; FeatureStoreError with the command that adds it."""

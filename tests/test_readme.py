@@ -59,5 +59,5 @@ def test_the_commands_run(folder: Path) -> None:
 
 def test_ci_runs_the_command_of_the_readme() -> None:
     commands = [block.strip() for block in blocks("") if block.startswith("make ")]
-    assert commands == ["make demo", "make test"]
+    assert commands[:2] == ["make demo", "make test"]
     assert commands[1] in (ROOT / ".ci" / "run").read_text().splitlines()

@@ -418,7 +418,7 @@ def gather_loop(rows: Rows) -> None:
 def memory(folder: Path) -> list[Line]:
     """RssAnon in a fresh process, with a store (or set of photographs) of one size and ten times that."""
     lines = []
-    for kind, small, label in (("pass", 48, "the pass"), ("gather", 1024, "a gather loop")):
+    for kind, small, label in (("pass", 96, "the pass"), ("gather", 1024, "a gather loop")):
         peaks = []
         for n in (small, 10 * small):
             if kind == "pass":

@@ -7,7 +7,7 @@ from pathlib import Path
 import numpy as np
 import pytest
 
-from featurestore import FeatureStore, verify
+from featurestore import FeatureStore, FeatureStoreError, verify
 from featurestore.job import choose_device
 from featurestore.writing import SourceWriter, store_lock
 from tests.conftest import LAYERS, command, run_pass, write_photographs
@@ -147,3 +147,5 @@ def test_a_twin_key_is_reported(store: Path) -> None:
     writer.publish()
     assert json.loads((store / "zarr.json").read_text())["attributes"]["format_version"] == 1
     assert verify.check(FeatureStore.open(store).source()).suspicious == ["key ('f1', '1') is there twice"]
+    with pytest.raises(FeatureStoreError, match="twice, so its rows cannot be told apart"):
+        FeatureStore.open(store).find([("f1", "1")])
