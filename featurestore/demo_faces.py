@@ -22,7 +22,7 @@ TRAITS = (
 )  # fmt: skip
 SIZE = 224  # pixels, after supersampling
 _SUPER = 320
-_COMMON = np.float32
+_FLOAT = np.float32
 
 
 @dataclass(frozen=True)
@@ -81,16 +81,17 @@ def _step(x: np.ndarray, low: float, high: float) -> np.ndarray:
 
 
 def _sphere(rows: int, columns: int) -> tuple[np.ndarray, np.ndarray]:
-    elevation = np.linspace(-np.pi / 2, np.pi / 2, rows, dtype=_COMMON)[:, None]
-    azimuth = np.linspace(-np.pi, np.pi, columns, dtype=_COMMON)[None, :]
-    return np.broadcast_arrays(elevation, azimuth)[0], np.broadcast_arrays(elevation, azimuth)[1]
+    elevation = np.linspace(-np.pi / 2, np.pi / 2, rows, dtype=_FLOAT)[:, None]
+    azimuth = np.linspace(-np.pi, np.pi, columns, dtype=_FLOAT)[None, :]
+    grids = np.broadcast_arrays(elevation, azimuth)
+    return grids[0], grids[1]
 
 
 def _surface(
     x: np.ndarray, y: np.ndarray, z: np.ndarray, colours: np.ndarray, gloss: np.ndarray, keep: np.ndarray
 ) -> Surface:
     """Grid positions to a Surface; normals from the grid's own tangents, outward because rows go up and columns right."""
-    grid = np.stack([x, y, z], axis=-1).astype(_COMMON)
+    grid = np.stack([x, y, z], axis=-1).astype(_FLOAT)
     normals = np.cross(np.gradient(grid, axis=1), np.gradient(grid, axis=0))
     normals /= np.linalg.norm(normals, axis=-1, keepdims=True) + 1e-9
     return Surface(
@@ -99,19 +100,19 @@ def _surface(
 
 
 def _mix(base: np.ndarray, colour: np.ndarray | tuple, amount: np.ndarray) -> np.ndarray:
-    return base + (np.asarray(colour, _COMMON) - base) * np.clip(amount, 0, 1)[..., None]
+    return base + (np.asarray(colour, _FLOAT) - base) * np.clip(amount, 0, 1)[..., None]
 
 
 def _skin_colour(face: Face) -> np.ndarray:
     t = (face["skin"] + 2.2) / 4.4
-    tones = np.array([[0.36, 0.23, 0.17], [0.62, 0.43, 0.32], [0.83, 0.64, 0.53], [0.94, 0.80, 0.72]], _COMMON)
-    return np.array([np.interp(t * 3, range(4), tones[:, c]) for c in range(3)], _COMMON)
+    tones = np.array([[0.36, 0.23, 0.17], [0.62, 0.43, 0.32], [0.83, 0.64, 0.53], [0.94, 0.80, 0.72]], _FLOAT)
+    return np.array([np.interp(t * 3, range(4), tones[:, c]) for c in range(3)], _FLOAT)
 
 
 def _hair_colour(face: Face) -> np.ndarray:
     t = (face["hair_tone"] + 2.2) / 4.4
-    tones = np.array([[0.06, 0.05, 0.05], [0.22, 0.13, 0.08], [0.45, 0.25, 0.12], [0.78, 0.62, 0.36]], _COMMON)
-    return np.array([np.interp(t * 3, range(4), tones[:, c]) for c in range(3)], _COMMON)
+    tones = np.array([[0.06, 0.05, 0.05], [0.22, 0.13, 0.08], [0.45, 0.25, 0.12], [0.78, 0.62, 0.36]], _FLOAT)
+    return np.array([np.interp(t * 3, range(4), tones[:, c]) for c in range(3)], _FLOAT)
 
 
 def build(face: Face) -> Surface:
@@ -183,9 +184,9 @@ def _complexion(face: Face, x: np.ndarray, y: np.ndarray, front: np.ndarray) -> 
     """Colours and gloss of the skin, eyes, brows and lips."""
     skin, hair = _skin_colour(face), _hair_colour(face)
     side = np.abs(x)
-    colours = np.broadcast_to(skin, (*x.shape, 3)).astype(_COMMON)
-    gloss = np.full(x.shape, 0.16, _COMMON)
-    warm = skin * np.array([1.06, 0.86, 0.84], _COMMON)
+    colours = np.broadcast_to(skin, (*x.shape, 3)).astype(_FLOAT)
+    gloss = np.full(x.shape, 0.16, _FLOAT)
+    warm = skin * np.array([1.06, 0.86, 0.84], _FLOAT)
     colours = _mix(
         colours,
         warm,
@@ -201,7 +202,7 @@ def _complexion(face: Face, x: np.ndarray, y: np.ndarray, front: np.ndarray) -> 
     above = (y - middle) / (0.062 * lips * open_shape + 1e-3)
     below = (middle - y) / (0.085 * lips * open_shape**0.7 + 1e-3)
     red = front * (side < mouth) * _step(1 - np.maximum(above, below), 0.0, 0.25)
-    lip = skin * np.array([0.92, 0.58, 0.58], _COMMON)
+    lip = skin * np.array([0.92, 0.58, 0.58], _FLOAT)
     colours = _mix(colours, lip, red)
     colours = _mix(colours, lip * 0.32, front * (side < mouth) * np.exp(-(((y - middle) / 0.011) ** 2)))
     gloss = gloss + 0.2 * red
@@ -229,7 +230,7 @@ def _eyes(
     colours = _mix(colours, (0.93, 0.92, 0.90), inside)
     radius = np.hypot((side - eye) / size, (y - 0.083) / size)
     # One iris colour for a face, from traits that are otherwise unrelated to it.
-    tones = np.array([[0.16, 0.09, 0.05], [0.30, 0.20, 0.10], [0.28, 0.38, 0.26], [0.25, 0.40, 0.55]], _COMMON)
+    tones = np.array([[0.16, 0.09, 0.05], [0.30, 0.20, 0.10], [0.28, 0.38, 0.26], [0.25, 0.40, 0.55]], _FLOAT)
     iris = tones[int(np.clip((face["skin"] + face["hair_tone"]) * 0.7 + 1.5, 0, 3))]
     colours = _mix(colours, iris, inside * _step(0.052 - radius, 0, 0.010))
     colours = _mix(colours, iris * 0.4, inside * np.exp(-(((radius - 0.050) / 0.006) ** 2)))
@@ -254,15 +255,15 @@ def _short_hair(
     strands = np.sin(azimuth * 130 + 5 * np.sin(y * 6)) * 0.5 + np.sin(azimuth * 61 + 3 * y) * 0.5
     thickness = hair * (0.055 + 0.022 * face["hair_length"] + 0.006 * strands)
     colour = _hair_colour(face) * (1 + 0.30 * strands[..., None])
-    return hair, np.maximum(thickness, 0.01 * hair), np.clip(colour, 0, 1).astype(_COMMON)
+    return hair, np.maximum(thickness, 0.01 * hair), np.clip(colour, 0, 1).astype(_FLOAT)
 
 
 def _long_hair(face: Face) -> Surface:
     """A curtain of hair around the sides and back, open in front."""
     length = 0.45 + 0.42 * face["hair_length"]
     rows, columns = 170, 300
-    y = np.linspace(-length - 0.35, 0.62, rows, dtype=_COMMON)[:, None]
-    azimuth = np.linspace(0.33 * np.pi, 1.67 * np.pi, columns, dtype=_COMMON)[None, :]
+    y = np.linspace(-length - 0.35, 0.62, rows, dtype=_FLOAT)[:, None]
+    azimuth = np.linspace(0.33 * np.pi, 1.67 * np.pi, columns, dtype=_FLOAT)[None, :]
     y, azimuth = np.broadcast_arrays(y, azimuth)
     width, depth = _widths(face)
     strands = np.sin(azimuth * 90 + 4 * np.sin(y * 5)) * 0.5 + np.sin(azimuth * 47 + 4 * y) * 0.5
@@ -295,8 +296,8 @@ def _ears(face: Face) -> Iterator[Surface]:
 
 
 def _neck(face: Face) -> Surface:
-    y = np.linspace(-1.55, -0.45, 90, dtype=_COMMON)[:, None]
-    azimuth = np.linspace(-np.pi, np.pi, 220, dtype=_COMMON)[None, :]
+    y = np.linspace(-1.55, -0.45, 90, dtype=_FLOAT)[:, None]
+    azimuth = np.linspace(-np.pi, np.pi, 220, dtype=_FLOAT)[None, :]
     y, azimuth = np.broadcast_arrays(y, azimuth)
     radius = 0.37 + 0.03 * face["jaw"] + 0.10 * _step(-y, 1.15, 1.55)
     x, z = radius * np.sin(azimuth), radius * np.cos(azimuth) - 0.16
@@ -313,15 +314,15 @@ def _shoulders(face: Face) -> Surface:
 def render(surface: Surface, yaw: float, background: float = 0.55) -> np.ndarray:
     """uint8 RGB (SIZE, SIZE, 3) of a surface turned by ``yaw`` degrees, lit from above left of the camera."""
     angle = np.deg2rad(yaw)
-    turn = np.array([[np.cos(angle), 0, np.sin(angle)], [0, 1, 0], [-np.sin(angle), 0, np.cos(angle)]], _COMMON)
+    turn = np.array([[np.cos(angle), 0, np.sin(angle)], [0, 1, 0], [-np.sin(angle), 0, np.cos(angle)]], _FLOAT)
     normals = surface.normals @ turn.T
     facing = np.flatnonzero(normals[:, 2] > -0.05)
     points = surface.points[facing] @ turn.T
     nearest = _nearest_points(points)
     seen = nearest >= 0
     chosen = facing[nearest[seen]]
-    down = np.linspace(1.12, 0.80, _SUPER, dtype=_COMMON)[:, None, None]
-    image = np.broadcast_to(background * down * np.array([0.93, 0.97, 1.02], _COMMON), (_SUPER, _SUPER, 3)).copy()
+    down = np.linspace(1.12, 0.80, _SUPER, dtype=_FLOAT)[:, None, None]
+    image = np.broadcast_to(background * down * np.array([0.93, 0.97, 1.02], _FLOAT), (_SUPER, _SUPER, 3)).copy()
     image[seen] = _shade(surface.colours[chosen], normals[chosen], surface.gloss[chosen])
     small = cv2.resize(np.clip(image, 0, 1), (SIZE, SIZE), interpolation=cv2.INTER_AREA)
     return np.round(255 * small ** (1 / 1.15)).astype(np.uint8)
@@ -350,16 +351,16 @@ def _nearest_points(points: np.ndarray) -> np.ndarray:
 
 
 def _shade(colours: np.ndarray, normals: np.ndarray, gloss: np.ndarray) -> np.ndarray:
-    key = np.array([-0.45, 0.55, 0.70], _COMMON)
-    fill = np.array([0.75, 0.10, 0.65], _COMMON)
+    key = np.array([-0.45, 0.55, 0.70], _FLOAT)
+    fill = np.array([0.75, 0.10, 0.65], _FLOAT)
     key, fill = key / np.linalg.norm(key), fill / np.linalg.norm(fill)
     # Wrapped diffuse light is softer than a bare cosine, as skin is.
     wrapped = np.clip((normals @ key + 0.25) / 1.25, 0, 1)
     diffuse = 0.30 + 0.72 * wrapped + 0.20 * np.clip(normals @ fill, 0, 1)
-    half = key + np.array([0, 0, 1], _COMMON)
+    half = key + np.array([0, 0, 1], _FLOAT)
     shine = np.clip(normals @ (half / np.linalg.norm(half)), 0, 1) ** 28
     rim = 1 - 0.25 * (1 - np.clip(normals[:, 2], 0, 1)) ** 3
-    return (colours * (diffuse * rim)[:, None] + (gloss * shine)[:, None]).astype(_COMMON)
+    return (colours * (diffuse * rim)[:, None] + (gloss * shine)[:, None]).astype(_FLOAT)
 
 
 def _write_face(face: Face, folder: Path, yaws: list[float], names: list[str]) -> np.ndarray:

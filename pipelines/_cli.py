@@ -26,7 +26,8 @@ class Command(click.Command):
         first = False
         for arg in args:
             if arg.startswith("-") and len(arg) > 1:
-                current, first = (arg if arg in several else None), True
+                name, equals, _ = arg.partition("=")
+                current, first = (name if name in several else None), not equals
                 spread.append(arg)
             elif current and not first:
                 spread += [current, arg]
