@@ -23,21 +23,15 @@ LAYERS = ["maxp_1_2", "maxp_2_2"]
 KILLS = 20
 
 
-def start(images: Path, store: Path, layers: list[str], *more: str) -> subprocess.Popen:
-    options = [
-        "--images",
-        images,
-        "--store",
-        store,
-        "--weights",
-        "random:0",
-        "--batch-size",
-        "2",
-        "--items-per-shard",
-        "4",
-    ]
-    line = [sys.executable, ROOT / "pipelines" / "cache_layers.py", "--layers", *layers, *options, *more]
-    return subprocess.Popen(list(map(str, line)), stdout=subprocess.PIPE, stderr=subprocess.STDOUT, text=True)
+def arguments(images: Path, store: Path, layers: list[str]) -> list[str]:
+    """Small shards and batches, so that there is much to be in the middle of."""
+    options = ["--images", images, "--store", store, "--weights", "random:0", "--batch-size", 2, "--items-per-shard", 4]
+    return ["--layers", *layers, *map(str, options)]
+
+
+def start(images: Path, store: Path, layers: list[str]) -> subprocess.Popen:
+    line = [sys.executable, str(ROOT / "pipelines" / "cache_layers.py"), *arguments(images, store, layers)]
+    return subprocess.Popen(line, stdout=subprocess.PIPE, stderr=subprocess.STDOUT, text=True)
 
 
 # Forked from a process that has imported everything, a pass begins in a moment instead of in five seconds.
@@ -53,19 +47,7 @@ def run_command(line: list[str]) -> None:
 
 
 def fork(images: Path, store: Path) -> multiprocessing.Process:
-    options = [
-        "--images",
-        images,
-        "--store",
-        store,
-        "--weights",
-        "random:0",
-        "--batch-size",
-        "2",
-        "--items-per-shard",
-        "4",
-    ]
-    process = forks.Process(target=run_command, args=(["--layers", *LAYERS, *map(str, options)],))
+    process = forks.Process(target=run_command, args=(arguments(images, store, LAYERS),))
     process.start()
     return process
 
@@ -229,20 +211,8 @@ def test_a_disk_that_takes_no_more(uninterrupted: tuple[Path, Path, float], tmp_
         "resource.setrlimit(resource.RLIMIT_FSIZE, (9 << 20, 9 << 20)); "
         "sys.argv = sys.argv[1:]; from pipelines.cache_layers import main; main()"
     )
-    options = [
-        "--images",
-        images,
-        "--store",
-        store,
-        "--weights",
-        "random:0",
-        "--batch-size",
-        "2",
-        "--items-per-shard",
-        "4",
-    ]
-    line = [sys.executable, "-c", limited, "cache_layers", "--layers", *LAYERS, *options]
-    done = subprocess.run(list(map(str, line)), capture_output=True, text=True, cwd=ROOT, timeout=300)
+    line = [sys.executable, "-c", limited, "cache_layers", *arguments(images, store, LAYERS)]
+    done = subprocess.run(line, capture_output=True, text=True, cwd=ROOT, timeout=300)
     assert done.returncode == 1
     assert "cannot be written: File too large" in done.stderr
     assert "Traceback" not in done.stderr
