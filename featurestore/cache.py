@@ -255,10 +255,10 @@ class _Sink:
         shard = batch.rows[0] // self._slots
         if shard != self._shard:
             self._finish()
-            self._torn = True
+        self._torn = True
+        if shard != self._shard:
             self._start(shard)
         rows = np.array(batch.rows)
-        self._torn = True
         for name, values in outputs.rows.items():
             part = self._parts[name]
             wanted = self._wanted(part, rows)
