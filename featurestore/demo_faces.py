@@ -421,18 +421,23 @@ def _write_sheet(path: Path, strips: list[np.ndarray], most: int = 12) -> None:
 
 
 def _write_trials(path: Path, faces: list[Face], views: list[str], seed: int, n: int, error_rate: float) -> None:
-    """Odd-one-out choices of simulated observers: the face left out of the pair with the nearest traits, unless they err."""
+    """Odd-one-out choices of simulated observers: the face left out of the pair with the nearest traits, unless they err.
+
+    The last fifth shows each triplet to five of them, so that a noise ceiling can be estimated.
+    """
     if len(faces) < 3:
         return
     rng = np.random.default_rng([seed, 1_000_003])
     traits = np.stack([face.traits for face in faces])
+    pairs = list(combinations(range(3), 2))
+    once = n - n // 5
     with path.open("w", newline="") as file:
         writer = csv.writer(file, lineterminator="\n")
         writer.writerow(["trial", "participant", "face_1", "view_1", "face_2", "view_2", "face_3", "view_3", "odd"])
         for trial in range(n):
-            three = rng.choice(len(faces), 3, replace=False)
-            seen = rng.integers(0, len(views), 3)
-            pairs = list(combinations(range(3), 2))
+            if trial < once or (trial - once) % 5 == 0:
+                three = rng.choice(len(faces), 3, replace=False)
+                seen = rng.integers(0, len(views), 3)
             distances = [np.linalg.norm(traits[three[a]] - traits[three[b]]) for a, b in pairs]
             odd = 3 - sum(pairs[int(np.argmin(distances))])
             if rng.random() < error_rate:

@@ -61,7 +61,7 @@ def open_weights(spec: str, shapes: Shapes) -> Weights:
             f"there is no weights file {path}. Give --weights a .pth or .safetensors file, or random:SEED for "
             "seeded random weights (fit for trying things out, not for results)."
         )
-    found, read = _open_file(path)
+    found, read = open_tensors(path)
     rename = _key_names(found, shapes)
     absent = _check_keys(path, {rename[key]: shape for key, shape in found.items()}, shapes)
     in_file = {ours: theirs for theirs, ours in rename.items()}
@@ -101,8 +101,11 @@ def _draw_one(seed: int, key: str, shapes: Shapes) -> np.ndarray:
     return values.reshape(shape)
 
 
-def _open_file(path: Path) -> tuple[dict[str, tuple[int, ...]], Callable[[str], torch.Tensor]]:
-    """Shapes by key, and a function that reads one tensor."""
+def open_tensors(path: Path) -> tuple[dict[str, tuple[int, ...]], Callable[[str], torch.Tensor]]:
+    """Shapes by key of a ``.pth`` or ``.safetensors`` file (told apart by content), and a function that reads one tensor.
+
+    FeatureStoreError for any other file, a damaged one, or one that holds more than tensors.
+    """
     with path.open("rb") as file:
         head = file.read(16)
     if zipfile.is_zipfile(path) or head[:2] == b"\x80\x02":

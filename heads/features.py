@@ -1,0 +1,104 @@
+"""Rows of one layer as a head takes them: distinct items, float32, on the head's device, in buffers used again."""
+
+from collections.abc import Iterator, Sequence
+
+import numpy as np
+import torch
+
+from featurestore.errors import FeatureStoreError
+from featurestore.rows import Rows
+
+
+class Features:
+    """Rows of one layer from one source, or from several of the same shape, numbered one after the other.
+
+    On a GPU the rows of ``items`` are kept in its memory if they take less than half of what is free; otherwise,
+    and on the CPU, each batch is read from the memory maps.
+    """
+
+    def __init__(
+        self, parts: Sequence[Rows], device: torch.device | str = "cpu", items: np.ndarray | None = None
+    ) -> None:
+        shapes = {rows.layer.shape for rows in parts}
+        if len(shapes) != 1:
+            raise FeatureStoreError(
+                f"layer {parts[0].layer.name!r} has rows of different shapes in the sources asked for: {sorted(shapes)}. "
+                "Trials can only mix sources of one network."
+            )
+        self.parts = list(parts)
+        self.device = torch.device(device)
+        self.shape: tuple[int, ...] = shapes.pop()
+        self.starts = np.cumsum([0, *(len(rows) for rows in parts)])
+        self._reused: torch.Tensor | None = None
+        self._resident: tuple[torch.Tensor, torch.Tensor] | None = None
+        if self.device.type == "cuda" and items is not None:
+            self._keep_on_device(np.unique(items))
+
+    def __len__(self) -> int:
+        return int(self.starts[-1])
+
+    def gather(self, items: torch.Tensor) -> torch.Tensor:
+        """The rows of ``items`` (int64, ascending) as float32 (n, *shape). Valid until the next call: the buffer is reused."""
+        if self._resident is not None:
+            kept, place = self._resident
+            return kept[place[items.to(self.device)]]
+        gathered = self._from_maps(items)
+        return gathered.to(self.device, torch.float32, non_blocking=True)
+
+    def batches(self, items: np.ndarray, size: int = 256) -> Iterator[torch.Tensor]:
+        """The rows of distinct ``items``, ``size`` at a time."""
+        for part in torch.from_numpy(np.unique(items)).split(size):
+            yield self.gather(part)
+
+    def statistics(self, items: np.ndarray) -> tuple[torch.Tensor, float]:
+        """Mean row of distinct ``items`` (features,) and the factor that makes the mean square of what is left of a feature 1."""
+        n, total, squares = 0, torch.zeros(int(np.prod(self.shape)), dtype=torch.float64, device=self.device), 0.0
+        for rows in self.batches(items):
+            flat = rows.flatten(1)
+            n += len(flat)
+            total += flat.sum(0, dtype=torch.float64)
+            squares += float(flat.square().sum(dtype=torch.float64))
+        mean = total / n
+        spread = (squares / n - float(mean.square().sum())) / len(mean)
+        name = self.parts[0].layer.name
+        if not np.isfinite(spread):
+            raise FeatureStoreError(
+                f"rows of layer {name!r} hold NaN or infinite numbers, so nothing can be learned from them. Find them: "
+                f"pipelines/verify_store.py {self.parts[0].layer.folder.parents[1]}"
+            )
+        if spread <= 1e-9 * squares / n / len(mean):
+            raise FeatureStoreError(
+                f"the {n} training rows of layer {name!r} are all the same, so nothing can be learned from them."
+            )
+        return mean.float(), spread**-0.5
+
+    def _from_maps(self, items: torch.Tensor) -> torch.Tensor:
+        out = self._buffer(len(items))
+        cuts = np.searchsorted(items.numpy(), self.starts)
+        for rows, start, a, b in zip(self.parts, self.starts, cuts, cuts[1:], strict=False):
+            if b > a:
+                rows.gather(items[a:b] - int(start), out=out[a:b])
+        return out
+
+    def _buffer(self, n: int) -> torch.Tensor:
+        """The first ``n`` rows of a buffer that only grows: allocating anew costs more than the gather."""
+        buffer = self._reused
+        if buffer is None or len(buffer) < n:
+            pinned = self.device.type == "cuda"
+            buffer = self._reused = torch.empty((n, *self.shape), dtype=self.parts[0].dtype, pin_memory=pinned)
+        elif self.device.type == "cuda":
+            torch.cuda.current_stream().synchronize()  # the copy that reads this pinned buffer must be over
+        return buffer[:n]
+
+    def _keep_on_device(self, items: np.ndarray) -> None:
+        free, _ = torch.cuda.mem_get_info(self.device)
+        if len(items) * int(np.prod(self.shape)) * 4 > free / 2:
+            return
+        kept = torch.empty((len(items), *self.shape), device=self.device)
+        start = 0
+        for rows in self.batches(items):
+            kept[start : start + len(rows)] = rows
+            start += len(rows)
+        place = torch.full((len(self),), -1, dtype=torch.int64)
+        place[torch.from_numpy(items)] = torch.arange(len(items))
+        self._resident = kept, place.to(self.device)

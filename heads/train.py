@@ -1,0 +1,271 @@
+"""Train one head on cached rows. The loop is all here: forward, loss, backward, step, and where the best weights are kept."""
+
+import json
+import time
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
+from dataclasses import asdict, dataclass, field
+from pathlib import Path
+
+import numpy as np
+import torch
+import torch.nn.functional as F
+from safetensors import SafetensorError, safe_open
+
+from featurestore.errors import FeatureStoreError
+from heads.checkpoints import write_tensors
+from heads.evaluate import evaluate
+from heads.features import Features
+from heads.models import Head
+
+PRECISIONS = ("fp32", "tf32", "bf16")
+_ADVICE = "Try a smaller learning rate (--lr), and check the layer's rows: pipelines/verify_store.py finds NaN in them."
+
+
+@dataclass(frozen=True)
+class Settings:
+    """How a head is trained. ``precision`` is that of the bridge's products: float32; on a GPU TF32; or bfloat16.
+
+    ``epochs`` at most, fewer when the validation loss has not fallen for ``patience`` of them. ``permute`` shows the
+    three items of each trial in a new random order every epoch. ``threads`` changes the order of sums, hence last bits.
+    """
+
+    lr: float = 5e-4
+    batch_size: int = 256
+    epochs: int = 100
+    patience: int = 10
+    seed: int = 0
+    permute: bool = False
+    precision: str = "fp32"
+    device: str = "cpu"
+    threads: int = 0
+
+
+@dataclass(frozen=True)
+class Examples:
+    """What is learned: ``items`` (n, places) int64 numbers of a ``Features``, ``labels`` (n,) int64, and who is in which part."""
+
+    items: np.ndarray
+    labels: np.ndarray
+    train: np.ndarray
+    validation: np.ndarray
+    test: np.ndarray
+
+    def of(self, part: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
+        """Items and labels of a part."""
+        return self.items[part], self.labels[part]
+
+
+@dataclass(frozen=True)
+class Epoch:
+    """One line of the metrics: mean cross-entropy (with the penalty, in training) and accuracy, 0 … 1."""
+
+    epoch: int
+    train_loss: float
+    train_accuracy: float
+    validation_loss: float
+    validation_accuracy: float
+    examples_per_second: float
+    seconds: float
+    best: bool
+
+
+@dataclass
+class Progress:
+    """Where training stands after whole epochs. ``best`` holds the weights with the lowest validation loss so far."""
+
+    history: list[Epoch] = field(default_factory=list)
+    best: dict[str, torch.Tensor] = field(default_factory=dict)
+    best_epoch: int = 0
+    best_loss: float = float("inf")
+
+    @property
+    def epoch(self) -> int:
+        """Epochs finished."""
+        return len(self.history)
+
+
+class NonFiniteLossError(FeatureStoreError):
+    """The loss became NaN or infinite: nothing after it would mean anything."""
+
+
+def train(
+    head: Head,
+    features: Features,
+    examples: Examples,
+    settings: Settings,
+    checkpoint: "Checkpoint | None" = None,
+    report: Callable[[Epoch], None] = lambda epoch: None,
+) -> Progress:
+    """Train ``head`` in place and leave it with its best weights, in eval mode.
+
+    ``head`` has its initial weights, which count as epoch 0: training never ends with worse ones by validation loss.
+    Without validation examples the last epoch's are kept. Given the same head, examples and settings, and the same
+    number of threads, the weights are the same bit for bit on the CPU, also when ``checkpoint`` resumes a killed run.
+    Raises NonFiniteLossError with epoch and step.
+    """
+    head.to(features.device).train()
+    if head.wants_statistics:
+        head.standardise(*features.statistics(examples.items[examples.train]))
+    weights = [weight for weight in head.parameters() if weight.requires_grad]
+    if not weights:
+        head.eval()
+        return Progress()
+    optimizer = torch.optim.Adam(weights, lr=settings.lr, fused=True)
+    progress = checkpoint.restore(head, optimizer) if checkpoint else None
+    if progress is None:
+        progress = Progress()
+        progress.best_loss, _ = validate(head, features, examples, epoch=0)
+        progress.best = _copy(head)
+    with _precision(head, settings):
+        while progress.epoch < settings.epochs and progress.epoch - progress.best_epoch < settings.patience:
+            line = train_epoch(head, features, examples, settings, optimizer, progress.epoch + 1)
+            loss, right = validate(head, features, examples, progress.epoch + 1)
+            best = not len(examples.validation) or loss < progress.best_loss
+            progress.history.append(Epoch(**{**line, "validation_loss": loss, "validation_accuracy": right, "best": best}))
+            if best:
+                progress.best_loss, progress.best_epoch = loss, progress.epoch
+                _copy(head, progress.best)
+            report(progress.history[-1])
+            if checkpoint:
+                checkpoint.save_if_due(head, optimizer, progress)
+    head.load_state_dict(progress.best)
+    head.eval()
+    return progress
+
+
+def train_epoch(
+    head: Head,
+    features: Features,
+    examples: Examples,
+    settings: Settings,
+    optimizer: torch.optim.Optimizer,
+    epoch: int,
+) -> dict[str, float]:
+    """One pass over the training examples, in an order that depends on seed and epoch alone; the metrics of ``Epoch``."""
+    start = time.perf_counter()
+    rng = np.random.default_rng([settings.seed, epoch])
+    generator = torch.Generator(features.device).manual_seed(settings.seed * 1_000_003 + epoch)
+    items, labels = examples.of(rng.permutation(examples.train))
+    if settings.permute and head.n_places == 3:
+        items, labels = _permuted(items, labels, rng)
+    total, right = 0.0, 0
+    for step, first in enumerate(range(0, len(items), settings.batch_size), start=1):
+        batch = torch.from_numpy(items[first : first + settings.batch_size])
+        wanted = torch.from_numpy(labels[first : first + settings.batch_size]).to(features.device)
+        distinct, places = batch.unique(return_inverse=True)
+        optimizer.zero_grad()
+        loss, logits = head.accumulate(features.gather(distinct), places.to(features.device), wanted, generator)
+        value = float(loss)
+        if not np.isfinite(value):
+            raise NonFiniteLossError(
+                f"the loss became {value} in epoch {epoch}, step {step}, at learning rate {settings.lr:g}. {_ADVICE}"
+            )
+        optimizer.step()
+        total += value * len(wanted)
+        right += int((logits.argmax(1) == wanted).sum())
+    seconds = time.perf_counter() - start
+    return {
+        "epoch": epoch,
+        "train_loss": total / len(items),
+        "train_accuracy": right / len(items),
+        "examples_per_second": len(items) / seconds,
+        "seconds": seconds,
+    }
+
+
+def validate(head: Head, features: Features, examples: Examples, epoch: int) -> tuple[float, float]:
+    """Mean cross-entropy and accuracy of the validation part after ``epoch``; NaN if there is none."""
+    items, labels = examples.of(examples.validation)
+    if not len(items):
+        return float("nan"), float("nan")
+    logits = evaluate(head, features, items)
+    loss = float(F.cross_entropy(torch.from_numpy(logits), torch.from_numpy(labels)))
+    if not np.isfinite(loss):
+        raise NonFiniteLossError(f"the validation loss is {loss} after epoch {epoch}. {_ADVICE}")
+    return loss, float((logits.argmax(axis=1) == labels).mean())
+
+
+class Checkpoint:
+    """The whole state of an unfinished run in one safetensors file, replaced at most every ``every`` seconds."""
+
+    def __init__(self, path: Path, identity: str, every: float = 60.0) -> None:
+        self.path, self.identity, self.every = path, identity, every
+        self._saved = time.monotonic()
+
+    def save_if_due(self, head: Head, optimizer: torch.optim.Optimizer, progress: Progress) -> None:
+        """Save after an epoch, unless the last time is less than ``every`` seconds ago."""
+        if time.monotonic() - self._saved >= self.every:
+            self.save(head, optimizer, progress)
+
+    def save(self, head: Head, optimizer: torch.optim.Optimizer, progress: Progress) -> None:
+        """Write everything that the next epoch depends on. Random numbers depend on seed and epoch, so none are kept."""
+        tensors = {f"weights.{name}": tensor for name, tensor in head.state_dict().items()}
+        tensors |= {f"best.{name}": tensor for name, tensor in progress.best.items()}
+        for i, state in optimizer.state_dict()["state"].items():
+            tensors |= {f"adam.{i}.{name}": tensor for name, tensor in state.items()}
+        history = [asdict(epoch) for epoch in progress.history]
+        about = {"history": history, "best_epoch": progress.best_epoch, "best_loss": progress.best_loss}
+        write_tensors(self.path, tensors, {"identity": self.identity, "progress": json.dumps(about)})
+        self._saved = time.monotonic()
+
+    def restore(self, head: Head, optimizer: torch.optim.Optimizer) -> Progress | None:
+        """Put ``head`` and ``optimizer`` where they were; None if there is no state of this very run."""
+        if not self.path.exists():
+            return None
+        try:
+            with safe_open(self.path, framework="pt") as file:
+                metadata = file.metadata() or {}
+                if metadata.get("identity") != self.identity:
+                    return None
+                tensors = {name: file.get_tensor(name) for name in file.keys()}  # noqa: SIM118 (not a dict)
+            about = json.loads(metadata["progress"])
+            head.load_state_dict(_under(tensors, "weights."))
+            adam: dict[int, dict[str, torch.Tensor]] = {}
+            for name, tensor in _under(tensors, "adam.").items():
+                number, _, slot = name.partition(".")
+                adam.setdefault(int(number), {})[slot] = tensor
+            optimizer.load_state_dict({**optimizer.state_dict(), "state": adam})
+            history = [Epoch(**line) for line in about["history"]]
+        except (SafetensorError, OSError, KeyError, ValueError, TypeError, RuntimeError) as error:
+            raise FeatureStoreError(
+                f"{self.path}, the state of an unfinished run, is damaged: {error}. Delete it to start this run anew."
+            ) from None
+        return Progress(history, _under(tensors, "best."), about["best_epoch"], about["best_loss"])
+
+    def remove(self) -> None:
+        """A finished run needs no state."""
+        self.path.unlink(missing_ok=True)
+
+
+def _under(tensors: dict[str, torch.Tensor], prefix: str) -> dict[str, torch.Tensor]:
+    return {name.removeprefix(prefix): tensor for name, tensor in tensors.items() if name.startswith(prefix)}
+
+
+def _copy(head: Head, into: dict[str, torch.Tensor] | None = None) -> dict[str, torch.Tensor]:
+    """The head's weights apart from it; into the same memory if there is some."""
+    if not into:
+        return {name: tensor.detach().clone() for name, tensor in head.state_dict().items()}
+    for name, tensor in head.state_dict().items():
+        into[name].copy_(tensor)
+    return into
+
+
+def _permuted(items: np.ndarray, labels: np.ndarray, rng: np.random.Generator) -> tuple[np.ndarray, np.ndarray]:
+    """Every triplet in a random order of its own, and where the odd one is then."""
+    orders = rng.random(items.shape).argsort(axis=1)
+    return np.take_along_axis(items, orders, axis=1), (orders == labels[:, None]).argmax(axis=1)
+
+
+@contextmanager
+def _precision(head: Head, settings: Settings) -> Iterator[None]:
+    """The precision of the bridge's products while training."""
+    before = torch.get_float32_matmul_precision()
+    head.bfloat16 = settings.precision == "bf16"
+    if settings.device != "cpu":
+        torch.set_float32_matmul_precision("high" if settings.precision == "tf32" else "highest")
+    try:
+        yield
+    finally:
+        head.bfloat16 = False
+        torch.set_float32_matmul_precision(before)

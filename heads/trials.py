@@ -1,0 +1,331 @@
+"""Odd-one-out trials: read, checked, and matched to the items of a store by key.
+
+A trial is three items and the face that was called the odd one. Rows are found by (face, view), never by position.
+"""
+
+import hashlib
+import re
+from collections.abc import Iterable, Mapping, Sequence
+from dataclasses import dataclass, replace
+from pathlib import Path
+
+import numpy as np
+import pandas as pd
+
+from featurestore.errors import FeatureStoreError, listing, near_matches
+from featurestore.store import FeatureStore, Source
+
+FACES = ("face_1", "face_2", "face_3")
+VIEWS = ("view_1", "view_2", "view_3")
+ODD = "odd"
+_PUBLISHED = {"head1": "face_1", "head2": "face_2", "head3": "face_3", "head_odd": ODD}
+_NO_ANSWER = {"", "0", "0.0", "nan", "None", "<NA>"}  # the published tables write a time-out as 0
+
+
+@dataclass(frozen=True)
+class Trials:
+    """Trials matched to the items of one or several sources.
+
+    ``items`` (n, 3) int64 number the items of ``sources`` one source after the other; ``odd`` (n,) int64 is the place,
+    0 … 2, of the odd one. ``table`` has a row per trial: face_1 … view_3 as they are called in the store, odd, and the
+    columns of the file. ``unanswered`` trials of the file were left out because they name no odd face.
+    """
+
+    items: np.ndarray
+    odd: np.ndarray
+    table: pd.DataFrame
+    sources: tuple[str, ...]
+    unanswered: int = 0
+
+    def __len__(self) -> int:
+        return len(self.odd)
+
+    @property
+    def hash(self) -> str:
+        """sha256 (hex) of who was shown and who was odd, in the file's order: what a split and a run belong to."""
+        digest = hashlib.sha256()
+        for name in (*FACES, *VIEWS, ODD):
+            digest.update("\0".join(self.table[name].astype(str)).encode() + b"\1")
+        digest.update(self.items.tobytes())
+        return digest.hexdigest()
+
+    def where(self, chosen: np.ndarray) -> "Trials":
+        """Those trials alone; ``chosen`` is a bool per trial."""
+        table = self.table[chosen].reset_index(drop=True)
+        return replace(self, items=self.items[chosen], odd=self.odd[chosen], table=table)
+
+
+@dataclass(frozen=True)
+class Sessions:
+    """What a trial's session says about the items shown: ``views`` or ``sources`` by session, e.g. {"2D": "frontal"}."""
+
+    views: Mapping[str, str]
+    sources: Mapping[str, str]
+
+
+def load_trials(
+    path: Path,
+    store: FeatureStore,
+    source: str | None = None,
+    view: str | None = None,
+    sessions: Sessions | None = None,
+    where: Iterable[str] = (),
+) -> Trials:
+    """Trials from a CSV or Parquet file, matched to ``store``.
+
+    Columns: ``face_1, face_2, face_3, odd`` or ``head1, head2, head3, head_odd``; optionally ``view_1 …``, ``session``,
+    ``participant``, ``response_time`` and any others. Without ``view_*`` the view is the session's, ``view``, or the
+    only one that every face has. ``where`` are pandas expressions on a column of the trials or on one of the store's
+    items, which then must hold for all three. Raises FeatureStoreError for columns, faces, views or sessions that are
+    not there, for an odd face that is not one of the three, and for an expression that cannot be evaluated.
+    """
+    sessions = sessions or Sessions({}, {})
+    table = read_table(path)
+    of_trials, of_items = _divide_conditions(where, table, store, source)
+    for condition in of_trials:
+        table = table[_evaluate(condition, table)].reset_index(drop=True)
+    answered = ~table[ODD].isin(_NO_ANSWER)
+    table, unanswered = table[answered].reset_index(drop=True), int((~answered).sum())
+    if table.empty:
+        raise FeatureStoreError(
+            f"{path} has no trials with an answer{' that meet --where' if of_trials else ''} ({unanswered} without)."
+        )
+    trials = replace(match(table, store, source, view, sessions, str(path)), unanswered=unanswered)
+    for condition in of_items:
+        parts = [_evaluate(condition, store.source(name).items) for name in trials.sources]
+        trials = trials.where(np.concatenate(parts)[trials.items].all(axis=1))
+    if not len(trials):
+        raise FeatureStoreError(f"no trial of {path} has three items with {' and '.join(of_items)}.")
+    return trials
+
+
+def read_table(path: Path) -> pd.DataFrame:
+    """A file of trials with its columns under our names; faces, views and odd as str, ``line`` counts from 1 after the header."""
+    try:
+        if path.suffix.lower() in (".parquet", ".pq"):
+            table = pd.read_parquet(path)
+        else:
+            keys = [*FACES, *VIEWS, ODD, *_PUBLISHED, "session", "participant"]
+            table = pd.read_csv(path, dtype=dict.fromkeys(keys, str), keep_default_na=True)
+    except FileNotFoundError:
+        raise FeatureStoreError(f"there is no file of trials {path}.") from None
+    except (ValueError, OSError, ImportError) as error:
+        raise FeatureStoreError(f"{path} cannot be read as a table of trials: {str(error).splitlines()[0]}") from None
+    table = table.rename(columns={name: ours for name, ours in _PUBLISHED.items() if ours not in table.columns})
+    missing = [name for name in (*FACES, ODD) if name not in table.columns]
+    if missing:
+        raise FeatureStoreError(
+            f"{path} has no column {listing(missing)}; its columns are {listing(table.columns, 20)}. Trials need "
+            "face_1, face_2, face_3, odd (or head1, head2, head3, head_odd)."
+        )
+    if any(view in table.columns for view in VIEWS) and not all(view in table.columns for view in VIEWS):
+        raise FeatureStoreError(f"{path} has some of the columns {', '.join(VIEWS)} and not all.")
+    for name in (*FACES, *(view for view in VIEWS if view in table.columns), ODD):
+        text = table[name].map(_as_key, na_action=None)
+        table[name] = text.astype(object)
+    table["line"] = np.arange(1, len(table) + 1)
+    return table
+
+
+def match(
+    table: pd.DataFrame,
+    store: FeatureStore,
+    source: str | None = None,
+    view: str | None = None,
+    sessions: Sessions | None = None,
+    name: str = "the trials",
+) -> Trials:
+    """Find every trial's three items in the store. ``table`` as ``read_table`` gives it; errors as ``load_trials``."""
+    sessions = sessions or Sessions({}, {})
+    table = table.copy()
+    if "line" not in table.columns:
+        table["line"] = np.arange(1, len(table) + 1)
+    table["source"] = _sources(table, store, source, sessions, name)
+    names = tuple(sorted(table["source"].unique()))
+    items = np.zeros((len(table), 3), np.int64)
+    matched, start = [], 0
+    for each in names:
+        own = (table["source"] == each).to_numpy()
+        part = _match_faces(table[own], store.source(each), name)
+        part = _fill_views(part, store.source(each), view, sessions, name)
+        items[own] = start + np.stack(
+            [_find(part, store.source(each), face, seen, name) for face, seen in zip(FACES, VIEWS, strict=True)], axis=1
+        )
+        start += store.source(each).n_items
+        matched.append(part)
+    table = pd.concat(matched).sort_index()
+    return Trials(items, _odd_places(table, name), table, names)
+
+
+def same_person_trials(source: Source, n: int, seed: int) -> pd.DataFrame:
+    """``n`` trials from keys alone: two views of one face, one view of another, which is the odd one; places at random.
+
+    Faces are drawn uniformly among those with two views or more, by a generator of their own. For ``match``.
+    """
+    if n < 1:
+        raise FeatureStoreError(f"{n} same-person trials cannot be drawn; ask for 1 or more.")
+    views = source.keys.to_frame(index=False).groupby("face_id")["view"].agg(list)
+    twice = views[views.map(len) > 1]
+    if len(twice) < 1 or len(views) < 2:
+        raise FeatureStoreError(
+            f"{source.folder} has {len(twice)} faces with two views or more, of {len(views)}; same-person trials need one "
+            "such face and another one."
+        )
+    rng = np.random.default_rng(seed)
+    rows = []
+    for _ in range(n):
+        same = twice.index[rng.integers(len(twice))]
+        other = same
+        while other == same:
+            other = views.index[rng.integers(len(views))]
+        first, second = rng.choice(len(views[same]), 2, replace=False)
+        three = [(same, views[same][first]), (same, views[same][second])]
+        three.insert(int(rng.integers(3)), (other, views[other][rng.integers(len(views[other]))]))
+        faces, seen = zip(*three, strict=True)
+        rows.append([*faces, *seen, other])
+    return pd.DataFrame(rows, columns=[*FACES, *VIEWS, ODD], dtype=object)
+
+
+def _as_key(value: object) -> str:
+    """A key as written, but 7.0 as 7: an empty cell in the column makes tables write whole numbers so."""
+    text = "" if value is None or value is pd.NA or value != value else str(value).strip()
+    return text[:-2] if re.fullmatch(r"\d+\.0", text) else text
+
+
+def _sources(
+    table: pd.DataFrame, store: FeatureStore, source: str | None, sessions: Sessions, name: str
+) -> pd.Series | str:
+    if not sessions.sources:
+        return store.source(source).name
+    by_session = {session: store.source(wanted).name for session, wanted in sessions.sources.items()}
+    return _by_session(table, by_session, name)
+
+
+def _by_session(table: pd.DataFrame, values: Mapping[str, str], name: str) -> pd.Series:
+    if "session" not in table.columns:
+        raise FeatureStoreError(f"{name} has no column session, so sessions cannot be told apart.")
+    session = table["session"].astype(str)
+    unknown = sorted(set(session) - set(values))
+    if unknown:
+        raise FeatureStoreError(
+            f"{name} has the session {listing(map(repr, unknown))}, for which nothing is said; given are {listing(values)}. "
+            f"Say it, or leave those trials out: --where \"session == '{next(iter(values))}'\"."
+        )
+    return session.map(dict(values))
+
+
+def _match_faces(table: pd.DataFrame, source: Source, name: str) -> pd.DataFrame:
+    """Faces under their names in the store: the same text, or for a number the one face that ends in it."""
+    known = set(source.keys.get_level_values(0))
+    wanted = pd.unique(table[[*FACES, ODD]].to_numpy().ravel())
+    numbers: dict[int, list[str]] = {}
+    for face in known:
+        digits = re.search(r"(\d+)$", face)
+        if digits:
+            numbers.setdefault(int(digits[1]), []).append(face)
+    called: dict[str, str] = {}
+    for face in wanted:
+        candidates = numbers.get(int(face), []) if face.isdecimal() else []
+        if face in known:
+            called[face] = face
+        elif len(candidates) == 1:
+            called[face] = candidates[0]
+    strangers = [face for face in pd.unique(table[list(FACES)].to_numpy().ravel()) if face not in called]
+    if strangers:
+        hint = near_matches(strangers[0], sorted(known)) if len(known) <= 200 else f"It holds {listing(sorted(known), 3)}."
+        raise FeatureStoreError(
+            f"{len(strangers)} faces of {name} are not in {source.folder}: {listing(map(repr, strangers))}. {hint} "
+            "Cache their photographs too, or leave those trials out with --where."
+        )
+    table = table.copy()
+    for column in (*FACES, ODD):
+        table[column] = table[column].map(lambda face: called.get(face, face)).astype(object)
+    return table
+
+
+def _fill_views(
+    table: pd.DataFrame, source: Source, view: str | None, sessions: Sessions, name: str
+) -> pd.DataFrame:
+    if all(column in table.columns for column in VIEWS):
+        return table
+    table = table.copy()
+    seen: pd.Series | str | None = _by_session(table, sessions.views, name) if sessions.views else view
+    if seen is None:
+        views = source.keys.get_level_values(1).unique()
+        if len(views) > 1:
+            raise FeatureStoreError(
+                f"{name} does not say which view was shown, and {source.folder} has {len(views)}: {listing(views)}. "
+                f"Say which: --view {'frontal' if 'frontal' in views else views[0]}, --session-view SESSION=VIEW, or "
+                "columns view_1, view_2, view_3."
+            )
+        seen = str(views[0])
+    for column in VIEWS:
+        table[column] = seen
+    return table
+
+
+def _find(table: pd.DataFrame, source: Source, face: str, view: str, name: str) -> np.ndarray:
+    keys = pd.MultiIndex.from_arrays([table[face].to_numpy(object), table[view].to_numpy(object)])
+    source.refuse_twins()
+    rows = source.keys.get_indexer(keys)
+    if (rows < 0).any():
+        missing = keys[rows < 0].unique()
+        raise FeatureStoreError(
+            f"{name} shows {len(missing)} items that are not in {source.folder}: {listing(missing, 3)} (first in line "
+            f"{table['line'].to_numpy()[rows < 0][0]}). The faces are there, in other views. Cache these photographs too."
+        )
+    return rows
+
+
+def _odd_places(table: pd.DataFrame, name: str) -> np.ndarray:
+    """0 … 2: which of the three is the odd face."""
+    faces = table[list(FACES)].to_numpy(object)
+    is_odd = faces == table[ODD].to_numpy(object)[:, None]
+    for problem, what in ((~is_odd.any(axis=1), "is not one of"), (is_odd.sum(axis=1) > 1, "stands twice among")):
+        if problem.any():
+            first = int(np.flatnonzero(problem)[0])
+            row = table.iloc[first]
+            raise FeatureStoreError(
+                f"{name}, line {row['line']}: the odd face {row[ODD]!r} {what} the three, {listing(map(repr, faces[first]))}; "
+                f"so in {int(problem.sum())} trials. Correct them, or leave them out with --where."
+            )
+    return is_odd.argmax(axis=1)
+
+
+def _divide_conditions(
+    conditions: Iterable[str], table: pd.DataFrame, store: FeatureStore, source: str | None
+) -> tuple[list[str], list[str]]:
+    """Which conditions are about trials and which about items, by the columns they name."""
+    conditions = list(conditions)
+    if not conditions:
+        return [], []
+    sources: Sequence[Source] = [store.source(source)] if source else list(store.sources.values())
+    items = {"face_id", "view", *(column for each in sources for column in each.items.columns)}
+    of_trials, of_items = [], []
+    for condition in conditions:
+        names = set(re.findall(r"(?<![\w.'\"])[A-Za-z_]\w*", re.sub(r"'[^']*'|\"[^\"]*\"", "", condition)))
+        of_trial, of_item = names & set(table.columns), names & items
+        if bool(of_trial) == bool(of_item):
+            problem = "mixes columns of trials and of items" if of_trial else "names no column there is"
+            raise FeatureStoreError(
+                f"--where {condition!r} {problem}. Columns of the trials: {listing(table.columns, 20)}. Of the items: "
+                f"{listing(sorted(items), 30)}. Give one --where for each kind."
+            )
+        (of_trials if of_trial else of_items).append(condition)
+    return of_trials, of_items
+
+
+def _evaluate(condition: str, table: pd.DataFrame) -> np.ndarray:
+    """bool per row."""
+    frame = table.reset_index()
+    try:
+        held = frame.eval(condition)
+    except Exception as error:  # whatever an expression can raise is the user's to read
+        raise FeatureStoreError(
+            f"--where {condition!r} cannot be evaluated: {type(error).__name__}: {error}. "
+            "It is a comparison such as \"gender == 'female'\" or \"yaw <= 30\"."
+        ) from None
+    held = np.asarray(held)
+    if held.dtype != bool or held.shape != (len(frame),):
+        raise FeatureStoreError(f"--where {condition!r} is no condition: it gives {held.dtype}, not true or false.")
+    return held

@@ -1,0 +1,333 @@
+"""Train heads on cached layers: odd-one-out heads from trials, the multi-view head from face identities."""
+
+# heads, featurestore and torch are imported inside the functions that need them: --help and tab completion stay instant.
+import sys
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+import click
+from click.shell_completion import CompletionItem
+
+from pipelines._cli import Command, progress_bar
+
+if TYPE_CHECKING:
+    import pandas as pd
+
+    from featurestore import FeatureStoreError
+    from heads.grid import Grid, Request
+    from heads.runs import Run
+    from heads.train import Epoch
+
+DEMO_STORE = Path("store/demo.zarr")
+DEMO_TRIALS = Path("store/demo_faces/trials.csv")
+HEADS = ("conv", "fc", "fc8-conv", "fc8-fc", "similarity", "zero-shot", "identity")
+EPILOG = r"""
+Examples:
+
+\b
+  # the demo store and its simulated observers
+  python pipelines/train_heads.py --layers maxp_5_3 fc7-relu --heads conv similarity --lr 5e-4 --seeds 0 1 2
+\b
+  # your judgments, tested on faces that no training trial shows
+  python pipelines/train_heads.py --store store/photos.zarr --trials photos_trials.csv \
+      --layers fc7-relu --heads similarity --split face --where "gender == 'female'"
+\b
+  # which face is it? trained on some views, tested on others
+  python pipelines/train_heads.py --store store/photos.zarr --layers fc7-relu --heads identity
+\b
+  # what would be trained? what does a head look like?
+  python pipelines/train_heads.py --layers maxp_5_3 --heads conv --dry-run
+  python pipelines/train_heads.py --layers fc7-relu --heads conv --draw store/conv.svg
+
+Run it again after an interruption: finished runs are read, unfinished ones go on to the same result.
+"""
+
+
+class _Pairs(click.ParamType):
+    """SESSION=VALUE."""
+
+    name = "SESSION=VALUE"
+
+    def convert(self, value: Any, param: click.Parameter | None, ctx: click.Context | None) -> tuple[str, str]:
+        """The two sides."""
+        left, equals, right = value.partition("=")
+        if not (left and equals and right):
+            self.fail(f"{value!r} is not SESSION=VALUE, such as 2D=frontal", param, ctx)
+        return left, right
+
+
+class _Rank(click.ParamType):
+    """A number, or ``full``."""
+
+    name = "N|full"
+
+    def convert(self, value: Any, param: click.Parameter | None, ctx: click.Context | None) -> int | None:
+        """None for a full matrix."""
+        if value == "full":
+            return None
+        try:
+            return int(value)
+        except (TypeError, ValueError):
+            self.fail(f"{value!r} is neither a number nor `full`", param, ctx)
+
+
+def _complete_layers(ctx: click.Context, param: click.Parameter, incomplete: str) -> list[CompletionItem]:
+    from featurestore import FeatureStore, FeatureStoreError
+
+    try:
+        store = FeatureStore.open(ctx.params.get("store") or DEMO_STORE)
+    except (FeatureStoreError, OSError):
+        return []
+    names = {name for source in store.sources.values() for name in source.layers}
+    return [CompletionItem(name) for name in sorted(names) if name.startswith(incomplete)]
+
+
+def _complete_heads(ctx: click.Context, param: click.Parameter, incomplete: str) -> list[CompletionItem]:
+    return [CompletionItem(name) for name in HEADS if name.startswith(incomplete)]
+
+
+@click.command(cls=Command, epilog=EPILOG)
+@click.option(
+    "--layers", multiple=True, metavar="NAME …", shell_complete=_complete_layers, help="Cached layers. [default: all]"
+)
+@click.option(
+    "--heads",
+    multiple=True,
+    metavar="NAME …",
+    default=("conv", "similarity"),
+    shell_complete=_complete_heads,
+    help=f"Any of {', '.join(HEADS)}. zero-shot comes along with every triplet head. [default: conv similarity]",
+)
+@click.option(
+    "--store",
+    type=click.Path(path_type=Path),
+    default=DEMO_STORE,
+    show_default=True,
+    help="The store that pipelines/cache_layers.py filled.",
+)
+@click.option("--source", metavar="NAME", help="Which source of the store, if it holds several.")
+@click.option(
+    "--trials",
+    metavar="FILE|same-person",
+    help="CSV or Parquet with face_1, face_2, face_3, odd (or head1 … head_odd), or same-person to make "
+    "trials from the keys. [default for the demo store: its own]",
+)
+@click.option(
+    "--n-trials", type=click.IntRange(1), default=5000, show_default=True, help="How many same-person trials to make."
+)
+@click.option("--where", multiple=True, metavar="EXPR …", help="Conditions on columns of trials or items, e.g. \"yaw <= 30\".")
+@click.option("--view", metavar="NAME", help="The view that was shown, for trials that do not say.")
+@click.option("--session-view", multiple=True, type=_Pairs(), metavar="SESSION=VIEW …", help="The view shown in each session.")
+@click.option(
+    "--session-source", multiple=True, type=_Pairs(), metavar="SESSION=SOURCE …", help="The source of each session's items."
+)
+@click.option(
+    "--split",
+    metavar="trial|face|view|FILE",
+    help="What may not be shared between training and test, or a saved split. [default: trial; view for identity]",
+)
+@click.option("--split-seed", type=click.IntRange(0), default=0, show_default=True, help="Seed of the split alone.")
+@click.option(
+    "--fractions",
+    nargs=3,
+    type=float,
+    default=(0.70, 0.15, 0.15),
+    show_default=True,
+    help="Shares of training, validation and test.",
+)
+@click.option("--hold-out", multiple=True, metavar="NAME …", help="Faces or views to test on, instead of drawing them.")
+@click.option("--lr", multiple=True, type=float, default=(5e-4,), metavar="RATE …", help="Learning rates of Adam. [default: 5e-4]")
+@click.option("--seeds", multiple=True, type=click.IntRange(0), default=(0,), metavar="N …", help="Seeds of weights and order. [default: 0]")
+@click.option("--batch-size", type=click.IntRange(1), default=256, show_default=True, help="Trials in one step.")
+@click.option("--epochs", type=click.IntRange(1), default=100, show_default=True, help="At most.")
+@click.option(
+    "--patience", type=click.IntRange(1), default=10, show_default=True, help="Stop after so many epochs without a lower validation loss."
+)
+@click.option("--permute", is_flag=True, help="Show the three faces of each trial in a new order every epoch.")
+@click.option("--parallel-bridge", is_flag=True, help="conv, fc: one bridge for each of the three places, not a shared one.")
+@click.option("--rank", type=_Rank(), default=64, show_default=True, help="similarity: rank of the map's change, or full.")
+@click.option("--measure", type=click.Choice(["cosine", "dot"]), default="cosine", show_default=True, help="similarity, zero-shot.")
+@click.option("--pull", type=click.FloatRange(0), default=1e-2, show_default=True, help="similarity: L2 pull towards the identity.")
+@click.option("--device", type=click.Choice(["auto", "cpu", "cuda", "mps"]), default="auto", show_default=True, help="Where heads train.")
+@click.option(
+    "--precision",
+    type=click.Choice(["fp32", "tf32", "bf16"]),
+    default="fp32",
+    show_default=True,
+    help="Of the bridge's products while training; tf32 on a GPU alone.",
+)
+@click.option("--jobs", type=click.IntRange(1), help="Runs at a time. [default: 1 for large heads, else one for each core]")
+@click.option(
+    "--scheduler",
+    default="processes",
+    show_default=True,
+    metavar="threads|processes|ADDRESS",
+    help="How a grid runs in parallel: on this machine, or on a Dask cluster that sees the same files.",
+)
+@click.option("--out", type=click.Path(path_type=Path, file_okay=False), default=Path("store/runs"), show_default=True, help="Folder of the runs.")
+@click.option("--dry-run", is_flag=True, help="Print the plan and stop.")
+@click.option("--draw", type=click.Path(path_type=Path, dir_okay=False), metavar="FILE", help="Print a summary of the first head, draw it as .svg or .png, and stop.")
+def main(
+    jobs: int | None, scheduler: str, dry_run: bool, draw: Path | None, **options: Any
+) -> None:
+    """Train heads on cached layers, never touching the backbone, and print a table of all runs."""
+    request = _request(**options)
+    from heads.grid import default_jobs, prepare, run_grid, share_threads
+
+    grid = prepare(request)
+    if draw:
+        _draw(grid, draw)
+        return
+    jobs = jobs or default_jobs(grid)
+    click.echo(f"Plan{' (nothing is run)' if dry_run else ''}\n{_plan(grid, jobs)}\n")
+    if dry_run:
+        return
+    grid.refuse_if_full(jobs)
+    failed: list[tuple[Run, FeatureStoreError]] = []
+    with progress_bar(grid.runs, "training", " runs") as bar:
+        say = bar.write if sys.stderr.isatty() else click.echo  # a bar is redrawn around each line, which a log need not see
+
+        def seen(label: str, epoch: "Epoch") -> None:
+            say(_line(label, epoch))
+
+        def done(run: "Run", result: "dict[str, Any] | FeatureStoreError") -> None:
+            if isinstance(result, dict):
+                say(f"{run.label}: test accuracy {result['accuracy']:.3f} [{result['low']:.3f}, {result['high']:.3f}]")
+            else:
+                failed.append((run, result))
+            bar.update()
+
+        for task, runs in grid.parts:
+            run_grid(task, share_threads(runs, jobs), grid.out, jobs, scheduler, seen, done)
+    _report(grid)
+    if failed:
+        click.echo(f"\n{len(failed)} runs failed:", err=True)
+        for run, error in failed:
+            click.echo(f"  {run.label}: {error}", err=True)
+        click.get_current_context().exit(1)
+
+
+def _request(
+    store: Path,
+    out: Path,
+    trials: str | None,
+    session_view: tuple[tuple[str, str], ...],
+    session_source: tuple[tuple[str, str], ...],
+    batch_size: int,
+    epochs: int,
+    patience: int,
+    permute: bool,
+    precision: str,
+    device: str,
+    parallel_bridge: bool,
+    **rest: Any,
+) -> "Request":
+    if not store.exists() and store == DEMO_STORE:
+        raise click.UsageError(
+            f"there is no {DEMO_STORE}. Make the demo store (`make demo`, or pipelines/cache_layers.py --layers maxp_5_3 fc7-relu), or "
+            "give --store."
+        )
+    if trials is None and store == DEMO_STORE:
+        trials = str(DEMO_TRIALS)
+    if precision == "tf32" and device == "cpu":
+        raise click.UsageError("--precision tf32 is a GPU's; on the CPU choose fp32 or bf16.")
+    from featurestore.job import choose_device
+    from heads.grid import Request
+    from heads.train import Settings
+    from heads.trials import Sessions
+
+    chosen = choose_device(device)
+    settings = Settings(
+        batch_size=batch_size, epochs=epochs, patience=patience, permute=permute, precision=precision, device=str(chosen)
+    )
+    sessions = Sessions(dict(session_view), dict(session_source))
+    return Request(
+        store=store, out=out, trials=trials, sessions=sessions, settings=settings, parallel=parallel_bridge, **rest
+    )
+
+
+def _plan(grid: "Grid", jobs: int) -> str:
+    lines = []
+    for task, runs in grid.parts:
+        kind = f"{len(task.classes)} faces to tell apart" if task.classes else "odd-one-out trials"
+        sizes = ", ".join(f"{name} {int((task.part == i).sum())}" for i, name in enumerate(("train", "validation", "test")))
+        left_out = int((task.part < 0).sum())
+        lines.append(f"  {len(task.items)} {kind} from {' + '.join(task.sources)} in {task.store}")
+        lines.append(
+            f"  split     {task.split_name}: {sizes}" + (f", {left_out} left out because they mix parts" if left_out else "")
+        )
+        if task.ceiling:
+            lines.append(
+                f"  ceiling   {task.ceiling.value:.3f}: {task.ceiling.n} answers to {task.ceiling.triplets} repeated triplets, "
+                "each against the other raters'"
+            )
+        elif not task.classes:
+            lines.append("  ceiling   unknown: no triplet was answered by two participants")
+        lines.append(f"  chance    {task.chance:.3f}")
+        if (task.part == 2).sum() < 50:
+            lines.append("  note      so few test examples give wide intervals; see --fractions")
+    if grid.unanswered:
+        lines.append(f"  {grid.unanswered} trials without an answer (odd empty or 0) are left out")
+    lines.append(f"  runs      {grid.runs}, {grid.finished} of them finished before; {jobs} at a time; into {grid.out}")
+    for name, parameters in grid.parameters.items():
+        lines.append(f"            {name:<24} {parameters:>13,} parameters")
+    from featurestore.plan import human_bytes
+
+    lines.append(
+        f"  memory    about {human_bytes(grid.memory(jobs))} for weights, gradients and Adam's moments; "
+        f"disk {human_bytes(grid.disk(jobs))} at most"
+    )
+    return "\n".join(lines)
+
+
+def _line(label: str, epoch: "Epoch") -> str:
+    return (
+        f"{label} | epoch {epoch.epoch:>3}: loss {epoch.train_loss:.3f} train, {epoch.validation_loss:.3f} validation; "
+        f"accuracy {epoch.train_accuracy:.3f}, {epoch.validation_accuracy:.3f}; {epoch.examples_per_second:,.0f}/s"
+        f"{'  best' if epoch.best else ''}"
+    )
+
+
+def _report(grid: "Grid") -> None:
+    from heads.grid import write_runs_table
+
+    table = write_runs_table(grid.out)
+    names = {run.name(task) for task, runs in grid.parts for run in runs}
+    table = table[table["name"].isin(names)] if len(table) else table
+    if len(table):
+        click.echo(f"\n{_table(table)}")
+        click.echo(f"\nAll runs: {grid.out / 'runs.csv'}. Curves: tensorboard --logdir {grid.out}")
+
+
+def _table(table: "pd.DataFrame") -> str:
+    """The runs as a person reads them."""
+    shown = table.assign(
+        accuracy=[f"{row.accuracy:.3f} [{row.low:.3f}, {row.high:.3f}]" for row in table.itertuples()],
+        of_ceiling=[f"{value:.2f}" if value == value else "" for value in table["normalised"].astype(float)],
+        vs_zero_shot=[f"p = {value:.2g}" if value == value else "" for value in table["p_zero_shot"]],
+        lr=[f"{row['lr']:g}" if row["head"] != "zero-shot" else "" for _, row in table.iterrows()],
+        seed=[f"{row['seed']:.0f}" if row["head"] != "zero-shot" else "" for _, row in table.iterrows()],
+        chance=[f"{value:.3f}" for value in table["chance"]],
+        ceiling=[f"{value:.3f}" if value == value else "" for value in table["ceiling"].astype(float)],
+        time=[f"{value:.1f} s" for value in table["wall_seconds"]],
+    )
+    columns = ["layer", "head", "lr", "seed", "accuracy", "chance", "ceiling", "of_ceiling", "vs_zero_shot", "n_test", "best_epoch", "time"]
+    return shown[columns].rename(columns=lambda name: name.replace("_", " ")).to_string(index=False)
+
+
+def _draw(grid: "Grid", path: Path) -> None:
+    from featurestore import FeatureStore
+    from heads.describe import draw, summary
+    from heads.models import build_head
+
+    task, runs = grid.parts[0]
+    run = next((run for run in runs if run.head != "zero-shot"), runs[0])
+    shape = FeatureStore.open(task.store).source(task.sources[0]).layer(run.layer).shape
+    faces = {"faces": list(task.classes)} if run.head == "identity" else {}
+    head = build_head(run.head, shape, **run.options, **faces)
+    click.echo(summary(head))
+    click.echo(f"{run.label} is drawn in {draw(head, path)}.")
+
+
+if __name__ == "__main__":
+    main()

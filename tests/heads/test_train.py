@@ -1,0 +1,321 @@
+"""Training: it learns, it is the same twice and after a kill, it keeps the best weights, it stops where it must."""
+
+import json
+import os
+import resource
+import signal
+import subprocess
+import sys
+import time
+from dataclasses import replace
+from pathlib import Path
+
+import numpy as np
+import pandas as pd
+import pytest
+import torch
+from safetensors.torch import load_file
+
+from featurestore import FeatureStore, FeatureStoreError
+from heads.checkpoints import export, load_head
+from heads.evaluate import evaluate
+from heads.features import Features
+from heads.grid import Request, prepare, run_grid, runs_table, write_runs_table
+from heads.models import IdentityHead, draw_head
+from heads.runs import Run, Task, run
+from heads.train import Checkpoint, Settings, train
+from tests.conftest import ROOT
+from tests.heads.conftest import N_FACES, VIEWS, write_store
+from tests.heads.published import Published
+
+QUICK = Settings(lr=3e-3, batch_size=64, epochs=4, patience=3, threads=1)
+
+
+def request(made: Path, judged: Path | str | None, out: Path, **options) -> Request:
+    defaults = {"layers": ["fc7-relu"], "heads": ["similarity"], "settings": QUICK, "lr": [QUICK.lr]}
+    return Request(store=made, out=out, trials=judged, **{**defaults, **options})
+
+
+def task_of(made: Path, judged: Path, out: Path, **options) -> Task:
+    return prepare(request(made, judged, out, **options)).parts[0][0]
+
+
+def weights(folder: Path, task: Task, each: Run) -> dict[str, torch.Tensor]:
+    return load_file(folder / each.name(task) / "weights.safetensors")
+
+
+@pytest.mark.parametrize(("head", "layer"), [("conv", "fc7-relu"), ("similarity", "maxp_5_3"), ("fc", "fc7-relu")])
+def test_the_same_seed_gives_the_same_weights_bit_for_bit(made: Path, judged: Path, tmp_path: Path, head: str, layer: str) -> None:
+    task = task_of(made, judged, tmp_path)
+    each = Run(layer, head, replace(QUICK, epochs=2))
+    run(task, each, tmp_path / "a")
+    torch.manual_seed(99)
+    run(task, each, tmp_path / "b")
+    other = replace(each, settings=replace(each.settings, seed=1))
+    run(task, other, tmp_path / "a")
+    first, second = weights(tmp_path / "a", task, each), weights(tmp_path / "b", task, each)
+    assert all(torch.equal(first[key], second[key]) for key in first)
+    assert not all(torch.equal(first[key], value) for key, value in weights(tmp_path / "a", task, other).items())
+
+
+def test_heads_learn_what_is_there_and_the_accuracy_is_that_of_the_weights_saved(made: Path, judged: Path, tmp_path: Path) -> None:
+    grid = prepare(request(made, judged, tmp_path, settings=replace(QUICK, epochs=30)))
+    (task, runs), = grid.parts
+    run_grid(task, runs, tmp_path)
+    table = write_runs_table(tmp_path)
+    score = table.set_index("head")["accuracy"]
+    assert score["similarity"] > 0.7
+    assert score["similarity"] > score["zero-shot"] > 0.35
+    assert float(table.set_index("head").loc["similarity", "p_zero_shot"]) < 0.05
+    home = tmp_path / table.set_index("head").loc["similarity", "name"]
+    head = load_head(home / "weights.safetensors", "fc7-relu")
+    test = np.flatnonzero(task.part == 2)
+    logits = evaluate(head, Features([FeatureStore.open(made).source().rows("fc7-relu")]), task.items[test])
+    assert (logits.argmax(1) == task.labels[test]).mean() == score["similarity"]
+    metrics, predicted = pd.read_csv(home / "metrics.csv"), pd.read_csv(home / "predictions.csv")
+    assert predicted["correct"].mean() == pytest.approx(score["similarity"])
+    assert (predicted["predicted"] == predicted["odd"]).equals(predicted["correct"])
+    best = json.loads((home / "result.json").read_text())["best_epoch"]
+    assert best == metrics["validation_loss"].idxmin() + 1
+    assert len(metrics) <= best + QUICK.patience
+    assert list(home.glob("events.out.tfevents.*"))
+    assert not (home / "state.safetensors").exists()
+    assert json.loads((home / "config.json").read_text())["split"] == task.split
+    assert (tmp_path / "runs.csv").exists()
+    assert {"accuracy_by_face.csv", "accuracy_by_view.csv", "accuracy_by_position.csv"} <= {p.name for p in home.iterdir()}
+
+
+def test_similarity_generalises_to_faces_never_seen(made: Path, tmp_path: Path) -> None:
+    from tests.heads.conftest import write_trials
+
+    write_trials(tmp_path / "many.csv", 6000)
+    settings = replace(QUICK, epochs=15)
+    grid = prepare(request(made, tmp_path / "many.csv", tmp_path, split="face", fractions=(0.5, 0.2, 0.3), settings=settings))
+    (task, runs), = grid.parts
+    results = []
+    run_grid(task, runs, tmp_path, done=lambda each, result: results.append(result))
+    similarity = next(result for result in results if result["epochs"])
+    assert similarity["low"] > 1 / 3
+
+
+def test_permuted_training_still_learns_the_same_question(made: Path, judged: Path, tmp_path: Path) -> None:
+    task = task_of(made, judged, tmp_path)
+    each = Run("fc7-relu", "similarity", replace(QUICK, permute=True, epochs=20))
+    assert run(task, each, tmp_path)["accuracy"] > 0.7
+
+
+def test_a_resumed_run_ends_with_the_same_weights(made: Path, judged: Path, tmp_path: Path) -> None:
+    """Stopped after every epoch and restored from disk, against never stopped."""
+    task = task_of(made, judged, tmp_path)
+    features = Features([FeatureStore.open(made).source().rows("fc7-relu")])
+    settings = replace(QUICK, epochs=5, patience=5)
+    whole = draw_head("conv", (400,), 0)
+    expected = train(whole, features, task.examples, settings)
+    for stop in range(1, 6):
+        head = draw_head("conv", (400,), 0)
+        checkpoint = Checkpoint(tmp_path / "state.safetensors", "this run", every=0)
+        progress = train(head, features, task.examples, replace(settings, epochs=stop), checkpoint)
+        assert progress.epoch == stop
+    assert all(torch.equal(a, b) for a, b in zip(whole.state_dict().values(), head.state_dict().values(), strict=True))
+    for a, b in zip(expected.history, progress.history, strict=True):
+        assert (a.train_loss, a.validation_loss, a.best) == (b.train_loss, b.validation_loss, b.best)
+
+
+def test_a_killed_run_goes_on_to_the_same_result(made: Path, judged: Path, tmp_path: Path) -> None:
+    """A real process, killed with SIGKILL at epochs of its own; finished by another; against one left alone."""
+    arguments = ["--store", made, "--trials", judged, "--layers", "fc7-relu", "--heads", "conv", "--lr", "1e-3"]
+    code = (
+        "import sys; import heads.train as t; t.Checkpoint.__init__.__defaults__ = (0.0,)\n"
+        "import heads.grid as g; g.run_grid.__defaults__ = (*g.run_grid.__defaults__[:-1], 0.0)\n"
+        "from pipelines.train_heads import main; main()"
+    )
+    line = [sys.executable, "-c", code, *map(str, arguments), "--epochs", "6", "--jobs", "1"]
+    environment = {**os.environ, "OMP_NUM_THREADS": "1"}
+    alone = subprocess.run([*line, "--out", str(tmp_path / "alone")], capture_output=True, text=True, env=environment, cwd=ROOT)
+    assert alone.returncode == 0, alone.stderr
+    kills = 0
+    for _ in range(2):
+        process = subprocess.Popen(
+            [*line, "--out", str(tmp_path / "killed")], stdout=subprocess.PIPE, stderr=subprocess.DEVNULL, text=True, env=environment, cwd=ROOT
+        )
+        assert process.stdout is not None
+        seen = 0
+        for text in process.stdout:
+            seen += "| epoch" in text
+            if seen == 2:
+                process.send_signal(signal.SIGKILL)
+                kills += 1
+                break
+        process.wait()
+        process.stdout.close()
+    assert kills == 2
+    again = subprocess.run([*line, "--out", str(tmp_path / "killed")], capture_output=True, text=True, env=environment, cwd=ROOT)
+    assert again.returncode == 0, again.stderr
+    homes = [next((tmp_path / folder).glob("fc7-relu-conv-*")) for folder in ("alone", "killed")]
+    first, second = (load_file(home / "weights.safetensors") for home in homes)
+    assert homes[0].name == homes[1].name
+    assert all(torch.equal(first[key], second[key]) for key in first)
+    columns = ["epoch", "train_loss", "validation_loss", "best"]
+    assert pd.read_csv(homes[0] / "metrics.csv")[columns].equals(pd.read_csv(homes[1] / "metrics.csv")[columns])
+    assert (homes[0] / "predictions.csv").read_bytes() == (homes[1] / "predictions.csv").read_bytes()
+
+
+def test_a_finished_run_is_read_and_an_unfinished_lock_is_refused(made: Path, judged: Path, tmp_path: Path) -> None:
+    from filelock import FileLock
+
+    task = task_of(made, judged, tmp_path)
+    each = Run("fc7-relu", "zero-shot", QUICK)
+    first = run(task, each, tmp_path)
+    start = time.monotonic()
+    assert run(task, each, tmp_path) == first
+    assert time.monotonic() - start < 60
+    home = tmp_path / Run("fc7-relu", "conv", QUICK).name(task)
+    home.mkdir()
+    with FileLock(home / ".lock"), pytest.raises(FeatureStoreError, match="another process"):
+        run(task, Run("fc7-relu", "conv", QUICK), tmp_path)
+
+
+@pytest.mark.parametrize("scheduler", ["threads", "processes"])
+def test_a_grid_through_dask_gives_what_one_process_gives(made: Path, judged: Path, tmp_path: Path, scheduler: str) -> None:
+    grid = prepare(request(made, judged, tmp_path, seeds=[0, 1], settings=replace(QUICK, epochs=2)))
+    (task, runs), = grid.parts
+    done, epochs = {}, []
+    run_grid(task, runs, tmp_path / "dask", 2, scheduler, lambda label, epoch: epochs.append((label, epoch.epoch)), done=lambda each, result: done.update({each.label: result}))
+    assert len(done) == 3 and all(isinstance(result, dict) for result in done.values())
+    assert len(epochs) == 4
+    for each in runs:
+        run(task, each, tmp_path / "alone")
+        first, second = weights(tmp_path / "dask", task, each), weights(tmp_path / "alone", task, each)
+        assert all(torch.equal(first[key], second[key]) for key in first)
+
+
+def test_an_address_without_a_cluster_is_said_so(made: Path, judged: Path, tmp_path: Path) -> None:
+    (task, runs), = prepare(request(made, judged, tmp_path)).parts
+    with pytest.raises(FeatureStoreError, match="no Dask scheduler at 'tcp://127.0.0.1:1'"):
+        run_grid(task, runs, tmp_path, 1, "tcp://127.0.0.1:1", connect="1s")
+
+
+def test_a_failing_run_does_not_take_the_others_with_it(made: Path, judged: Path, tmp_path: Path) -> None:
+    grid = prepare(request(made, judged, tmp_path, heads=["conv"], lr=[1e30, 1e-3], settings=replace(QUICK, epochs=2)))
+    (task, runs), = grid.parts
+    done: dict = {}
+    run_grid(task, runs, tmp_path, done=lambda each, result: done.update({(each.head, each.settings.lr): result}))
+    assert isinstance(done["conv", 1e30], FeatureStoreError)
+    assert "epoch 1, step 2" in str(done["conv", 1e30]) or "epoch 1" in str(done["conv", 1e30])
+    assert isinstance(done["conv", 1e-3], dict)
+    assert len(runs_table(tmp_path)) == 2
+
+
+def test_rows_that_are_not_finite_are_named(judged: Path, tmp_path: Path) -> None:
+    path = write_store(tmp_path / "bad.zarr", bad=("fc7-relu", 7))
+    task = task_of(path, judged, tmp_path)
+    with pytest.raises(FeatureStoreError, match=r"'fc7-relu' hold NaN or infinite .*verify_store"):
+        run(task, Run("fc7-relu", "conv", QUICK), tmp_path)
+
+
+def test_a_full_disk_is_said_and_the_checkpoint_stays(made: Path, judged: Path, tmp_path: Path) -> None:
+    """The system refuses to write the second state; the one before it is still there, and training goes on from it."""
+    task = task_of(made, judged, tmp_path)
+    each = Run("fc7-relu", "conv", replace(QUICK, epochs=3))
+    home = tmp_path / each.name(task)
+    wanted = run(task, each, tmp_path / "elsewhere")
+    home.mkdir()
+
+    soft, hard = resource.getrlimit(resource.RLIMIT_FSIZE)
+
+    def fill(label: str, epoch) -> None:
+        if epoch.epoch == 2:
+            resource.setrlimit(resource.RLIMIT_FSIZE, (100_000, hard))
+
+    try:
+        with pytest.raises(FeatureStoreError, match=r"could not be written.*space"):
+            run(task, each, tmp_path, fill, every=0)
+    finally:
+        resource.setrlimit(resource.RLIMIT_FSIZE, (soft, hard))
+    assert (home / "state.safetensors").exists()
+    epochs: list[int] = []
+    again = run(task, each, tmp_path, lambda label, epoch: epochs.append(epoch.epoch))
+    assert epochs == [2, 3]
+    assert again["accuracy"] == wanted["accuracy"]
+
+
+def test_identities_from_views_never_trained_on(made: Path, tmp_path: Path) -> None:
+    grid = prepare(request(made, None, tmp_path, heads=["identity"], layers=[], fractions=(0.5, 0.25, 0.25), hold_out=["up"], settings=replace(QUICK, epochs=30)))
+    (task, runs), = grid.parts
+    assert [each.layer for each in runs] == ["fc7-relu", "maxp_5_3"]
+    assert set(task.table["view"][task.part == 2]) == {"up"}
+    for each in runs:
+        assert run(task, each, tmp_path)["accuracy"] > 0.9
+    home = tmp_path / runs[0].name(task)
+    head = load_head(home / "weights.safetensors", "fc7-relu")
+    assert isinstance(head, IdentityHead)
+    assert head.faces == tuple(f"face-{i + 1:03d}" for i in range(N_FACES))
+    assert task.chance == 1 / N_FACES
+    assert len(task.items) == N_FACES * len(VIEWS)
+
+
+@pytest.mark.parametrize("head", ["conv", "fc", "identity"])
+def test_a_trained_head_runs_in_the_published_modules(made: Path, judged: Path, tmp_path: Path, head: str) -> None:
+    """Standardisation is folded in, so raw rows give the same logits there; and it loads back here."""
+    identity = head == "identity"
+    grid = prepare(request(made, None if identity else judged, tmp_path, heads=[head], fractions=(0.5, 0.25, 0.25), settings=replace(QUICK, epochs=2)))
+    task, runs = grid.parts[-1]
+    each = runs[-1]
+    run(task, each, tmp_path)
+    ours = load_head(tmp_path / each.name(task) / "weights.safetensors", "fc7-relu")
+    assert ours.scale != 1
+    export(ours, tmp_path / "there.pth", "fc7-relu")
+    state = torch.load(tmp_path / "there.pth")
+    rows = FeatureStore.open(made).source().rows("fc7-relu").gather(range(12))
+    if identity:
+        theirs = torch.nn.Linear(400, N_FACES)
+        theirs.load_state_dict({key.removeprefix("decision_layer.fc_d."): value for key, value in state.items()})
+        three, logits = (rows,), theirs(rows)
+    else:
+        there = Published(7, 400, head == "conv", parallel=False).eval()
+        there.load_state_dict(state, strict=True)
+        three = rows.view(4, 3, 400).unbind(1)
+        logits = there(*three)
+    assert torch.allclose(ours(*three), logits, rtol=1e-4, atol=1e-4)
+    back = load_head(tmp_path / "there.pth", "fc7-relu", shape=(400,))
+    assert torch.allclose(back(*three), logits, rtol=1e-4, atol=1e-4)
+
+
+def test_checkpoints_that_do_not_fit_are_refused_by_key(made: Path, judged: Path, tmp_path: Path) -> None:
+    task = task_of(made, judged, tmp_path)
+    each = Run("fc7-relu", "conv", replace(QUICK, epochs=1))
+    run(task, each, tmp_path)
+    ours = tmp_path / each.name(task) / "weights.safetensors"
+    with pytest.raises(FeatureStoreError, match="trained on layer 'fc7-relu', not on 'maxp_5_3'"):
+        load_head(ours, "maxp_5_3")
+    with pytest.raises(FeatureStoreError, match=r"takes rows of \(400,\)"):
+        load_head(ours, "fc7-relu", shape=(4096,))
+    export(load_head(ours, "fc7-relu"), tmp_path / "a.pth", "fc7-relu")
+    state = torch.load(tmp_path / "a.pth")
+    with pytest.raises(FeatureStoreError, match=r"vgg_core_bridge.fc8.weight \(300, 400\) \(needed: \(300, 4096\)\)"):
+        load_head(tmp_path / "a.pth", "fc7-relu")
+    torch.save({key: value for key, value in state.items() if key != "decision_block.conv_d_9_2.bias"}, tmp_path / "b.pth")
+    with pytest.raises(FeatureStoreError, match="1 missing: decision_block.conv_d_9_2.bias"):
+        load_head(tmp_path / "b.pth", "fc7-relu", shape=(400,))
+    with pytest.raises(FeatureStoreError, match=r"unexpected: .*conv_d_9_"):
+        load_head(tmp_path / "a.pth", "fc6-relu", shape=(400,))
+    torch.save({**state, "vgg_core.vgg_core.features.conv_1_1.weight": torch.zeros(3)}, tmp_path / "c.pth")
+    with pytest.raises(FeatureStoreError, match="ignore_backbone"):
+        load_head(tmp_path / "c.pth", "fc7-relu", shape=(400,))
+    assert load_head(tmp_path / "c.pth", "fc7-relu", shape=(400,), ignore_backbone=True)
+    torch.save({"weight": torch.zeros(3)}, tmp_path / "d.pth")
+    with pytest.raises(FeatureStoreError, match="no checkpoint of a head"):
+        load_head(tmp_path / "d.pth", "fc7-relu")
+    with pytest.raises(FeatureStoreError, match="no similarity head"):
+        export(draw_head("similarity", (400,), 0), tmp_path / "e.pth", "fc7-relu")
+
+
+def test_a_hostile_checkpoint_runs_no_code(tmp_path: Path) -> None:
+    class Hostile:
+        def __reduce__(self):
+            return os.system, (f"touch {tmp_path / 'ran'}",)
+
+    torch.save({"vgg_core_bridge.fc8.weight": Hostile()}, tmp_path / "hostile.pth")
+    with pytest.raises(FeatureStoreError, match="can run code"):
+        load_head(tmp_path / "hostile.pth", "fc7-relu")
+    assert not (tmp_path / "ran").exists()

@@ -1,0 +1,199 @@
+"""Trials: read in the forms people have, matched by key, refused where they make no sense."""
+
+from pathlib import Path
+
+import numpy as np
+import pandas as pd
+import pytest
+
+from featurestore import FeatureStore, FeatureStoreError
+from heads.splits import KINDS, Split, draw_split, split_trials
+from heads.trials import FACES, VIEWS, Sessions, Trials, load_trials, match, same_person_trials
+from tests.heads.conftest import write_store
+
+
+def trials_from(made: Path, tmp_path: Path, rows: list[dict], name: str = "t.csv", **options) -> Trials:
+    pd.DataFrame(rows).to_csv(tmp_path / name, index=False)
+    return load_trials(tmp_path / name, FeatureStore.open(made), **options)
+
+
+def row(a: str = "face-001", b: str = "face-002", c: str = "face-003", odd: str = "face-002", **more) -> dict:
+    return {"face_1": a, "face_2": b, "face_3": c, "odd": odd, **more}
+
+
+def test_items_are_found_by_key_in_every_line(made: Path, judged: Path) -> None:
+    trials = load_trials(judged, FeatureStore.open(made))
+    keys, table = FeatureStore.open(made).source().keys, pd.read_csv(judged)
+    assert len(trials) == len(table) == 900
+    for place, (face, view) in enumerate(zip(FACES, VIEWS, strict=True)):
+        assert [keys[i] for i in trials.items[:, place]] == list(zip(table[face], table[view], strict=True))
+    odd = trials.table[list(FACES)].to_numpy()[np.arange(900), trials.odd]
+    assert (odd == table["odd"]).all()
+
+
+def test_published_numbers_match_faces_that_end_in_them_and_time_outs_are_left_out(made: Path, tmp_path: Path) -> None:
+    rows = [
+        {"head1": 1, "head2": 12, "head3": 30, "head_odd": 12, "session": "2D"},
+        {"head1": 4, "head2": 5, "head3": 6, "head_odd": 0, "session": "2D"},
+        {"head1": 4, "head2": 5, "head3": 6, "head_odd": None, "session": "3D"},
+        {"head1": 3, "head2": 2, "head3": 1, "head_odd": 3, "session": "3D"},
+    ]
+    views = Sessions({"2D": "frontal", "3D": "left"}, {})
+    trials = trials_from(made, tmp_path, rows, sessions=views)
+    assert trials.unanswered == 2
+    keys = FeatureStore.open(made).source().keys
+    assert [keys[i] for i in trials.items[0]] == [(f"face-{n:03d}", "frontal") for n in (1, 12, 30)]
+    assert [keys[i] for i in trials.items[1]] == [(f"face-{n:03d}", "left") for n in (3, 2, 1)]
+    assert trials.odd.tolist() == [1, 0]
+
+
+def test_parquet_reads_as_csv_does(made: Path, judged: Path, tmp_path: Path) -> None:
+    pd.read_csv(judged).to_parquet(tmp_path / "trials.parquet")
+    store = FeatureStore.open(made)
+    assert load_trials(tmp_path / "trials.parquet", store).hash == load_trials(judged, store).hash
+
+
+def test_a_session_can_be_a_source_of_its_own(made: Path, tmp_path: Path) -> None:
+    path = write_store(tmp_path / "two.zarr", "still")
+    write_store(path, "moving", seed=1)
+    rows = [row(session="2D"), row(odd="face-001", session="3D"), row(session="2D")]
+    trials = trials_from(path, tmp_path, rows, view="frontal", sessions=Sessions({}, {"2D": "still", "3D": "moving"}))
+    assert len(trials.sources) == 2
+    n = FeatureStore.open(path).source("still").n_items
+    number = trials.sources.index(FeatureStore.open(path).source("moving").name)
+    assert (trials.items[1] // n == number).all()
+    assert (trials.items[[0, 2]] // n == 1 - number).all()
+    assert trials.odd.tolist() == [1, 0, 1]
+
+
+@pytest.mark.parametrize(
+    ("condition", "left"),
+    [("gender == 'female'", 1), ("session == '3D'", 2), ("yaw <= 0", 3), ("response_time < 2", 1)],
+)
+def test_conditions_on_trials_and_on_items(made: Path, tmp_path: Path, condition: str, left: int) -> None:
+    rows = [
+        row("face-001", "face-003", "face-005", "face-003", session="2D", response_time=1.0),
+        row(session="3D", response_time=3.0),
+        row(session="3D", response_time=4.0),
+    ]
+    trials = trials_from(made, tmp_path, rows, view="frontal", where=[condition])
+    assert len(trials) == left
+    if "female" in condition:  # odd numbers are the female ones: of all three
+        assert trials.table["face_1"].tolist() == ["face-001"]
+
+
+@pytest.mark.parametrize(
+    ("rows", "options", "message"),
+    [
+        ([row(odd="face-004")], {}, r"line 1: the odd face 'face-004' is not one of the three"),
+        ([row(), row("face-001", "face-001", "face-002", "face-001")], {}, r"line 2: .* stands twice among"),
+        ([row("face-999")], {}, r"1 faces of .* are not in .*'face-999'"),
+        ([row(), row("99", odd="99")], {}, r"'99'"),
+        ([row()], {"view": None}, r"which view was shown, .* has 4: .*--view frontal"),
+        ([row()], {"view": "behind"}, r"1 items|3 items"),
+        ([row()], {"where": ["gender == 'f'"]}, r"no trial"),
+        ([row()], {"where": ["colour == 'red'"]}, r"names no column"),
+        ([row(rt=1)], {"where": ["rt + 1"]}, r"is no condition"),
+        ([row(rt=1)], {"where": ["rt <"]}, r"cannot be evaluated"),
+        ([{"face_1": "a", "face_2": "b", "odd": "a"}], {}, r"no column face_3"),
+        ([row(session="4D")], {"sessions": Sessions({"2D": "frontal"}, {})}, r"session '4D'"),
+        ([row()], {"sessions": Sessions({"2D": "frontal"}, {})}, r"no column session"),
+        ([row(odd="")], {}, r"no trials with an answer"),
+    ],
+)
+def test_bad_trials_are_refused_with_the_line_and_the_way_out(
+    made: Path, tmp_path: Path, rows: list[dict], options: dict, message: str
+) -> None:
+    with pytest.raises(FeatureStoreError, match=message):
+        trials_from(made, tmp_path, rows, **{"view": "frontal", **options})
+
+
+def test_files_that_are_no_tables(made: Path, tmp_path: Path) -> None:
+    (tmp_path / "t.csv").write_bytes(b"\x00\xff\xfe binary")
+    (tmp_path / "t.parquet").write_bytes(b"not parquet")
+    for name in ("t.csv", "t.parquet", "absent.csv"):
+        with pytest.raises(FeatureStoreError, match=name):
+            load_trials(tmp_path / name, FeatureStore.open(made))
+
+
+def test_same_person_trials_show_one_face_twice(made: Path) -> None:
+    store = FeatureStore.open(made)
+    table = same_person_trials(store.source(), 300, seed=1)
+    trials = match(table, store)
+    for line, odd in zip(trials.table.itertuples(), trials.odd, strict=True):
+        faces = [line.face_1, line.face_2, line.face_3]
+        views = [line.view_1, line.view_2, line.view_3]
+        a, b = (i for i in range(3) if i != odd)
+        assert faces[a] == faces[b] != faces[odd]
+        assert views[a] != views[b]
+    assert set(np.bincount(trials.odd) > 70) == {True}
+    assert table.equals(same_person_trials(store.source(), 300, seed=1))
+
+
+@pytest.mark.parametrize("kind", KINDS)
+def test_a_split_is_the_same_whatever_is_trained(made: Path, judged: Path, kind: str, tmp_path: Path) -> None:
+    trials = load_trials(judged, FeatureStore.open(made))
+    first = split_trials(trials, kind, seed=3, fractions=(0.5, 0.25, 0.25))
+    np.random.seed(1)
+    again = split_trials(trials, kind, seed=3, fractions=(0.5, 0.25, 0.25))
+    other = split_trials(trials, kind, seed=4, fractions=(0.5, 0.25, 0.25))
+    assert first.hash == again.hash != other.hash
+    loaded = Split.load(first.save(tmp_path), trials.hash)
+    assert loaded.hash == first.hash
+    assert np.array_equal(loaded.part, first.part)
+    parts = [set(first.indices(name)) for name in ("train", "validation", "test")]
+    assert not parts[0] & parts[1] and not parts[0] & parts[2] and not parts[1] & parts[2]
+
+
+@pytest.mark.parametrize(("kind", "columns"), [("face", FACES), ("view", VIEWS)])
+def test_no_face_or_view_of_the_test_is_in_training(made: Path, judged: Path, kind: str, columns: tuple[str, ...]) -> None:
+    trials = load_trials(judged, FeatureStore.open(made))
+    split = split_trials(trials, kind, seed=0, fractions=(0.5, 0.25, 0.25))
+    shown = [set(trials.table.iloc[split.indices(name)][list(columns)].to_numpy().ravel()) for name in ("train", "validation", "test")]
+    assert all(shown)
+    assert not shown[0] & shown[2] and not shown[0] & shown[1] and not shown[1] & shown[2]
+
+
+def test_all_answers_to_one_triplet_fall_into_one_part(made: Path, tmp_path: Path) -> None:
+    from tests.heads.conftest import write_trials
+
+    write_trials(tmp_path / "t.csv", 300, raters=5)
+    trials = load_trials(tmp_path / "t.csv", FeatureStore.open(made))
+    split = split_trials(trials, "trial", seed=0)
+    part = pd.Series(split.part).groupby([str(sorted(three)) for three in trials.items.tolist()]).nunique()
+    assert (part == 1).all()
+    assert np.allclose(np.bincount(split.part) / 300, (0.7, 0.15, 0.15), atol=0.02)
+
+
+def test_held_out_views_are_the_test(made: Path, judged: Path) -> None:
+    trials = load_trials(judged, FeatureStore.open(made))
+    split = split_trials(trials, "view", 0, (0.6, 0.2, 0.2), test=["frontal"])
+    assert set(trials.table.iloc[split.indices("test")][list(VIEWS)].to_numpy().ravel()) == {"frontal"}
+
+
+@pytest.mark.parametrize(
+    ("labels", "fractions", "message"),
+    [
+        ([["a"], ["b"]], (0.7, 0.15, 0.15), "too few"),
+        ([["a"], ["b"], ["c"]], (0.7, 0.2, 0.2), "add up to 1"),
+        ([["a"], ["b"], ["c"]], (1.0, 0.0, 0.0), "add up to 1"),
+        ([["a", "b"], ["b", "c"], ["a", "c"]], (0.4, 0.3, 0.3), "part of the split by face is empty"),
+    ],
+)
+def test_splits_that_cannot_be(labels: list, fractions: tuple, message: str) -> None:
+    with pytest.raises(FeatureStoreError, match=message):
+        draw_split(np.array(labels), "face", 0, fractions, "of")
+
+
+def test_a_changed_or_foreign_split_file_is_refused(made: Path, judged: Path, tmp_path: Path) -> None:
+    trials = load_trials(judged, FeatureStore.open(made))
+    path = split_trials(trials, "trial", 0).save(tmp_path)
+    with pytest.raises(FeatureStoreError, match="drawn for other trials"):
+        Split.load(path, "0" * 64)
+    text = path.read_text()
+    path.write_text(text.replace('"test": [', '"test": [0, '))
+    with pytest.raises(FeatureStoreError, match="changed after it was written"):
+        Split.load(path, trials.hash)
+    path.write_text("[]")
+    with pytest.raises(FeatureStoreError, match="is not a split"):
+        Split.load(path, trials.hash)
