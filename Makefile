@@ -16,7 +16,8 @@ lint: .venv/ready
 	$(BIN)/mypy
 
 benchmark: .venv/ready
-	$(BIN)/python tests/benchmarks/bench_store.py
+	$(BIN)/python -m tests.benchmarks.bench_store
+	$(BIN)/python -m tests.benchmarks.bench_heads
 
 # Exact versions, so that a wheel lying on the machine cannot slip in beside a torchvision that was not built for it.
 .venv/ready: pyproject.toml constraints.txt

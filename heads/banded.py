@@ -19,7 +19,7 @@ class _BlockProduct(torch.autograd.Function):
     """
 
     @staticmethod
-    def forward(ctx, blocks: torch.Tensor, band: torch.Tensor, bias: torch.Tensor) -> torch.Tensor:  # type: ignore[override]
+    def forward(ctx, blocks: torch.Tensor, band: torch.Tensor, bias: torch.Tensor) -> torch.Tensor:
         rows, width = blocks.shape
         out = torch.addmm(bias, blocks, band[:width])
         for q, start in enumerate(range(width, len(band), width), start=1):
@@ -29,7 +29,7 @@ class _BlockProduct(torch.autograd.Function):
         return out
 
     @staticmethod
-    def backward(ctx, gradient: torch.Tensor):  # type: ignore[override]
+    def backward(ctx, gradient: torch.Tensor):
         blocks, band = ctx.saved_tensors
         rows, width = blocks.shape
         to_blocks = gradient @ band[:width].t() if ctx.needs_input_grad[0] else None
@@ -54,20 +54,24 @@ def _band(kernel: torch.Tensor, block: int, stride: int) -> torch.Tensor:
 
 
 def convolve(
-    signals: torch.Tensor, kernel: torch.Tensor, bias: torch.Tensor, stride: int = 1, block: int = 32
+    signals: torch.Tensor, kernel: torch.Tensor, bias: torch.Tensor, stride: int, valid: int, block: int | None
 ) -> torch.Tensor:
     """A one-dimensional convolution of ``signals`` (n, length, channels) with ``kernel`` (o, taps, channels).
 
-    Returns (n, ceil(length / stride / block) * block, o), float as the input: channels run fastest. Only the first
-    ``(valid - taps) // stride + 1`` positions mean anything, where ``valid`` is how many of the input's do;
-    the others hold finite numbers that nothing may look at. ``block`` outputs are computed as one product.
+    Only the first ``valid`` positions of the signals are looked at. Returns (n, length', o), channels running fastest, of
+    which the first ``(valid - taps) // stride + 1`` positions are the result. ``block`` outputs are computed as one
+    product; there are then more positions after the result, finite numbers that nothing may look at. With ``block`` None
+    a whole signal is one product, and there are none: better for short signals, where most of the band is not zero.
     """
     n, length, channels = signals.shape
-    width = block * stride
-    short = -length % width
+    outputs = (valid - kernel.shape[1]) // stride + 1
+    if block is None:
+        band = _band(kernel.flatten(1), outputs, stride * channels)
+        flat = signals[:, :valid].reshape(n, -1)[:, : len(band)]
+        return torch.addmm(bias.repeat(outputs), flat, band).view(n, outputs, -1)
+    short = -length % (block * stride)
     if short:
         signals = F.pad(signals, (0, 0, 0, short))
-    blocks = signals.reshape(-1, width * channels)
+    blocks = signals.reshape(-1, block * stride * channels)
     band = _band(kernel.flatten(1), block, stride * channels)
-    out = _BlockProduct.apply(blocks, band, bias.repeat(block))
-    return out.view(n, -1, kernel.shape[0])
+    return _BlockProduct.apply(blocks, band, bias.repeat(block)).view(n, -1, kernel.shape[0])

@@ -67,7 +67,9 @@ def load_head(
         architecture = dict(ours["architecture"])
         trained_on = tuple(architecture.pop("shape"))
         if shape is not None and tuple(shape) != trained_on:
-            raise FeatureStoreError(f"{path} takes rows of {trained_on}; those of {layer!r} given here are {tuple(shape)}.")
+            raise FeatureStoreError(
+                f"{path} takes rows of {trained_on}; those of {layer!r} given here are {tuple(shape)}."
+            )
         try:
             head = build_head(architecture.pop("head"), trained_on, **architecture)
         except (TypeError, ValueError, RuntimeError) as error:
@@ -128,7 +130,9 @@ def published_keys(head: Head, layer: str, earlier: bool = False) -> dict[str, s
         places = [i for i, module in enumerate(decision) if isinstance(module, torch.nn.Conv2d)]
         for number, i in enumerate(places, start=1):
             last = number == len(places)
-            modules[f"decision.{i}"] = f"decision_block.conv_d_{block + 3}_1" if last else f"decision_block.conv_d_{block + 2}_{number}"
+            modules[f"decision.{i}"] = (
+                f"decision_block.conv_d_{block + 3}_1" if last else f"decision_block.conv_d_{block + 2}_{number}"
+            )
     elif isinstance(decision, FcDecision) and decision.hidden is not None:
         modules |= {
             "decision.hidden": f"decision_block.fc_d_{block + 2}",
@@ -159,7 +163,9 @@ def _published_head(path: Path, found: Mapping[str, tuple[int, ...]], layer: str
 def _check(path: Path, layer: str, wanted: Mapping[str, tuple[int, ...]], found: Mapping[str, tuple[int, ...]]) -> None:
     missing = [key for key in wanted if key not in found]
     unexpected = [key for key in found if key not in wanted]
-    other = [f"{key} {found[key]} (needed: {wanted[key]})" for key in wanted if key in found and found[key] != wanted[key]]
+    other = [
+        f"{key} {found[key]} (needed: {wanted[key]})" for key in wanted if key in found and found[key] != wanted[key]
+    ]
     if missing or unexpected or other:
         parts = [
             f"{len(keys)} {what}: {listing(keys, 4)}"

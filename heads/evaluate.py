@@ -113,7 +113,9 @@ def accuracy_by(table: pd.DataFrame, correct: np.ndarray, what: str) -> pd.DataF
     """
     columns = [name for name in (FACES if what == "face" else VIEWS) if name in table.columns]
     correct = np.asarray(correct, bool)
-    shown = pd.concat([pd.DataFrame({what: table[name].to_numpy(object), "trial": range(len(table))}) for name in columns])
+    shown = pd.concat(
+        [pd.DataFrame({what: table[name].to_numpy(object), "trial": range(len(table))}) for name in columns]
+    )
     shown = shown.drop_duplicates().sort_values([what, "trial"])
     rows = {name: asdict(accuracy(correct[part["trial"]])) for name, part in shown.groupby(what, sort=True)}
     return pd.DataFrame.from_dict(rows, orient="index").rename_axis(what)
@@ -124,7 +126,10 @@ def by_position(odd: np.ndarray, predicted: np.ndarray) -> pd.DataFrame:
     rows = {}
     for place in range(3):
         there = odd == place
-        rows[place + 1] = {**asdict(accuracy(predicted[there] == place)), "answered": float((predicted == place).mean())}
+        rows[place + 1] = {
+            **asdict(accuracy(predicted[there] == place)),
+            "answered": float((predicted == place).mean()),
+        }
     return pd.DataFrame.from_dict(rows, orient="index").rename_axis("position")
 
 

@@ -4,7 +4,7 @@ import json
 import os
 import shutil
 from collections.abc import Callable, Sequence
-from dataclasses import asdict, dataclass, replace
+from dataclasses import asdict, dataclass, field, replace
 from pathlib import Path
 from typing import Any
 
@@ -62,7 +62,7 @@ class Request:
     rank: int | None = 64
     measure: str = "cosine"
     pull: float = 1e-2
-    settings: Settings = Settings()
+    settings: Settings = field(default_factory=Settings)
 
 
 @dataclass(frozen=True)
@@ -114,9 +114,9 @@ def prepare(request: Request) -> Grid:
 
     Triplet heads get a zero-shot run for each layer beside them. FeatureStoreError for whatever cannot be done.
     """
-    for head in request.heads:
-        if head not in BUILDERS:
-            build_head(head, (1,))  # says which there are
+    for name in request.heads:
+        if name not in BUILDERS:
+            build_head(name, (1,))  # says which there are
     store = FeatureStore.open(request.store)
     layers = _layers(request, store)
     parts, unanswered = [], 0
@@ -156,9 +156,7 @@ def _triplets(request: Request, store: FeatureStore) -> tuple[Task, int]:
         source = store.source(request.source)
         trials = match(same_person_trials(source, request.n_trials, request.split_seed), store, request.source)
     else:
-        trials = load_trials(
-            Path(request.trials), store, request.source, request.view, request.sessions, request.where
-        )
+        trials = load_trials(Path(request.trials), store, request.source, request.view, request.sessions, request.where)
     if request.split and request.split.endswith(".json"):
         split = Split.load(Path(request.split), trials.hash)
     else:
@@ -302,6 +300,7 @@ def runs_table(folder: Path) -> pd.DataFrame:
     table = pd.DataFrame(rows)
     if table.empty:
         return table
+
     def same(row: dict[str, Any]) -> tuple:
         return row["layer"], row["split"], row["sources"]
 
@@ -311,7 +310,19 @@ def runs_table(folder: Path) -> pd.DataFrame:
         np.nan if base == row["name"] else paired_test(right[row["name"]], right[base]).p
         for row, base in zip(rows, against, strict=True)
     ]
-    front = ["name", "layer", "head", "accuracy", "low", "high", "n_test", "chance", "ceiling", "normalised", "p_zero_shot"]
+    front = [
+        "name",
+        "layer",
+        "head",
+        "accuracy",
+        "low",
+        "high",
+        "n_test",
+        "chance",
+        "ceiling",
+        "normalised",
+        "p_zero_shot",
+    ]
     table = table[[*front, *(name for name in table if name not in front)]]
     return table.sort_values(["accuracy", "name"], ascending=[False, True], ignore_index=True)
 

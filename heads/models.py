@@ -36,7 +36,7 @@ CONV_KERNELS: dict[int, tuple[tuple[int, int, tuple[int, int], tuple[int, int]],
         (1, 1, (1, 51), (1, 1)),
     ),
 }
-_BLOCKS = {4096: (64, 32, 32, 16, 8, 8), 300: (50, 50, 50, 10)}  # outputs to one product; measured, not published
+_BLOCKS = {4096: (64, 32, 32, None, None, None), 300: (50, None, None, None)}  # outputs to one product; measured
 _CHUNK = {4096: 64, 300: 256}  # triplets at a time, so that their signals fit the processor's caches; measured
 
 
@@ -48,7 +48,7 @@ class Head(nn.Module):
 
     n_places = 3  # items in one example
     wants_statistics = False  # whether ``standardise`` is to be called with the training rows' before training
-    bfloat16 = False  # whether a bridge multiplies in bfloat16
+    low_precision = False  # whether a bridge multiplies in bfloat16
 
     def __init__(self, shape: tuple[int, ...]) -> None:
         super().__init__()
@@ -92,6 +92,7 @@ class Head(nn.Module):
         return loss.detach(), logits.detach()
 
     def extra_repr(self) -> str:
+        """The row's shape, for ``print(head)``."""
         return f"shape={self.shape}"
 
 
@@ -103,6 +104,8 @@ class StandardisedHead(Head):
     """
 
     wants_statistics = True
+    mean: torch.Tensor
+    scale: torch.Tensor
 
     def __init__(self, shape: tuple[int, ...]) -> None:
         super().__init__(shape)
@@ -155,7 +158,7 @@ class ConvDecision(nn.Sequential):
             for convolution in self.convolutions[:-1]:
                 signs = convolution.weight.sum((1, 2, 3), keepdim=True).sign()
                 convolution.weight.mul_(torch.where(signs < 0, -1.0, 1.0))
-                convolution.bias.zero_()
+                _bias(convolution).zero_()
 
     @property
     def convolutions(self) -> list[nn.Conv2d]:
@@ -169,24 +172,23 @@ class ConvDecision(nn.Sequential):
 
     def fast(self, bridged: torch.Tensor, generator: torch.Generator | None) -> torch.Tensor:
         """The same from (3, n, width), the three items first, by matrix products."""
-        first, *middle = self.convolutions
-        _, n, width = bridged.shape
+        first, *later = self.convolutions
         block, *blocks = _BLOCKS[self.width]
+        _, n, width = bridged.shape
         # The first kernel's two rows meet one item each, so a pair's signal is a sum of two that know one item.
         upper, lower = first.weight[:, 0, 0, :, None], first.weight[:, 0, 1, :, None]
-        zero = torch.zeros_like(first.bias)
-        as_upper = convolve(bridged[:2].reshape(2 * n, width, 1), upper, zero, block=block).view(2, n, -1, 2)
-        as_lower = convolve(bridged[1:].reshape(2 * n, width, 1), lower, first.bias, block=block).view(2, n, -1, 2)
-        pairs = (as_upper[0] + as_lower[0], as_upper[0] + as_lower[1], as_upper[1] + as_lower[1])
-        signal = F.relu(torch.stack(pairs, dim=2).flatten(2))  # (n, positions, 3 pairs × 2 channels)
+        above = convolve(bridged[:2].reshape(2 * n, width, 1), upper, torch.zeros_like(_bias(first)), 1, width, block)
+        below = convolve(bridged[1:].reshape(2 * n, width, 1), lower, _bias(first), 1, width, block)
+        (a1, a2), (b2, b3) = (signal.view(2, n, -1, 2).unbind(0) for signal in (above, below))
         valid = width - first.kernel_size[1] + 1
-        for i, (convolution, size) in enumerate(zip(middle, blocks, strict=True)):
+        kept = a1.shape[1] if blocks[0] else valid
+        signal = torch.stack([(a + b)[:, :kept] for a, b in ((a1, b2), (a1, b3), (a2, b3))], dim=2)
+        signal = signal.flatten(2)  # (n, positions, 3 pairs × 2 channels)
+        for convolution, block in zip(later, blocks, strict=True):
             stride, taps = convolution.stride[1], convolution.kernel_size[1]
             kernel = convolution.weight.permute(0, 3, 2, 1).flatten(2)  # (out, taps, pair × channel)
-            signal = convolve(signal, kernel, convolution.bias, stride, size)
+            signal = convolve(F.relu(signal), kernel, _bias(convolution), stride, valid, block)
             valid = (valid - taps) // stride + 1
-            if i < len(middle) - 1:
-                signal = F.relu(signal)
         return signal[:, :valid, 0]
 
 
@@ -230,7 +232,9 @@ class TripletHead(StandardisedHead):
     Bridge 4,096 wide from a map (channels, y, x), 300 from a vector, as published.
     """
 
-    def __init__(self, shape: tuple[int, ...], decision: str, parallel: bool = False, hidden: int | None = None) -> None:
+    def __init__(
+        self, shape: tuple[int, ...], decision: str, parallel: bool = False, hidden: int | None = None
+    ) -> None:
         super().__init__(shape)
         width = 4096 if len(shape) > 1 else 300
         self.bridges = nn.ModuleList(Bridge(self.n_features, width) for _ in range(3 if parallel else 1))
@@ -255,32 +259,34 @@ class TripletHead(StandardisedHead):
         items = [bridge(self.standardised(x)) for bridge, x in zip(bridges, (x1, x2, x3), strict=True)]
         return self.decision(torch.stack(items, dim=1))
 
+    @property
+    def _bridges(self) -> list[Bridge]:
+        return [bridge for bridge in self.bridges if isinstance(bridge, Bridge)]
+
     def _embed(self, rows: torch.Tensor, triplets: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
         """Every item once through its bridge: (m, width), and where each triplet's three are in it, (n, 3)."""
         rows = self.standardised(rows)
         if len(self.bridges) == 1:
-            return self._cross(self.bridges[0], rows), triplets
+            return self._cross(self._bridges[0], rows), triplets
         embedded, places, start = [], [], 0
-        for bridge, items in zip(self.bridges, triplets.unbind(1), strict=True):
+        for bridge, items in zip(self._bridges, triplets.unbind(1), strict=True):
             distinct, inverse = items.unique(return_inverse=True)
             embedded.append(self._cross(bridge, rows[distinct]))
             places.append(inverse + start)
             start += len(distinct)
         return torch.cat(embedded), torch.stack(places, dim=1)
 
-    def _cross(self, bridge: nn.Module, rows: torch.Tensor) -> torch.Tensor:
+    def _cross(self, bridge: Bridge, rows: torch.Tensor) -> torch.Tensor:
         """Rows (m, features) to (m, width), dropout left to come."""
-        with torch.autocast(rows.device.type, torch.bfloat16, enabled=self.bfloat16):
-            return F.relu(bridge.linear(rows)).float()
+        with torch.autocast(rows.device.type, torch.bfloat16, enabled=self.low_precision):
+            return F.relu(bridge.linear(rows)).to(rows.dtype)
 
-    def _decide(
-        self, embedded: torch.Tensor, places: torch.Tensor, generator: torch.Generator | None
-    ) -> torch.Tensor:
-        gathered = F.embedding(places.t().contiguous(), embedded)  # (3, n, width); its backward is deterministic
-        if generator is not None:
-            # Dropout after the gather: every place of every triplet draws its own, as if each had its own bridge.
-            gathered = (gathered / (1 - DROPOUT)).masked_fill(_dropped(gathered.shape, generator), 0)
-        return self.decision.fast(gathered, generator)
+    def _decide(self, embedded: torch.Tensor, places: torch.Tensor, generator: torch.Generator | None) -> torch.Tensor:
+        if generator is None:
+            return self.decision.fast(_gather(embedded, places), generator)
+        # Dropout after the gather: every place of every triplet draws its own, as if each had its own bridge.
+        gathered = _gather(embedded / (1 - DROPOUT), places)
+        return self.decision.fast(gathered.masked_fill_(_dropped(gathered.shape, generator), 0), generator)
 
     def logits(
         self, rows: torch.Tensor, examples: torch.Tensor, generator: torch.Generator | None = None
@@ -419,6 +425,16 @@ class IdentityHead(StandardisedHead):
     ) -> torch.Tensor:
         """See ``Head.logits``; examples (n, 1)."""
         return self(rows)[examples[:, 0]]
+
+
+def _gather(embedded: torch.Tensor, places: torch.Tensor) -> torch.Tensor:
+    """(m, width) at places (n, 3): (3, n, width). The backward of an embedding is deterministic, unlike an index's."""
+    return F.embedding(places.t().contiguous(), embedded)
+
+
+def _bias(convolution: nn.Conv2d) -> torch.Tensor:
+    assert convolution.bias is not None  # torch's type allows it
+    return convolution.bias
 
 
 def _dropped(shape: torch.Size, generator: torch.Generator) -> torch.Tensor:

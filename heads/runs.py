@@ -171,7 +171,9 @@ class Run:
         return f"{self.layer} {self.head}" + (f" lr {self.settings.lr:g} seed {self.settings.seed}" if trained else "")
 
 
-def run(task: Task, run: Run, folder: Path, report: Report = lambda label, epoch: None, every: float = 60.0) -> dict[str, Any]:
+def run(
+    task: Task, run: Run, folder: Path, report: Report = lambda label, epoch: None, every: float = 60.0
+) -> dict[str, Any]:
     """Train, test and write one run into ``folder``; go on where a killed one stopped; a finished one is only read.
 
     Returns its result. Raises FeatureStoreError if another process is at it, the layer is not cached, the loss becomes
@@ -353,4 +355,3 @@ class _Curves:
     def __exit__(self, *_: object) -> None:
         if self._to is not None:
             self._to.close()
-

@@ -157,7 +157,9 @@ def draw_split(
 def _held_out(distinct: np.ndarray, test: Sequence[str], kind: str) -> np.ndarray:
     unknown = sorted(set(test) - set(distinct))
     if unknown:
-        raise FeatureStoreError(f"no {kind} {listing(map(repr, unknown))} to hold out; there are {listing(distinct, 10)}.")
+        raise FeatureStoreError(
+            f"no {kind} {listing(map(repr, unknown))} to hold out; there are {listing(distinct, 10)}."
+        )
     return np.flatnonzero(np.isin(distinct, list(test)))
 
 

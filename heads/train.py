@@ -4,7 +4,7 @@ import json
 import time
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
-from dataclasses import asdict, dataclass, field
+from dataclasses import asdict, dataclass, field, replace
 from pathlib import Path
 
 import numpy as np
@@ -122,7 +122,7 @@ def train(
             line = train_epoch(head, features, examples, settings, optimizer, progress.epoch + 1)
             loss, right = validate(head, features, examples, progress.epoch + 1)
             best = not len(examples.validation) or loss < progress.best_loss
-            progress.history.append(Epoch(**{**line, "validation_loss": loss, "validation_accuracy": right, "best": best}))
+            progress.history.append(replace(line, validation_loss=loss, validation_accuracy=right, best=best))
             if best:
                 progress.best_loss, progress.best_epoch = loss, progress.epoch
                 _copy(head, progress.best)
@@ -141,8 +141,8 @@ def train_epoch(
     settings: Settings,
     optimizer: torch.optim.Optimizer,
     epoch: int,
-) -> dict[str, float]:
-    """One pass over the training examples, in an order that depends on seed and epoch alone; the metrics of ``Epoch``."""
+) -> Epoch:
+    """One pass over the training examples, in an order that depends on seed and epoch alone; validation is left NaN."""
     start = time.perf_counter()
     rng = np.random.default_rng([settings.seed, epoch])
     generator = torch.Generator(features.device).manual_seed(settings.seed * 1_000_003 + epoch)
@@ -165,13 +165,16 @@ def train_epoch(
         total += value * len(wanted)
         right += int((logits.argmax(1) == wanted).sum())
     seconds = time.perf_counter() - start
-    return {
-        "epoch": epoch,
-        "train_loss": total / len(items),
-        "train_accuracy": right / len(items),
-        "examples_per_second": len(items) / seconds,
-        "seconds": seconds,
-    }
+    return Epoch(
+        epoch=epoch,
+        train_loss=total / len(items),
+        train_accuracy=right / len(items),
+        validation_loss=float("nan"),
+        validation_accuracy=float("nan"),
+        examples_per_second=len(items) / seconds,
+        seconds=seconds,
+        best=False,
+    )
 
 
 def validate(head: Head, features: Features, examples: Examples, epoch: int) -> tuple[float, float]:
@@ -261,11 +264,11 @@ def _permuted(items: np.ndarray, labels: np.ndarray, rng: np.random.Generator) -
 def _precision(head: Head, settings: Settings) -> Iterator[None]:
     """The precision of the bridge's products while training."""
     before = torch.get_float32_matmul_precision()
-    head.bfloat16 = settings.precision == "bf16"
+    head.low_precision = settings.precision == "bf16"
     if settings.device != "cpu":
         torch.set_float32_matmul_precision("high" if settings.precision == "tf32" else "highest")
     try:
         yield
     finally:
-        head.bfloat16 = False
+        head.low_precision = False
         torch.set_float32_matmul_precision(before)

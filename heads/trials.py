@@ -232,7 +232,9 @@ def _match_faces(table: pd.DataFrame, source: Source, name: str) -> pd.DataFrame
             called[face] = candidates[0]
     strangers = [face for face in pd.unique(table[list(FACES)].to_numpy().ravel()) if face not in called]
     if strangers:
-        hint = near_matches(strangers[0], sorted(known)) if len(known) <= 200 else f"It holds {listing(sorted(known), 3)}."
+        hint = (
+            near_matches(strangers[0], sorted(known)) if len(known) <= 200 else f"It holds {listing(sorted(known), 3)}."
+        )
         raise FeatureStoreError(
             f"{len(strangers)} faces of {name} are not in {source.folder}: {listing(map(repr, strangers))}. {hint} "
             "Cache their photographs too, or leave those trials out with --where."
@@ -243,9 +245,7 @@ def _match_faces(table: pd.DataFrame, source: Source, name: str) -> pd.DataFrame
     return table
 
 
-def _fill_views(
-    table: pd.DataFrame, source: Source, view: str | None, sessions: Sessions, name: str
-) -> pd.DataFrame:
+def _fill_views(table: pd.DataFrame, source: Source, view: str | None, sessions: Sessions, name: str) -> pd.DataFrame:
     if all(column in table.columns for column in VIEWS):
         return table
     table = table.copy()
@@ -301,7 +301,8 @@ def _divide_conditions(
         return [], []
     sources: Sequence[Source] = [store.source(source)] if source else list(store.sources.values())
     items = {"face_id", "view", *(column for each in sources for column in each.items.columns)}
-    of_trials, of_items = [], []
+    of_trials: list[str] = []
+    of_items: list[str] = []
     for condition in conditions:
         names = set(re.findall(r"(?<![\w.'\"])[A-Za-z_]\w*", re.sub(r"'[^']*'|\"[^\"]*\"", "", condition)))
         of_trial, of_item = names & set(table.columns), names & items
@@ -323,7 +324,7 @@ def _evaluate(condition: str, table: pd.DataFrame) -> np.ndarray:
     except Exception as error:  # whatever an expression can raise is the user's to read
         raise FeatureStoreError(
             f"--where {condition!r} cannot be evaluated: {type(error).__name__}: {error}. "
-            "It is a comparison such as \"gender == 'female'\" or \"yaw <= 30\"."
+            'It is a comparison such as "gender == \'female\'" or "yaw <= 30".'
         ) from None
     held = np.asarray(held)
     if held.dtype != bool or held.shape != (len(frame),):

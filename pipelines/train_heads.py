@@ -115,11 +115,19 @@ def _complete_heads(ctx: click.Context, param: click.Parameter, incomplete: str)
 @click.option(
     "--n-trials", type=click.IntRange(1), default=5000, show_default=True, help="How many same-person trials to make."
 )
-@click.option("--where", multiple=True, metavar="EXPR …", help="Conditions on columns of trials or items, e.g. \"yaw <= 30\".")
-@click.option("--view", metavar="NAME", help="The view that was shown, for trials that do not say.")
-@click.option("--session-view", multiple=True, type=_Pairs(), metavar="SESSION=VIEW …", help="The view shown in each session.")
 @click.option(
-    "--session-source", multiple=True, type=_Pairs(), metavar="SESSION=SOURCE …", help="The source of each session's items."
+    "--where", multiple=True, metavar="EXPR …", help='Conditions on columns of trials or items, e.g. "yaw <= 30".'
+)
+@click.option("--view", metavar="NAME", help="The view that was shown, for trials that do not say.")
+@click.option(
+    "--session-view", multiple=True, type=_Pairs(), metavar="SESSION=VIEW …", help="The view shown in each session."
+)
+@click.option(
+    "--session-source",
+    multiple=True,
+    type=_Pairs(),
+    metavar="SESSION=SOURCE …",
+    help="The source of each session's items.",
 )
 @click.option(
     "--split",
@@ -136,19 +144,54 @@ def _complete_heads(ctx: click.Context, param: click.Parameter, incomplete: str)
     help="Shares of training, validation and test.",
 )
 @click.option("--hold-out", multiple=True, metavar="NAME …", help="Faces or views to test on, instead of drawing them.")
-@click.option("--lr", multiple=True, type=float, default=(5e-4,), metavar="RATE …", help="Learning rates of Adam. [default: 5e-4]")
-@click.option("--seeds", multiple=True, type=click.IntRange(0), default=(0,), metavar="N …", help="Seeds of weights and order. [default: 0]")
+@click.option(
+    "--lr", multiple=True, type=float, default=(5e-4,), metavar="RATE …", help="Learning rates of Adam. [default: 5e-4]"
+)
+@click.option(
+    "--seeds",
+    multiple=True,
+    type=click.IntRange(0),
+    default=(0,),
+    metavar="N …",
+    help="Seeds of weights and order. [default: 0]",
+)
 @click.option("--batch-size", type=click.IntRange(1), default=256, show_default=True, help="Trials in one step.")
 @click.option("--epochs", type=click.IntRange(1), default=100, show_default=True, help="At most.")
 @click.option(
-    "--patience", type=click.IntRange(1), default=10, show_default=True, help="Stop after so many epochs without a lower validation loss."
+    "--patience",
+    type=click.IntRange(1),
+    default=10,
+    show_default=True,
+    help="Stop after so many epochs without a lower validation loss.",
 )
 @click.option("--permute", is_flag=True, help="Show the three faces of each trial in a new order every epoch.")
-@click.option("--parallel-bridge", is_flag=True, help="conv, fc: one bridge for each of the three places, not a shared one.")
-@click.option("--rank", type=_Rank(), default=64, show_default=True, help="similarity: rank of the map's change, or full.")
-@click.option("--measure", type=click.Choice(["cosine", "dot"]), default="cosine", show_default=True, help="similarity, zero-shot.")
-@click.option("--pull", type=click.FloatRange(0), default=1e-2, show_default=True, help="similarity: L2 pull towards the identity.")
-@click.option("--device", type=click.Choice(["auto", "cpu", "cuda", "mps"]), default="auto", show_default=True, help="Where heads train.")
+@click.option(
+    "--parallel-bridge", is_flag=True, help="conv, fc: one bridge for each of the three places, not a shared one."
+)
+@click.option(
+    "--rank", type=_Rank(), default=64, show_default=True, help="similarity: rank of the map's change, or full."
+)
+@click.option(
+    "--measure",
+    type=click.Choice(["cosine", "dot"]),
+    default="cosine",
+    show_default=True,
+    help="similarity, zero-shot.",
+)
+@click.option(
+    "--pull",
+    type=click.FloatRange(0),
+    default=1e-2,
+    show_default=True,
+    help="similarity: L2 pull towards the identity.",
+)
+@click.option(
+    "--device",
+    type=click.Choice(["auto", "cpu", "cuda", "mps"]),
+    default="auto",
+    show_default=True,
+    help="Where heads train.",
+)
 @click.option(
     "--precision",
     type=click.Choice(["fp32", "tf32", "bf16"]),
@@ -156,7 +199,9 @@ def _complete_heads(ctx: click.Context, param: click.Parameter, incomplete: str)
     show_default=True,
     help="Of the bridge's products while training; tf32 on a GPU alone.",
 )
-@click.option("--jobs", type=click.IntRange(1), help="Runs at a time. [default: 1 for large heads, else one for each core]")
+@click.option(
+    "--jobs", type=click.IntRange(1), help="Runs at a time. [default: 1 for large heads, else one for each core]"
+)
 @click.option(
     "--scheduler",
     default="processes",
@@ -164,12 +209,21 @@ def _complete_heads(ctx: click.Context, param: click.Parameter, incomplete: str)
     metavar="threads|processes|ADDRESS",
     help="How a grid runs in parallel: on this machine, or on a Dask cluster that sees the same files.",
 )
-@click.option("--out", type=click.Path(path_type=Path, file_okay=False), default=Path("store/runs"), show_default=True, help="Folder of the runs.")
+@click.option(
+    "--out",
+    type=click.Path(path_type=Path, file_okay=False),
+    default=Path("store/runs"),
+    show_default=True,
+    help="Folder of the runs.",
+)
 @click.option("--dry-run", is_flag=True, help="Print the plan and stop.")
-@click.option("--draw", type=click.Path(path_type=Path, dir_okay=False), metavar="FILE", help="Print a summary of the first head, draw it as .svg or .png, and stop.")
-def main(
-    jobs: int | None, scheduler: str, dry_run: bool, draw: Path | None, **options: Any
-) -> None:
+@click.option(
+    "--draw",
+    type=click.Path(path_type=Path, dir_okay=False),
+    metavar="FILE",
+    help="Print a summary of the first head, draw it as .svg or .png, and stop.",
+)
+def main(jobs: int | None, scheduler: str, dry_run: bool, draw: Path | None, **options: Any) -> None:
     """Train heads on cached layers, never touching the backbone, and print a table of all runs."""
     request = _request(**options)
     from heads.grid import default_jobs, prepare, run_grid, share_threads
@@ -185,7 +239,9 @@ def main(
     grid.refuse_if_full(jobs)
     failed: list[tuple[Run, FeatureStoreError]] = []
     with progress_bar(grid.runs, "training", " runs") as bar:
-        say = bar.write if sys.stderr.isatty() else click.echo  # a bar is redrawn around each line, which a log need not see
+        say = (
+            bar.write if sys.stderr.isatty() else click.echo
+        )  # a bar is redrawn around each line, which a log need not see
 
         def seen(label: str, epoch: "Epoch") -> None:
             say(_line(label, epoch))
@@ -224,8 +280,8 @@ def _request(
 ) -> "Request":
     if not store.exists() and store == DEMO_STORE:
         raise click.UsageError(
-            f"there is no {DEMO_STORE}. Make the demo store (`make demo`, or pipelines/cache_layers.py --layers maxp_5_3 fc7-relu), or "
-            "give --store."
+            f"there is no {DEMO_STORE}. Make the demo store (`make demo`, or pipelines/cache_layers.py --layers maxp_5_3 "
+            "fc7-relu), or give --store."
         )
     if trials is None and store == DEMO_STORE:
         trials = str(DEMO_TRIALS)
@@ -238,7 +294,12 @@ def _request(
 
     chosen = choose_device(device)
     settings = Settings(
-        batch_size=batch_size, epochs=epochs, patience=patience, permute=permute, precision=precision, device=str(chosen)
+        batch_size=batch_size,
+        epochs=epochs,
+        patience=patience,
+        permute=permute,
+        precision=precision,
+        device=str(chosen),
     )
     sessions = Sessions(dict(session_view), dict(session_source))
     return Request(
@@ -248,13 +309,16 @@ def _request(
 
 def _plan(grid: "Grid", jobs: int) -> str:
     lines = []
-    for task, runs in grid.parts:
+    for task, _ in grid.parts:
         kind = f"{len(task.classes)} faces to tell apart" if task.classes else "odd-one-out trials"
-        sizes = ", ".join(f"{name} {int((task.part == i).sum())}" for i, name in enumerate(("train", "validation", "test")))
+        sizes = ", ".join(
+            f"{name} {int((task.part == i).sum())}" for i, name in enumerate(("train", "validation", "test"))
+        )
         left_out = int((task.part < 0).sum())
         lines.append(f"  {len(task.items)} {kind} from {' + '.join(task.sources)} in {task.store}")
         lines.append(
-            f"  split     {task.split_name}: {sizes}" + (f", {left_out} left out because they mix parts" if left_out else "")
+            f"  split     {task.split_name}: {sizes}"
+            + (f", {left_out} left out because they mix parts" if left_out else "")
         )
         if task.ceiling:
             lines.append(
@@ -311,7 +375,20 @@ def _table(table: "pd.DataFrame") -> str:
         ceiling=[f"{value:.3f}" if value == value else "" for value in table["ceiling"].astype(float)],
         time=[f"{value:.1f} s" for value in table["wall_seconds"]],
     )
-    columns = ["layer", "head", "lr", "seed", "accuracy", "chance", "ceiling", "of_ceiling", "vs_zero_shot", "n_test", "best_epoch", "time"]
+    columns = [
+        "layer",
+        "head",
+        "lr",
+        "seed",
+        "accuracy",
+        "chance",
+        "ceiling",
+        "of_ceiling",
+        "vs_zero_shot",
+        "n_test",
+        "best_epoch",
+        "time",
+    ]
     return shown[columns].rename(columns=lambda name: name.replace("_", " ")).to_string(index=False)
 
 
@@ -320,8 +397,8 @@ def _draw(grid: "Grid", path: Path) -> None:
     from heads.describe import draw, summary
     from heads.models import build_head
 
-    task, runs = grid.parts[0]
-    run = next((run for run in runs if run.head != "zero-shot"), runs[0])
+    each = [(task, run) for task, runs in grid.parts for run in runs]
+    task, run = next((pair for pair in each if pair[1].head != "zero-shot"), each[0])
     shape = FeatureStore.open(task.store).source(task.sources[0]).layer(run.layer).shape
     faces = {"faces": list(task.classes)} if run.head == "identity" else {}
     head = build_head(run.head, shape, **run.options, **faces)

@@ -1,10 +1,8 @@
 """Measure the store and the pass beside what people use today, both sides in one run.
 
-    python tests/benchmarks/bench_store.py                 # everything, about 10 minutes on two cores
-    python tests/benchmarks/bench_store.py --only gather   # one section
-    python tests/benchmarks/bench_store.py --markdown      # the table as the README shows it
-
-Each ratio is the median over rounds in which both sides take turns, so that a neighbour's noise falls on both.
+python -m tests.benchmarks.bench_store                 # everything, about 10 minutes on two cores
+python -m tests.benchmarks.bench_store --only gather   # one section
+python -m tests.benchmarks.bench_store --markdown      # the table as the README shows it
 """
 
 import json
@@ -13,10 +11,8 @@ import statistics
 import subprocess
 import sys
 import tempfile
-import threading
 import time
 from collections.abc import Callable
-from dataclasses import dataclass
 from pathlib import Path
 
 import click
@@ -24,7 +20,6 @@ import cv2
 import dask
 import dask.array as da
 import numpy as np
-import pandas as pd
 import tensorstore
 import torch
 import zarr
@@ -39,74 +34,19 @@ from featurestore.plan import make_plan
 from featurestore.rows import Rows
 from featurestore.weights import draw, open_weights
 from featurestore.writing import SourceWriter, store_lock
+from tests.benchmarks.measure import (
+    MAXP_5_3,
+    ROOT,
+    Line,
+    compare,
+    fill_store,
+    in_fresh_process,
+    peak_anonymous,
+    rate,
+    show,
+)
 
-ROOT = Path(__file__).resolve().parents[2]
-MAXP_5_3 = (512, 7, 7)
 BATCH = 16
-
-
-@dataclass(frozen=True)
-class Line:
-    """One comparison. ``ratio`` is ours over theirs (or a plain measurement); ``wanted`` is what the project asks for."""
-
-    what: str
-    ours: str
-    theirs: str
-    ratio: float
-    wanted: str
-    reached: bool
-
-
-def alternate(ours: Callable[[], float], theirs: Callable[[], float], rounds: int) -> tuple[float, float, float]:
-    """Medians of both rates, and the median of the ratios of neighbouring runs."""
-    ours(), theirs()
-    pairs = [(ours(), theirs()) for _ in range(rounds)]
-    a, b = zip(*pairs, strict=True)
-    return statistics.median(a), statistics.median(b), statistics.median(x / y for x, y in pairs)
-
-
-def rate(work: Callable[[], object], amount: float, times: int = 1) -> float:
-    """``amount`` per second."""
-    start = time.perf_counter()
-    for _ in range(times):
-        work()
-    return amount * times / (time.perf_counter() - start)
-
-
-def compare(
-    what: str, ours: Callable[[], float], theirs: Callable[[], float], wanted: float, unit: str, rounds: int = 5
-) -> Line:
-    a, b, ratio = alternate(ours, theirs, rounds)
-    return Line(what, f"{a:,.2f} {unit}", f"{b:,.2f} {unit}", ratio, f"{wanted:g}", ratio >= wanted)
-
-
-# --- stores of made-up rows ---------------------------------------------------------------------------------------------
-
-
-def fill_store(path: Path, n_items: int, shape: tuple[int, ...], slots: int, layer: str = "maxp_5_3") -> np.ndarray:
-    """A store with one layer of random rows, written by our own writer; returns the shard's worth of rows repeated in it."""
-    rng = np.random.default_rng(0)
-    rows = rng.standard_normal((slots, int(np.prod(shape))), np.float32)
-    with store_lock(path, "benchmark"):
-        writer = SourceWriter(
-            path, "bench", {"backbone": "none", "weights": "seed:0", "recipe": {}, "precision": "fp32"}
-        )
-        writer.add_layer(layer, shape, "float32", "none", slots)
-        for shard in range(n_items // slots):
-            shard_writer = writer.open_shard(layer, shard, end=slots)
-            shard_writer.write(range(slots), rows)
-            shard_writer.commit()
-        numbers = np.arange(n_items)
-        faces = np.array([f"n{i:06d}" for i in numbers // 100], object)
-        views = np.array([f"{i:04d}_01" for i in numbers % 100], object)
-        hashes = np.full(n_items, "0" * 64, object)
-        writer.append(
-            pd.DataFrame(
-                {"face_id": faces, "view": views, "path": faces + "/" + views + ".jpg", "image_sha256": hashes}
-            )
-        )
-        writer.publish()
-    return rows
 
 
 def gather(folder: Path) -> list[Line]:
@@ -376,27 +316,6 @@ def the_pass(folder: Path) -> list[Line]:
 # --- memory ---------------------------------------------------------------------------------------------------------------
 
 
-def peak_anonymous(work: Callable[[], object]) -> int:
-    """Largest RssAnon (bytes) while ``work`` runs, sampled every 10 ms."""
-    peak, done = 0, threading.Event()
-
-    def sample() -> None:
-        nonlocal peak
-        while not done.is_set():
-            text = Path("/proc/self/status").read_text()
-            peak = max(peak, int(text.split("RssAnon:")[1].split()[0]) * 1024)
-            done.wait(0.01)
-
-    thread = threading.Thread(target=sample)
-    thread.start()
-    try:
-        work()
-    finally:
-        done.set()
-        thread.join()
-    return peak
-
-
 def memory_child(kind: str, folder: Path, n: int) -> int:
     if kind == "pass":
         return peak_anonymous(
@@ -425,8 +344,8 @@ def memory(folder: Path) -> list[Line]:
                 make_photographs(folder / f"photographs-{n}", n)
             else:
                 fill_store(folder / f"rows-{n}.zarr", n, MAXP_5_3, 256)
-            command = [sys.executable, __file__, "--memory-child", kind, str(folder), str(n)]
-            peaks.append(int(json.loads(subprocess.run(command, check=True, capture_output=True, text=True).stdout)))
+            command = ["--memory-child", kind, str(folder), str(n)]
+            peaks.append(int(json.loads(in_fresh_process("tests.benchmarks.bench_store", command))))
         ratio = peaks[1] / peaks[0]
         mib = [f"{peak / 2**20:,.0f} MiB" for peak in peaks]
         lines.append(
@@ -453,31 +372,6 @@ SECTIONS: dict[str, Callable[[Path], list[Line]]] = {
 }  # fmt: skip
 
 
-def show(lines: list[Line], markdown: bool) -> None:
-    rows = [("what", "ours", "theirs", "ratio", "wanted", "")]
-    for line in lines:
-        plain = line.wanted.startswith("<")
-        rows.append(
-            (
-                line.what,
-                line.ours,
-                line.theirs,
-                "" if plain else f"{line.ratio:.2f}",
-                line.wanted,
-                "ok" if line.reached else "SHORT",
-            )
-        )
-    if markdown:
-        for i, row in enumerate(rows):
-            click.echo("| " + " | ".join(row) + " |")
-            if i == 0:
-                click.echo("|---" * len(row) + "|")
-        return
-    widths = [max(map(len, column)) for column in zip(*rows, strict=True)]
-    for row in rows:
-        click.echo("  ".join(cell.ljust(width) for cell, width in zip(row, widths, strict=True)).rstrip())
-
-
 @click.command()
 @click.option("--only", multiple=True, type=click.Choice(list(SECTIONS)), help="Only these sections.")
 @click.option("--markdown", is_flag=True, help="Print a Markdown table.")
@@ -493,10 +387,6 @@ def main(only: tuple[str, ...], markdown: bool, memory_child: tuple | None) -> N
         with tempfile.TemporaryDirectory(dir=ROOT / "store") as folder:
             lines += SECTIONS[name](Path(folder))
     show(lines, markdown)
-    click.echo(
-        f"\ntorch {torch.__version__}, {torch.get_num_threads()} threads, {torch.backends.cpu.get_cpu_capability()}",
-        err=True,
-    )
 
 
 if __name__ == "__main__":

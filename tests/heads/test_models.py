@@ -68,7 +68,9 @@ def test_logits_loss_and_gradients_equal_the_published_implementation(parity: Pa
 
 @pytest.mark.parametrize("parallel", [False, True])
 @pytest.mark.parametrize("conv", [True, False])
-@pytest.mark.parametrize(("layer", "block", "shape"), [("maxp_1_2", 1, (4, 6, 5)), ("fc6-relu", 6, (4096,)), ("fc7", 7, (4096,))])
+@pytest.mark.parametrize(
+    ("layer", "block", "shape"), [("maxp_1_2", 1, (4, 6, 5)), ("fc6-relu", 6, (4096,)), ("fc7", 7, (4096,))]
+)
 def test_one_step_on_distinct_items_equals_the_plain_step(
     tmp_path: Path, layer: str, block: int, shape: tuple[int, ...], conv: bool, parallel: bool
 ) -> None:
@@ -107,14 +109,17 @@ def test_the_earlier_head_loads_and_equals_its_definition(tmp_path: Path, conv: 
     assert relative(ours(*three), theirs(*three)) < 1e-5
 
 
-@pytest.mark.parametrize(("taps", "stride", "block", "length"), [(50, 1, 64, 256), (100, 2, 32, 300), (7, 3, 8, 40), (5, 1, 50, 9)])
-def test_banded_convolution_equals_torch(taps: int, stride: int, block: int, length: int) -> None:
+@pytest.mark.parametrize(
+    ("taps", "stride", "block", "length"),
+    [(50, 1, 64, 256), (100, 2, 32, 300), (7, 3, 8, 40), (5, 1, 50, 9), (5, 1, None, 9), (7, 3, None, 41)],
+)
+def test_banded_convolution_equals_torch(taps: int, stride: int, block: int | None, length: int) -> None:
     generator = torch.Generator().manual_seed(0)
     signals = torch.randn((3, length, 2), generator=generator, requires_grad=True)
     kernel = torch.randn((4, taps, 2), generator=generator, requires_grad=True)
     bias = torch.randn(4, generator=generator, requires_grad=True)
     plain = F.conv1d(signals.transpose(1, 2), kernel.permute(0, 2, 1), bias, stride).transpose(1, 2)
-    ours = convolve(signals, kernel, bias, stride, block)[:, : plain.shape[1]]
+    ours = convolve(signals, kernel, bias, stride, length, block)[:, : plain.shape[1]]
     weight = torch.randn(plain.shape, generator=generator)
     wanted = torch.autograd.grad((plain * weight).sum(), (signals, kernel, bias))
     found = torch.autograd.grad((ours * weight).sum(), (signals, kernel, bias))
@@ -180,7 +185,10 @@ def test_similarity_does_not_care_about_order_and_starts_at_zero_shot() -> None:
 
 def test_zero_shot_is_the_face_left_out_of_the_most_similar_pair() -> None:
     rows = torch.tensor([[1.0, 0.0], [0.9, 0.1], [0.0, 1.0]])
-    assert draw_head("zero-shot", (2,), 0).logits(rows, torch.tensor([[0, 1, 2], [2, 0, 1]])).argmax(1).tolist() == [2, 0]
+    assert draw_head("zero-shot", (2,), 0).logits(rows, torch.tensor([[0, 1, 2], [2, 0, 1]])).argmax(1).tolist() == [
+        2,
+        0,
+    ]
 
 
 @pytest.mark.parametrize("name", ["conv", "fc", "similarity"])
@@ -194,7 +202,9 @@ def test_initial_weights_depend_on_the_seed_alone(name: str) -> None:
 
 
 def test_sizes_come_from_the_shape() -> None:
-    parameters = {name: sum(p.numel() for p in build_head("conv", shape).parameters()) for name, shape in SHAPES.items()}
+    parameters = {
+        name: sum(p.numel() for p in build_head("conv", shape).parameters()) for name, shape in SHAPES.items()
+    }
     assert parameters == {"maxp_5_3": 102_766_397, "fc7-relu": 1_230_757}
 
 

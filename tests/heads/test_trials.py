@@ -146,10 +146,15 @@ def test_a_split_is_the_same_whatever_is_trained(made: Path, judged: Path, kind:
 
 
 @pytest.mark.parametrize(("kind", "columns"), [("face", FACES), ("view", VIEWS)])
-def test_no_face_or_view_of_the_test_is_in_training(made: Path, judged: Path, kind: str, columns: tuple[str, ...]) -> None:
+def test_no_face_or_view_of_the_test_is_in_training(
+    made: Path, judged: Path, kind: str, columns: tuple[str, ...]
+) -> None:
     trials = load_trials(judged, FeatureStore.open(made))
     split = split_trials(trials, kind, seed=0, fractions=(0.5, 0.25, 0.25))
-    shown = [set(trials.table.iloc[split.indices(name)][list(columns)].to_numpy().ravel()) for name in ("train", "validation", "test")]
+    shown = [
+        set(trials.table.iloc[split.indices(name)][list(columns)].to_numpy().ravel())
+        for name in ("train", "validation", "test")
+    ]
     assert all(shown)
     assert not shown[0] & shown[2] and not shown[0] & shown[1] and not shown[1] & shown[2]
 

@@ -1,0 +1,397 @@
+"""Measure training beside the loop that people write today, both sides in one run.
+
+    python -m tests.benchmarks.bench_heads                  # everything, about half an hour on two cores
+    python -m tests.benchmarks.bench_heads --only speed     # one section
+    python -m tests.benchmarks.bench_heads --markdown       # the table as the README shows it
+
+The usual loop: activations in a pandas table, looked up item by item; a ``DataLoader`` of batch 32; the published head in
+plain modules, its bridge run on all three faces; Adam as it comes. Sections ``accuracy`` and ``real`` show what heads
+reach on the demo trials and on real photographs (shared/data/orl_faces).
+"""
+
+import json
+import os
+import tempfile
+import time
+from collections.abc import Callable, Iterator
+from pathlib import Path
+
+import click
+import numpy as np
+import pandas as pd
+import torch
+import torch.nn.functional as F
+from torch.utils.data import DataLoader, Dataset
+
+from featurestore import FeatureStore, cache
+from featurestore.backbones import get_backbone
+from featurestore.capture import load_extractor, meta_network, weight_shapes
+from featurestore.demo_faces import make_faces
+from featurestore.faces import find_faces
+from featurestore.images import RECIPES, decode
+from featurestore.job import Request as PassRequest
+from featurestore.job import prepare as prepare_pass
+from featurestore.plan import make_plan
+from featurestore.weights import open_weights
+from featurestore.writing import store_lock
+from heads.checkpoints import export, load_head
+from heads.evaluate import noise_ceiling
+from heads.features import Features
+from heads.grid import Request, prepare, run_grid, write_runs_table
+from heads.models import Head, draw_head
+from heads.splits import split_trials
+from heads.train import Examples, Settings, train_epoch, validate
+from heads.trials import load_trials
+from tests.benchmarks.measure import MAXP_5_3, ROOT, Line, compare, fill_store, in_fresh_process, peak_anonymous, show
+from tests.heads.published import Published
+
+SHARED = Path(os.environ.get("FEATURESTORE_SHARED", ROOT.parent / "shared"))
+LAYERS = {"maxp_5_3": (MAXP_5_3, 5, 25.0), "fc7-relu": ((4096,), 7, 10.0)}
+BATCH = 1024  # ours; the usual loop's is 32
+DEMO_FACES, DEMO_VIEWS = 100, 5
+
+
+class UsualTrials(Dataset):
+    """Trials as people hold them: a table of trials, and a table of activations by face."""
+
+    def __init__(self, trials: pd.DataFrame, activations: pd.DataFrame) -> None:
+        self.trials, self.activations = trials, activations
+
+    def __len__(self) -> int:
+        return len(self.trials)
+
+    def __getitem__(self, i: int) -> tuple[torch.Tensor, ...]:
+        trial = self.trials.iloc[i]
+        three = [torch.from_numpy(self.activations.loc[trial[f"item_{k}"], "activation"]) for k in (1, 2, 3)]
+        return (*three, torch.tensor(trial["odd"]))
+
+
+def usual(items: np.ndarray, odd: np.ndarray, rows: torch.Tensor) -> UsualTrials:
+    trials = pd.DataFrame(items, columns=["item_1", "item_2", "item_3"]).assign(odd=odd)
+    return UsualTrials(trials, pd.DataFrame({"activation": list(rows.numpy())}))
+
+
+def usual_steps(head: torch.nn.Module, batches: Iterator, steps: int, optimizer: torch.optim.Optimizer) -> int:
+    """Train for ``steps`` batches; returns how many trials that were."""
+    seen = 0
+    for _ in range(steps):
+        *three, odd = next(batches)
+        optimizer.zero_grad()
+        F.cross_entropy(head(*three), odd).backward()
+        optimizer.step()
+        seen += len(odd)
+    return seen
+
+
+def forever(loader: DataLoader) -> Iterator:
+    while True:
+        yield from loader
+
+
+def random_examples(n: int, items: int, seed: int) -> Examples:
+    rng = np.random.default_rng(seed)
+    three = np.stack([rng.choice(items, 3, replace=False) for _ in range(n)])
+    none = np.empty(0, np.int64)
+    return Examples(three, rng.integers(0, 3, n), np.arange(n), none, none)
+
+
+def speed(folder: Path) -> list[Line]:
+    """Triplets/s of a training step, 100 faces; and that the deduplicated step has the plain one's gradient."""
+    lines = []
+    for layer, (shape, block, wanted) in LAYERS.items():
+        fill_store(folder / f"{layer}.zarr", 100, shape, 100, layer)
+        rows = FeatureStore.open(folder / f"{layer}.zarr").rows(layer)
+        examples = random_examples(8 * BATCH, 100, 0)
+        features, head = Features([rows]), draw_head("conv", shape, 0)
+        head.standardise(*features.statistics(np.arange(100)))
+        optimizer = torch.optim.Adam(head.parameters(), lr=5e-4, fused=True)
+        settings = Settings(batch_size=BATCH)
+        data = usual(examples.items, examples.labels, rows.gather(range(100)))
+        plain = Published(block, head.n_features, conv=True, parallel=False)
+        batches, adam = forever(DataLoader(data, 32, shuffle=True)), torch.optim.Adam(plain.parameters(), lr=5e-4)
+
+        def ours(head=head, features=features, examples=examples, settings=settings, optimizer=optimizer) -> float:
+            some = Examples(examples.items, examples.labels, examples.train[: 4 * BATCH], *[examples.test] * 2)
+            return train_epoch(head, features, some, settings, optimizer, 1).examples_per_second
+
+        def theirs(plain=plain, batches=batches, adam=adam, steps=8 if block == 5 else 60) -> float:
+            start = time.perf_counter()
+            return usual_steps(plain, batches, steps, adam) / (time.perf_counter() - start)
+
+        what = f"training, {layer}, conv head ({sum(p.numel() for p in head.parameters()) / 1e6:.1f} M), 100 faces"
+        lines.append(compare(what, ours, theirs, wanted, "triplets/s", rounds=3))
+        lines.append(gradient_difference(folder, layer, shape, block, rows.gather(range(100)), examples))
+    return lines
+
+
+def gradient_difference(
+    folder: Path, layer: str, shape: tuple[int, ...], block: int, rows: torch.Tensor, examples: Examples
+) -> Line:
+    """One step on 256 triplets, dropout off, same weights; the largest difference by layer, relative to the largest.
+
+    In float64: among so many float32 numbers a few lie so near a ReLU's corner that rounding decides their side. (The
+    tests compare float32 on fewer triplets, and with the published implementation's numbers.)
+    """
+    rows = rows.double()
+    export(draw_head("conv", shape, 1), folder / "head.pth", layer)
+    plain = Published(block, rows[0].numel(), conv=True, parallel=False).eval()
+    plain.load_state_dict(torch.load(folder / "head.pth"))
+    head = load_head(folder / "head.pth", layer, shape).double()
+    plain = plain.double()
+    triplets, odd = torch.from_numpy(examples.items[:256]), torch.from_numpy(examples.labels[:256])
+    head.accumulate(rows, triplets, odd, generator=None)
+    F.cross_entropy(plain(*(rows[triplets[:, k]] for k in range(3))), odd).backward()
+    worst = 0.0
+    for mine, other in zip(modules(head), modules(plain), strict=True):
+        a, b = (torch.cat([m.weight.grad.flatten(), m.bias.grad]) for m in (mine, other))
+        worst = max(worst, float((a - b).abs().max() / b.abs().max()))
+    return Line(f"gradient, {layer}: deduplicated against plain", f"{worst:.1e}", "", worst, "< 1e-5", worst < 1e-5)
+
+
+def modules(head: torch.nn.Module) -> list[torch.nn.Module]:
+    return [module for module in head.modules() if isinstance(module, torch.nn.Linear | torch.nn.Conv2d)]
+
+
+# --- the demo trials ----------------------------------------------------------------------------------------------------
+
+
+def run_pass(images: Path, store: Path, layers: list[str]) -> None:
+    job = prepare_pass(PassRequest(store=store, faces=find_faces(images), layers=layers, weights="random:0"))
+    with store_lock(store, "benchmark"):
+        cache.run(job, make_plan(job))
+
+
+def demo(layers: tuple[str, ...] = ("maxp_5_3", "fc7-relu")) -> tuple[Path, Path]:
+    """The demo store and its trials, made where ``make demo`` makes them, if they are not there."""
+    faces, store = ROOT / "store" / "demo_faces", ROOT / "store" / "demo.zarr"
+    if not (faces / "trials.csv").exists():
+        make_faces(faces)
+    run_pass(faces / "faces.csv", store, list(layers))
+    return store, faces / "trials.csv"
+
+
+def demo_examples(store: Path, trials: Path) -> tuple[Examples, float]:
+    loaded = load_trials(trials, FeatureStore.open(store))
+    split = split_trials(loaded, "trial", seed=0)
+    parts = [split.indices(name) for name in ("train", "validation", "test")]
+    ceiling = noise_ceiling(loaded)
+    return Examples(loaded.items, loaded.odd, *parts), ceiling.value if ceiling else float("nan")
+
+
+def standardised_published(head: Head, folder: Path, block: int, layer: str) -> torch.nn.Module:
+    """The published modules with our initial weights and standardisation: on raw rows, or with torch's own initial
+    weights, their ReLUs close in the first steps and the usual loop learns nothing at all."""
+    export(head, folder / "start.pth", layer)
+    plain = Published(block, head.n_features, conv=True, parallel=False)
+    plain.load_state_dict(torch.load(folder / "start.pth"))
+    return plain
+
+
+def race(folder: Path) -> list[Line]:
+    """Time to the best validation accuracy that the usual loop reaches in three epochs on the demo trials, maxp_5_3."""
+    store, trials = demo()
+    examples, _ = demo_examples(store, trials)
+    rows = FeatureStore.open(store).rows("maxp_5_3")
+    features, head = Features([rows]), draw_head("conv", MAXP_5_3, 0)
+    head.standardise(*features.statistics(examples.items[examples.train]))
+    x = (rows.gather(range(len(rows))).flatten(1) - head.mean) * head.scale
+    start = draw_head("conv", MAXP_5_3, 0)  # rows are standardised already for them
+    plain = standardised_published(start, folder, 5, "maxp_5_3").train()
+    adam = torch.optim.Adam(plain.parameters(), lr=5e-4)
+    train, odd = examples.of(examples.train)
+    loader = DataLoader(usual(train, odd, x), 32, shuffle=True, generator=torch.Generator().manual_seed(0))
+    items, labels = examples.of(examples.validation)
+    best, at, spent = 0.0, 0.0, 0.0
+    for epoch in range(3):
+        began = time.perf_counter()
+        usual_steps(plain, iter(loader), len(loader), adam)
+        spent += time.perf_counter() - began
+        plain.eval()
+        with torch.no_grad():
+            logits = torch.cat(
+                [plain(*(x[part[:, k]] for k in range(3))) for part in torch.from_numpy(items).split(32)]
+            )
+        plain.train()
+        reached = float((logits.argmax(1).numpy() == labels).mean())
+        click.echo(f"  usual loop, epoch {epoch + 1}: validation accuracy {reached:.3f} after {spent:.0f} s", err=True)
+        if reached > best:
+            best, at = reached, spent
+    settings = Settings(batch_size=512, lr=1e-3)
+    optimizer = torch.optim.Adam(head.parameters(), lr=settings.lr, fused=True)
+    ours, reached, epoch = 0.0, 0.0, 0
+    while reached < best and epoch < 30:
+        epoch += 1
+        ours += train_epoch(head, features, examples, settings, optimizer, epoch).seconds
+        reached = validate(head, features, examples, epoch)[1]
+        click.echo(f"  ours, epoch {epoch}: validation accuracy {reached:.3f} after {ours:.0f} s", err=True)
+    what = f"time to the usual loop's validation accuracy, {best:.3f}, demo trials, maxp_5_3"
+    done = reached >= best
+    return [Line(what, f"{ours:.0f} s", f"{at:.0f} s", at / ours, "15", done and at / ours >= 15)]
+
+
+def backbone(_: Path) -> list[Line]:
+    """Trials/s of an epoch from the cache against one that runs the frozen network on every trial's three photographs."""
+    store, trials = demo()
+    examples, _ceiling = demo_examples(store, trials)
+    source = FeatureStore.open(store).source()
+    features, head = Features([source.rows("maxp_5_3")]), draw_head("conv", MAXP_5_3, 0)
+    head.standardise(*features.statistics(examples.items[examples.train]))
+    optimizer = torch.optim.Adam(head.parameters(), lr=5e-4, fused=True)
+    spec = get_backbone("vggface")
+    network = load_extractor(spec, ["maxp_5_3"], open_weights("random:0", weight_shapes(meta_network(spec))))
+    recipe, paths = RECIPES[spec.recipe], source.items["path"].tolist()
+    plain = Published(5, 25088, conv=True, parallel=False)
+    adam = torch.optim.Adam(plain.parameters(), lr=5e-4)
+    items, odd = examples.of(examples.train)
+
+    def ours() -> float:
+        return train_epoch(head, features, examples, Settings(batch_size=BATCH), optimizer, 1).examples_per_second
+
+    def theirs() -> float:
+        start = time.perf_counter()
+        pixels = [recipe.pixels(decode(Path(paths[item]).read_bytes())) for item in items[:16].ravel()]
+        with torch.no_grad():
+            maps = network(recipe.normalise(torch.from_numpy(np.stack(pixels))))["maxp_5_3"]
+        adam.zero_grad()
+        F.cross_entropy(plain(*maps.view(16, 3, -1).unbind(1)), torch.from_numpy(odd[:16])).backward()
+        adam.step()
+        return 16 / (time.perf_counter() - start)
+
+    what = "an epoch from the cache against one that runs the backbone, demo trials, maxp_5_3"
+    return [compare(what, ours, theirs, 200, "trials/s", rounds=2)]
+
+
+def memory_child(store: Path) -> int:
+    """Peak RssAnon of an epoch over a whole store."""
+    rows = FeatureStore.open(store).rows("maxp_5_3")
+    features, head = Features([rows]), draw_head("conv", MAXP_5_3, 0)
+    head.standardise(*features.statistics(np.arange(len(rows))))
+    optimizer = torch.optim.Adam(head.parameters(), lr=5e-4, fused=True)
+    examples = random_examples(4 * 256, len(rows), 0)
+    return peak_anonymous(lambda: train_epoch(head, features, examples, Settings(batch_size=256), optimizer, 1))
+
+
+def memory(folder: Path) -> list[Line]:
+    """RssAnon in a fresh process, from a store of the demo's size and one ten times larger."""
+    peaks = []
+    for n in (500, 5000):
+        fill_store(folder / f"{n}.zarr", n, MAXP_5_3, 250)
+        child = in_fresh_process("tests.benchmarks.bench_heads", ["--memory-child", str(folder / f"{n}.zarr")])
+        peaks.append(int(json.loads(child)))
+    ratio, mib = peaks[1] / peaks[0], [f"{peak / 2**20:,.0f} MiB" for peak in peaks]
+    what = "anonymous memory of training, conv head on maxp_5_3, from a store 10 × larger"
+    return [Line(what, mib[1], mib[0], ratio, "≤ 1.1", ratio <= 1.1)]
+
+
+# --- what heads reach ---------------------------------------------------------------------------------------------------
+
+
+def reached(what: str, result: dict, base: float, wanted: float, label: str) -> Line:
+    score = f"{result['accuracy']:.3f} [{result['low']:.3f}, {result['high']:.3f}]"
+    return Line(what, score, f"{base:.3f}", result["accuracy"] / base, label, result["accuracy"] >= wanted)
+
+
+def results(request: Request) -> dict[tuple[str, str], list[dict]]:
+    """Results of a grid by layer and head."""
+    grid = prepare(request)
+    found: dict[tuple[str, str], list[dict]] = {}
+    for task, runs in grid.parts:
+
+        def done(run, result) -> None:
+            if not isinstance(result, dict):
+                raise result
+            found.setdefault((run.layer, run.head), []).append(result)
+
+        run_grid(task, runs, grid.out, done=done)
+    write_runs_table(grid.out)
+    return found
+
+
+def accuracy(folder: Path) -> list[Line]:
+    """Demo trials: held-out trials, then held-out faces, beside zero-shot."""
+    store, trials = demo()
+    lines = []
+    found = results(Request(store, folder / "runs", trials=trials, layers=["maxp_5_3", "fc7-relu"]))
+    for (layer, head), (result,) in found.items():
+        if head == "zero-shot":
+            continue
+        base = found[layer, "zero-shot"][0]
+        what = f"demo trials, {layer}, {head}: accuracy beside zero-shot (ceiling {result['ceiling']:.3f})"
+        lines.append(reached(what, result, base["accuracy"], base["high"], "> zero-shot"))
+    many = folder / "many"
+    make_faces(many, DEMO_FACES, DEMO_VIEWS, n_trials=60_000)
+    split = {"split": "face", "heads": ["similarity"], "layers": ["maxp_5_3", "fc7-relu"]}
+    for (layer, head), (result,) in results(
+        Request(store, folder / "runs", trials=many / "trials.csv", **split)
+    ).items():
+        if head == "similarity":
+            what = f"demo faces never seen ({result['n_test']} trials), {layer}, similarity: accuracy beside chance"
+            lines.append(
+                Line(
+                    what,
+                    f"{result['accuracy']:.3f} [{result['low']:.3f}, {result['high']:.3f}]",
+                    "0.333",
+                    result["accuracy"] * 3,
+                    "> chance",
+                    result["low"] > 1 / 3,
+                )
+            )
+    return lines
+
+
+def real(folder: Path) -> list[Line]:
+    """Real photographs, seeded random weights: identity across views, and same-person trials of people never trained on."""
+    images = SHARED / "data" / "orl_faces"
+    if not images.is_dir():
+        click.echo("  shared/data/orl_faces is not on this machine: skipped", err=True)
+        return []
+    store = ROOT / "store" / "orl_faces.zarr"
+    run_pass(images, store, ["maxp_5_3", "fc7-relu"])
+    lines = []
+    layers = ["maxp_5_3", "fc7-relu"]
+    views = Request(
+        store, folder / "runs", heads=["identity"], layers=layers, fractions=(0.6, 0.1, 0.3), seeds=(0, 1, 2)
+    )
+    for (layer, _), found in results(views).items():
+        mean = {key: float(np.mean([result[key] for result in found])) for key in ("accuracy", "low", "high")}
+        what = f"ORL photographs, {layer}: which of 40 people, 7 views trained or validated on, 3 tested (3 seeds)"
+        lines.append(reached(what, mean, 1 / 40, 0.97, "0.97"))
+    for seed in (0, 1, 2):
+        people = Request(
+            store, folder / "runs", heads=["similarity"], layers=layers, trials="same-person", n_trials=20_000,
+            split="face", split_seed=seed, fractions=(0.6, 0.15, 0.25),
+        )  # fmt: skip
+        found = results(people)
+        for layer in layers:
+            (base,), (result,) = found[layer, "zero-shot"], found[layer, "similarity"]
+            what = (
+                f"ORL photographs, {layer}: same-person trials of 10 people never seen, split {seed}, beside zero-shot"
+            )
+            lines.append(reached(what, result, base["accuracy"], max(0.95, base["accuracy"]), "0.95, zero-shot"))
+    return lines
+
+
+SECTIONS: dict[str, Callable[[Path], list[Line]]] = {
+    "speed": speed, "race": race, "backbone": backbone, "memory": memory, "accuracy": accuracy, "real": real,
+}  # fmt: skip
+
+
+@click.command()
+@click.option("--only", multiple=True, type=click.Choice(list(SECTIONS)), help="Only these sections.")
+@click.option("--markdown", is_flag=True, help="Print a Markdown table.")
+@click.option("--memory-child", type=click.Path(path_type=Path), hidden=True)
+def main(only: tuple[str, ...], markdown: bool, memory_child: Path | None) -> None:
+    """Compare training with the usual loop, and show what heads reach; nothing is asserted."""
+    if memory_child:
+        click.echo(json.dumps(globals()["memory_child"](memory_child)))
+        return
+    lines: list[Line] = []
+    for name in only or SECTIONS:
+        click.echo(f"… {name}", err=True)
+        with tempfile.TemporaryDirectory(dir=ROOT / "store") as folder:
+            lines += SECTIONS[name](Path(folder))
+    show(lines, markdown)
+
+
+if __name__ == "__main__":
+    main()
