@@ -6,6 +6,7 @@ BIN := .venv/bin
 
 demo: .venv/ready
 	$(BIN)/python pipelines/cache_layers.py --layers maxp_5_3 fc7-relu
+	$(BIN)/python pipelines/train_heads.py --layers fc7-relu --heads similarity
 
 test: .venv/ready lint
 	$(BIN)/python -m pytest

@@ -1,1 +1,24 @@
-"""Small networks trained on cached rows. They know tensors and keys, never files or backbones."""
+"""Heads on cached rows: odd-one-out and multi-view identity. They know tensors and keys; the backbone never runs."""
+
+from importlib import import_module
+from typing import Any
+
+_WHERE = {
+    "build_head": "models",
+    "draw_head": "models",
+    "load_head": "checkpoints",
+    "export": "checkpoints",
+    "layer_table": "describe",
+    "summary": "describe",
+    "draw": "describe",
+    "load_trials": "trials",
+    "Features": "features",
+}
+__all__ = list(_WHERE)
+
+
+def __getattr__(name: str) -> Any:
+    """Load torch and pandas only for those who use them: commands print their help without."""
+    if name in _WHERE:
+        return getattr(import_module(f"heads.{_WHERE[name]}"), name)
+    raise AttributeError(f"module {__name__!r} has no attribute {name!r}")

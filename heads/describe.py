@@ -1,5 +1,6 @@
 """What a head looks like: tables, a summary, a drawing."""
 
+import os
 from collections.abc import Mapping
 from pathlib import Path
 
@@ -55,12 +56,21 @@ def summary(head: Head, n: int = 1) -> str:
     return str(info)
 
 
-def draw(head: Head, path: Path) -> Path:
-    """A drawing of the head, SVG or PNG by the file's ending, traced by torchview and laid out by Graphviz."""
+def draw(head: Head, path: str | os.PathLike) -> Path:
+    """A drawing of the head, SVG or PNG by the file's ending, traced by torchview and laid out by Graphviz.
+
+    FeatureStoreError for another ending, or if these two are not installed.
+    """
+    path = Path(path)
     if path.suffix.lower() not in (".svg", ".png"):
         raise FeatureStoreError(f"a head is drawn as .svg or .png, not as {path.name!r}.")
-    import pygraphviz
-    import torchview
+    try:
+        import pygraphviz
+        import torchview
+    except ImportError as error:
+        raise FeatureStoreError(
+            f"drawing needs torchview and pygraphviz ({error}): pip install 'face-featurestore[draw]'."
+        ) from None
 
     graph = torchview.draw_graph(
         head,

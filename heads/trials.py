@@ -328,5 +328,8 @@ def _evaluate(condition: str, table: pd.DataFrame) -> np.ndarray:
         ) from None
     held = np.asarray(held)
     if held.dtype != bool or held.shape != (len(frame),):
-        raise FeatureStoreError(f"--where {condition!r} is no condition: it gives {held.dtype}, not true or false.")
+        raise FeatureStoreError(
+            f"--where {condition!r} is no condition: it gives {held.dtype}, not true or false. Compare with ==, <, in …: "
+            "\"gender == 'female'\"."
+        )
     return held

@@ -33,7 +33,15 @@ def test_imports_run_one_way(package: str) -> None:
 
 
 @pytest.mark.parametrize(
-    "module", ["featurestore", "featurestore.backbones", "pipelines.cache_layers", "pipelines.verify_store"]
+    "module",
+    [
+        "featurestore",
+        "featurestore.backbones",
+        "heads",
+        "pipelines.cache_layers",
+        "pipelines.train_heads",
+        "pipelines.verify_store",
+    ],
 )
 def test_naming_things_loads_nothing_heavy(module: str) -> None:
     code = f"import sys, {module}; print([name for name in ('torch', 'pandas', 'zarr', 'dask', 'cv2') if name in sys.modules])"

@@ -1,0 +1,141 @@
+"""The command as a user runs it."""
+
+from pathlib import Path
+
+import pandas as pd
+import pytest
+import torch
+
+from featurestore import FeatureStore
+from heads.describe import draw, layer_table, summary
+from heads.models import build_head
+from tests.conftest import command
+from tests.heads.conftest import write_store, write_trials
+
+
+@pytest.fixture(scope="module")
+def folder(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """A folder with ``store/demo.zarr`` and its trials, where the command looks for them."""
+    folder = tmp_path_factory.mktemp("user")
+    (folder / "store" / "demo_faces").mkdir(parents=True)
+    write_store(folder / "store" / "demo.zarr")
+    write_trials(folder / "store" / "demo_faces" / "trials.csv", 500, raters=5, error=0.1)
+    return folder
+
+
+def test_the_demo_grid_needs_no_further_option(folder: Path) -> None:
+    line = [
+        "--layers",
+        "maxp_5_3",
+        "fc7-relu",
+        "--heads",
+        "similarity",
+        "--lr",
+        "5e-4",
+        "1e-3",
+        "--seeds",
+        0,
+        "--epochs",
+        2,
+    ]
+    done = command("train_heads", *line, cwd=folder)
+    assert done.returncode == 0, done.stderr
+    assert "500 odd-one-out trials" in done.stdout
+    assert "train 350, validation 75, test 75" in done.stdout
+    assert "100 repeated triplets" in done.stdout
+    assert done.stdout.count("| epoch") == 8
+    assert "All runs: store/runs/runs.csv" in done.stdout
+    table = pd.read_csv(folder / "store" / "runs" / "runs.csv")
+    assert sorted(table["head"]) == ["similarity"] * 4 + ["zero-shot"] * 2
+    assert table["accuracy"].is_monotonic_decreasing
+    assert {"low", "high", "ceiling", "normalised", "lr", "seed", "wall_seconds", "split", "p_zero_shot"} <= set(table)
+    assert table["split"].nunique() == 1
+    again = command("train_heads", *line, cwd=folder)
+    assert "6 of them finished before" in again.stdout
+    assert "| epoch" not in again.stdout
+
+
+def test_identities_and_same_person_trials_need_no_file(folder: Path) -> None:
+    line = [
+        "--store",
+        "store/demo.zarr",
+        "--layers",
+        "fc7-relu",
+        "--heads",
+        "identity",
+        "zero-shot",
+        "--epochs",
+        2,
+        "--fractions",
+        ".5",
+        ".25",
+        ".25",
+    ]
+    done = command("train_heads", *line, "--trials", "same-person", "--n-trials", 200, cwd=folder)
+    assert done.returncode == 0, done.stderr
+    assert "30 faces to tell apart" in done.stdout
+    assert "200 odd-one-out trials" in done.stdout
+
+
+def test_a_plan_without_a_run(folder: Path) -> None:
+    done = command("train_heads", "--layers", "fc7-relu", "--out", "planned", "--dry-run", cwd=folder)
+    assert done.returncode == 0, done.stderr
+    assert "Plan (nothing is run)" in done.stdout
+    assert "fc7-relu conv" in done.stdout
+    assert not list((folder / "planned").glob("fc7*"))
+
+
+@pytest.mark.parametrize(
+    ("line", "message"),
+    [
+        (["--layers", "fc6"], "layer 'fc6' is not in store/demo.zarr/"),
+        (["--layers", "fc6"], "Add it: pipelines/cache_layers.py --layers fc6"),
+        (["--heads", "conf"], "Did you mean conv?"),
+        (["--store", "nowhere.zarr"], "there is no store nowhere.zarr"),
+        (["--trials", "nowhere.csv"], "there is no file of trials nowhere.csv"),
+        (["--fractions", "1", "1", "1"], "add up to 1"),
+        (["--split", "faces"], "one of trial, face, view"),
+        (["--split", "face", "--heads", "identity"], "--split view"),
+        (["--where", "gender = 'x'"], "is no condition"),
+        (["--rank", "lots"], "neither a number nor"),
+        (["--session-view", "2D"], "such as 2D=frontal"),
+        (["--precision", "tf32", "--device", "cpu"], "a GPU's"),
+        (["--scheduler", "tcp://127.0.0.1:1", "--heads", "zero-shot"], "no Dask scheduler"),
+        (["--heads", "fc8-conv", "--layers", "maxp_5_3"], "take vectors"),
+    ],
+)
+def test_what_cannot_be_done_is_said_without_a_traceback(folder: Path, line: list[str], message: str) -> None:
+    done = command("train_heads", *line, cwd=folder)
+    assert done.returncode != 0
+    assert message in done.stderr
+    assert "Traceback" not in done.stderr
+
+
+def test_a_head_is_drawn(folder: Path) -> None:
+    pytest.importorskip("pygraphviz")
+    done = command("train_heads", "--layers", "fc7-relu", "--heads", "conv", "--draw", "head.svg", cwd=folder)
+    assert done.returncode == 0, done.stderr
+    assert "Conv2d" in done.stdout
+    picture = (folder / "head.svg").read_text()
+    assert picture.count("Conv2d") == 4
+    assert "<svg" in picture
+    assert draw(build_head("similarity", (512, 7, 7)), folder / "head.png").read_bytes()[:4] == b"\x89PNG"
+
+
+def test_tables_of_layers_and_heads() -> None:
+    table = layer_table()
+    assert len(table) == 38
+    assert table.loc["maxp_5_3", ["features", "bridge", "conv"]].tolist() == [25088, 4096, 102_766_397]
+    text = summary(build_head("conv", (4096,)))
+    assert "1,230,757" in text
+    assert "[1, 2, 3, 251]" in text
+
+
+def test_a_head_sees_what_the_store_holds(folder: Path) -> None:
+    store = FeatureStore.open(folder / "store" / "demo.zarr")
+    shapes = {name: layer.shape for name, layer in store.layers.items()}
+    assert layer_table(shapes)["features"].to_dict() == {"fc7-relu": 400, "maxp_5_3": 400}
+    rows = store.rows("maxp_5_3").gather(range(6))
+    assert build_head("conv", (16, 5, 5)).to_empty(device="cpu")(
+        *rows.view(2, 3, 16, 5, 5).unbind(1)
+    ).shape == torch.Size([2, 3])
