@@ -4,6 +4,7 @@ import json
 import os
 import shutil
 from collections.abc import Callable, Sequence
+from contextlib import ExitStack
 from dataclasses import asdict, dataclass, field, replace
 from pathlib import Path
 from typing import Any
@@ -20,11 +21,11 @@ from heads.runs import (
     Report,
     Run,
     Task,
-    identity_labels,
+    identity_items,
     identity_task,
     items_hash,
     read_result,
-    run,
+    train_run,
     triplet_task,
     write_csv,
 )
@@ -105,12 +106,16 @@ LARGE = 10_000_000  # parameters of a head that keeps all cores busy by itself
 
 def default_jobs(grid: Grid) -> int:
     """One run at a time where a head is large, otherwise one for each core."""
-    cores = os.cpu_count() or 1
-    return 1 if max(grid.parameters.values(), default=0) > LARGE else min(cores, grid.runs)
+    return 1 if max(grid.parameters.values(), default=0) > LARGE else min(cores(), grid.runs)
+
+
+def cores() -> int:
+    """Cores that this process may use."""
+    return len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1
 
 
 def prepare(request: Request) -> Grid:
-    """Read and match trials, draw and save splits, and lay out the runs; nothing is trained.
+    """Read and match trials, draw splits, and lay out the runs; nothing is trained or written.
 
     Triplet heads get a zero-shot run for each layer beside them. FeatureStoreError for whatever cannot be done.
     """
@@ -158,29 +163,28 @@ def _triplets(request: Request, store: FeatureStore) -> tuple[Task, int]:
     else:
         trials = load_trials(Path(request.trials), store, request.source, request.view, request.sessions, request.where)
     if request.split and request.split.endswith(".json"):
-        split = Split.load(Path(request.split), trials.hash)
+        split = Split.load(Path(request.split), trials.hash, len(trials))
     else:
         kind = request.split or "trial"
         split = split_trials(trials, kind, request.split_seed, request.fractions, request.hold_out)
-    split.save(request.out / "splits")
     return triplet_task(store, trials, split), trials.unanswered
 
 
 def _identities(request: Request, store: FeatureStore) -> Task:
     source = store.source(request.source)
+    items = identity_items(source, request.where)
+    of = items_hash(source, items)
     if request.split and request.split.endswith(".json"):
-        split = Split.load(Path(request.split), items_hash(source))
+        split = Split.load(Path(request.split), of, len(items))
     elif request.split not in (None, "view"):
         raise FeatureStoreError(
             f"the multi-view head (identity) cannot be tested by --split {request.split}: it learns each face from some views "
             "and is tested on others, --split view."
         )
     else:
-        split = draw_split(
-            identity_labels(source), "view", request.split_seed, request.fractions, items_hash(source), request.hold_out
-        )
-    split.save(request.out / "splits")
-    return identity_task(store, source, split)
+        views = source.keys[items].get_level_values(1).to_numpy(str)[:, None]
+        split = draw_split(views, "view", request.split_seed, request.fractions, of, request.hold_out)
+    return identity_task(store, source, items, split)
 
 
 def _runs(request: Request, layers: Sequence[str], heads: Sequence[str]) -> list[Run]:
@@ -218,6 +222,7 @@ def run_grid(
     ``processes`` of this machine, or the address of a Dask cluster whose workers see the same files.
     """
     folder = folder.resolve()
+    task.split.save(folder / "splits")
     local = scheduler in ("threads", "processes")
     if local and min(jobs, len(runs)) <= 1:
         for each in runs:
@@ -225,25 +230,26 @@ def run_grid(
         return
     from distributed import Client, LocalCluster, as_completed  # half a second that a single run need not wait for
 
-    cluster = (
-        LocalCluster(
-            n_workers=jobs if scheduler == "processes" else 1,
-            threads_per_worker=1 if scheduler == "processes" else jobs,
-            processes=scheduler == "processes",
-            dashboard_address=None,
-            memory_limit=None,
-        )
-        if local
-        else None
-    )
-    try:
-        client = Client(cluster if cluster is not None else scheduler, timeout=connect)
-    except (OSError, ValueError, TimeoutError) as error:
-        raise FeatureStoreError(
-            f"there is no Dask scheduler at {scheduler!r}: {error}. Give --scheduler threads, processes, or an address such "
-            "as tcp://host:8786."
-        ) from None
-    with client:
+    with ExitStack() as stack:
+        address: Any = scheduler
+        if local:
+            processes = scheduler == "processes"
+            address = stack.enter_context(
+                LocalCluster(
+                    n_workers=jobs if processes else 1,
+                    threads_per_worker=1 if processes else jobs,
+                    processes=processes,
+                    dashboard_address=None,
+                    memory_limit=None,
+                )
+            )
+        try:
+            client = stack.enter_context(Client(address, timeout=connect))
+        except (OSError, ValueError, TimeoutError) as error:
+            raise FeatureStoreError(
+                f"there is no Dask scheduler at {scheduler!r}: {error}. Give --scheduler threads, processes, or an address "
+                "such as tcp://host:8786."
+            ) from None
         client.subscribe_topic("epoch", lambda event: report(event[1]["label"], Epoch(**event[1]["epoch"])))
         shared = client.scatter(task, broadcast=True)
         waiting = {client.submit(_remote, shared, each, folder, every, pure=False): each for each in runs}
@@ -253,13 +259,11 @@ def run_grid(
             except Exception as error:  # a worker that died: the message is all there is
                 result = FeatureStoreError(f"the worker failed: {type(error).__name__}: {error}")
             done(waiting[future], result)
-    if cluster is not None:
-        cluster.close()
 
 
 def _attempt(task: Task, each: Run, folder: Path, report: Report, every: float) -> dict[str, Any] | FeatureStoreError:
     try:
-        return run(task, each, folder, report, every)
+        return train_run(task, each, folder, report, every)
     except FeatureStoreError as error:
         return error
 
@@ -278,7 +282,7 @@ def _remote(task: Task, each: Run, folder: Path, every: float) -> dict[str, Any]
 
 def share_threads(runs: list[Run], jobs: int) -> list[Run]:
     """The machine's cores divided among ``jobs`` runs at a time."""
-    threads = max(1, (os.cpu_count() or 1) // max(1, min(jobs, len(runs))))
+    threads = max(1, cores() // max(1, min(jobs, len(runs))))
     return [replace(each, settings=replace(each.settings, threads=threads)) for each in runs]
 
 

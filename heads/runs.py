@@ -9,7 +9,7 @@ import hashlib
 import importlib.metadata
 import json
 import time
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import asdict, dataclass, field
 from pathlib import Path
@@ -39,7 +39,7 @@ from heads.features import Features
 from heads.models import Head, draw_head
 from heads.splits import PARTS, Split
 from heads.train import Checkpoint, Epoch, Examples, Settings, train
-from heads.trials import Trials
+from heads.trials import Trials, holds
 
 VERSION = 1  # of what a run computes: part of its identity
 Report = Callable[[str, Epoch], None]
@@ -49,19 +49,18 @@ Report = Callable[[str, Epoch], None]
 class Task:
     """What all runs of a grid learn: examples with their split, the same for every head and layer.
 
-    ``table`` has a row per example (for predictions), ``classes`` the names of identities, or none for triplets.
-    ``trials`` is the hash of the examples, ``split`` that of the split.
+    ``items`` (n, 3) or (n, 1) int64 number the items of ``sources`` one after the other, ``labels`` (n,) int64 are places or
+    identities. ``table`` has a row per example (for predictions), ``classes`` the names of identities, or none for
+    triplets. ``photographs`` is a hash of the items' images: the same trials over other pictures are another task.
     """
 
     store: Path
     sources: tuple[str, ...]
     items: np.ndarray
     labels: np.ndarray
-    part: np.ndarray
+    split: Split
     table: pd.DataFrame
-    trials: str
-    split: str
-    split_name: str
+    photographs: str
     classes: tuple[str, ...] = ()
     ceiling: Ceiling | None = None
 
@@ -73,7 +72,7 @@ class Task:
     @property
     def examples(self) -> Examples:
         """Items and labels with the indices of each part."""
-        return Examples(self.items, self.labels, *(np.flatnonzero(self.part == i) for i in range(len(PARTS))))
+        return Examples(self.items, self.labels, *(self.split.indices(name) for name in PARTS))
 
 
 def triplet_task(store: FeatureStore, trials: Trials, split: Split) -> Task:
@@ -83,48 +82,54 @@ def triplet_task(store: FeatureStore, trials: Trials, split: Split) -> Task:
         sources=trials.sources,
         items=trials.items,
         labels=trials.odd,
-        part=split.part,
+        split=split,
         table=trials.table,
-        trials=trials.hash,
-        split=split.hash,
-        split_name=split.name,
+        photographs=_photographs(store, trials.sources, trials.items),
         ceiling=noise_ceiling(trials),
     )
 
 
-def identity_labels(source: Source) -> np.ndarray:
-    """The views of a source's items, (n, 1) str, and their hash: what a split by view divides for the multi-view head."""
-    return source.keys.get_level_values(1).to_numpy(str)[:, None]
+def identity_items(source: Source, where: Sequence[str] = ()) -> np.ndarray:
+    """The items (n,) int64 of a source that meet all conditions on its columns."""
+    kept = np.ones(source.n_items, bool)
+    for condition in where:
+        kept &= holds(condition, source.items)
+    if not kept.any():
+        raise FeatureStoreError(f"no item of {source.folder} has {' and '.join(where)}.")
+    return np.flatnonzero(kept)
 
 
-def items_hash(source: Source) -> str:
-    """sha256 (hex) of a source's keys in row order."""
-    keys = "\0".join("\1".join(key) for key in source.keys)
+def items_hash(source: Source, items: np.ndarray) -> str:
+    """sha256 (hex) of the keys of ``items``: what a split of them belongs to."""
+    keys = "\0".join("\1".join(key) for key in source.keys[items])
     return hashlib.sha256(f"{source.name}\0{keys}".encode()).hexdigest()
 
 
-def identity_task(store: FeatureStore, source: Source, split: Split) -> Task:
+def identity_task(store: FeatureStore, source: Source, items: np.ndarray, split: Split) -> Task:
     """Which face is it: one item, and its face. FeatureStoreError if a tested face has no view to train on."""
-    faces = source.keys.get_level_values(0).to_numpy(object)
-    classes, labels = np.unique(faces.astype(str), return_inverse=True)
+    table = source.keys[items].to_frame(index=False)
+    classes, labels = np.unique(table["face_id"].to_numpy(str), return_inverse=True)
     untrained = set(labels[split.part > 0]) - set(labels[split.part == 0])
     if untrained:
         raise FeatureStoreError(
-            f"{len(untrained)} faces ({classes[min(untrained)]} …) have no view in the training part, so they cannot be learned. "
-            "The multi-view head needs --split view, and views that faces share."
+            f"{len(untrained)} faces ({classes[min(untrained)]} …) have no view in the training part, so they cannot be "
+            "learned. The multi-view head needs views that faces share; see --fractions and --hold-out."
         )
     return Task(
         store=store.path.resolve(),
         sources=(source.name,),
-        items=np.arange(source.n_items, dtype=np.int64)[:, None],
+        items=items[:, None],
         labels=labels.astype(np.int64),
-        part=split.part,
-        table=source.keys.to_frame(index=False),
-        trials=split.of,
-        split=split.hash,
-        split_name=split.name,
+        split=split,
+        table=table,
+        photographs=_photographs(store, (source.name,), items),
         classes=tuple(classes),
     )
+
+
+def _photographs(store: FeatureStore, sources: tuple[str, ...], items: np.ndarray) -> str:
+    images = np.concatenate([store.source(name).coordinate("image_sha256") for name in sources])
+    return hashlib.sha256("".join(images[np.unique(items)]).encode()).hexdigest()
 
 
 @dataclass(frozen=True)
@@ -149,8 +154,9 @@ class Run:
             "options": self.options,
             "settings": settings,
             "sources": list(task.sources),
-            "trials": task.trials,
-            "split": task.split,
+            "trials": task.split.of,
+            "photographs": task.photographs,
+            "split": task.split.hash,
         }
 
     def identity(self, task: Task) -> str:
@@ -171,7 +177,7 @@ class Run:
         return f"{self.layer} {self.head}" + (f" lr {self.settings.lr:g} seed {self.settings.seed}" if trained else "")
 
 
-def run(
+def train_run(
     task: Task, run: Run, folder: Path, report: Report = lambda label, epoch: None, every: float = 60.0
 ) -> dict[str, Any]:
     """Train, test and write one run into ``folder``; go on where a killed one stopped; a finished one is only read.
@@ -181,20 +187,21 @@ def run(
     """
     home = folder / run.name(task)
     home.mkdir(parents=True, exist_ok=True)
-    with _lock(home), _threads(run.settings.threads):
+    with _lock(home):
         finished = read_result(home)
         if finished is not None:
             return finished
-        return _run(task, run, home, report, every)
+        with _threads(_begun_with(home) or run.settings.threads):
+            return _train(task, run, home, report, every)
 
 
-def _run(task: Task, run: Run, home: Path, report: Report, every: float) -> dict[str, Any]:
+def _train(task: Task, run: Run, home: Path, report: Report, every: float) -> dict[str, Any]:
     start = time.perf_counter()
     store = FeatureStore.open(task.store)
     rows = [store.source(name).rows(run.layer) for name in task.sources]
     device = run.settings.device
     examples = task.examples
-    features = Features(rows, device, np.unique(task.items[task.part >= 0]) if device != "cpu" else None)
+    features = Features(rows, device, np.unique(task.items[task.split.part >= 0]) if device != "cpu" else None)
     head = make_head(run, features.shape, task)
     write_json(home / "config.json", {**run.config(task), "threads": torch.get_num_threads(), **_about(store, task)})
     checkpoint = Checkpoint(home / "state.safetensors", run.identity(task), every)
@@ -206,7 +213,12 @@ def _run(task: Task, run: Run, home: Path, report: Report, every: float) -> dict
 
         progress = train(head, features, examples, run.settings, checkpoint, seen)
     write_csv(home / "metrics.csv", pd.DataFrame([asdict(epoch) for epoch in progress.history]))
-    about = {"sources": list(task.sources), "split": task.split, "trials": task.trials, "epoch": progress.best_epoch}
+    about = {
+        "sources": list(task.sources),
+        "split": task.split.hash,
+        "trials": task.split.of,
+        "epoch": progress.best_epoch,
+    }
     save_head(head, home / "weights.safetensors", run.layer, **about)
     history, best = progress.history, progress.history[progress.best_epoch - 1] if progress.best_epoch else None
     result = {
@@ -228,7 +240,7 @@ def _run(task: Task, run: Run, home: Path, report: Report, every: float) -> dict
 
 def _scores(head: Head, features: Features, task: Task, home: Path) -> dict[str, Any]:
     """Test the weights as saved; writes predictions and the accuracies by face and view."""
-    test = np.flatnonzero(task.part == PARTS.index("test"))
+    test = task.split.indices("test")
     items, labels, table = task.items[test], task.labels[test], task.table.iloc[test]
     logits = evaluate(head, features, items)
     correct = logits.argmax(axis=1) == labels
@@ -298,11 +310,19 @@ def _write(path: Path, text: str) -> None:
         ) from None
 
 
+def _begun_with(home: Path) -> int:
+    """The number of threads of an unfinished run: it must go on with as many, or its last bits would differ."""
+    try:
+        return int(json.loads((home / "config.json").read_text("utf-8"))["threads"])
+    except (OSError, ValueError, KeyError, TypeError):
+        return 0
+
+
 def _about(store: FeatureStore, task: Task) -> dict[str, Any]:
     source = store.source(task.sources[0])
     versions = {name: importlib.metadata.version(name) for name in ("torch", "numpy", "safetensors")}
     return {
-        "split_name": task.split_name,
+        "split_name": task.split.name,
         "store": str(task.store),
         "weights": source.attributes.get("weights_name", source.attributes["weights"]),
         "library_versions": versions,

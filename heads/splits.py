@@ -71,27 +71,29 @@ class Split:
         return path
 
     @classmethod
-    def load(cls, path: Path, of: str) -> "Split":
-        """A saved split for the examples with hash ``of``; FeatureStoreError if it is damaged or belongs to others."""
+    def load(cls, path: Path, of: str, n: int) -> "Split":
+        """A saved split for the ``n`` examples with hash ``of``; FeatureStoreError if it is damaged or belongs to others."""
         try:
             document = json.loads(path.read_text("utf-8"))
-            part = np.full(int(document["n"]), -1, np.int8)
+            if document["format"] != _FORMAT or document["format_version"] != 1:
+                raise ValueError("its format is another one")
+            if document["of"] != of:
+                raise FeatureStoreError(
+                    f"{path} was drawn for other examples ({document['of'][:12]}…, these are {of[:12]}…): another file, order, "
+                    "--where or store. Draw a new one: --split trial, face or view."
+                )
+            part = np.full(n, -1, np.int8)
             for number, name in enumerate(PARTS):
                 part[np.asarray(document[name], np.int64)] = number
             a, b, c = document["fractions"]
-            split = cls(str(document["kind"]), int(document["seed"]), (a, b, c), str(document["of"]), part)
-            sound = document["format"] == _FORMAT and document["format_version"] == 1 and split.hash == document["hash"]
+            split = cls(document["kind"], document["seed"], (a, b, c), of, part)
+            sound = split.hash == document["hash"]
         except FileNotFoundError:
             raise FeatureStoreError(f"there is no split {path}.") from None
         except (ValueError, KeyError, TypeError, IndexError, OSError) as error:
             raise FeatureStoreError(f"{path} is not a split: {type(error).__name__} {error}") from None
         if not sound:
             raise FeatureStoreError(f"{path} was changed after it was written: its hash does not fit its content.")
-        if split.of != of:
-            raise FeatureStoreError(
-                f"{path} was drawn for other trials ({split.of[:12]}…, these are {of[:12]}…): another file, order, --where or "
-                "store. Draw a new one: --split trial, face or view."
-            )
         return split
 
 

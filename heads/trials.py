@@ -83,7 +83,7 @@ def load_trials(
     table = read_table(path)
     of_trials, of_items = _divide_conditions(where, table, store, source)
     for condition in of_trials:
-        table = table[_evaluate(condition, table)].reset_index(drop=True)
+        table = table[holds(condition, table)].reset_index(drop=True)
     answered = ~table[ODD].isin(_NO_ANSWER)
     table, unanswered = table[answered].reset_index(drop=True), int((~answered).sum())
     if table.empty:
@@ -92,7 +92,7 @@ def load_trials(
         )
     trials = replace(match(table, store, source, view, sessions, str(path)), unanswered=unanswered)
     for condition in of_items:
-        parts = [_evaluate(condition, store.source(name).items) for name in trials.sources]
+        parts = [holds(condition, store.source(name).items) for name in trials.sources]
         trials = trials.where(np.concatenate(parts)[trials.items].all(axis=1))
     if not len(trials):
         raise FeatureStoreError(f"no trial of {path} has three items with {' and '.join(of_items)}.")
@@ -304,7 +304,8 @@ def _divide_conditions(
     of_trials: list[str] = []
     of_items: list[str] = []
     for condition in conditions:
-        names = set(re.findall(r"(?<![\w.'\"])[A-Za-z_]\w*", re.sub(r"'[^']*'|\"[^\"]*\"", "", condition)))
+        unquoted = re.sub(r"'[^']*'|\"[^\"]*\"", "", condition)
+        names = set(re.findall(r"`([^`]*)`", unquoted)) | set(re.findall(r"(?<![\w.])[A-Za-z_]\w*", unquoted))
         of_trial, of_item = names & set(table.columns), names & items
         if bool(of_trial) == bool(of_item):
             problem = "mixes columns of trials and of items" if of_trial else "names no column there is"
@@ -316,8 +317,8 @@ def _divide_conditions(
     return of_trials, of_items
 
 
-def _evaluate(condition: str, table: pd.DataFrame) -> np.ndarray:
-    """bool per row."""
+def holds(condition: str, table: pd.DataFrame) -> np.ndarray:
+    """bool per row: whether a pandas expression on its columns or index is true. FeatureStoreError if it is none."""
     frame = table.reset_index()
     try:
         held = frame.eval(condition)

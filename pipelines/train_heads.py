@@ -311,13 +311,11 @@ def _plan(grid: "Grid", jobs: int) -> str:
     lines = []
     for task, _ in grid.parts:
         kind = f"{len(task.classes)} faces to tell apart" if task.classes else "odd-one-out trials"
-        sizes = ", ".join(
-            f"{name} {int((task.part == i).sum())}" for i, name in enumerate(("train", "validation", "test"))
-        )
-        left_out = int((task.part < 0).sum())
+        sizes = ", ".join(f"{name} {len(task.split.indices(name))}" for name in ("train", "validation", "test"))
+        left_out = int((task.split.part < 0).sum())
         lines.append(f"  {len(task.items)} {kind} from {' + '.join(task.sources)} in {task.store}")
         lines.append(
-            f"  split     {task.split_name}: {sizes}"
+            f"  split     {task.split.name}: {sizes}"
             + (f", {left_out} left out because they mix parts" if left_out else "")
         )
         if task.ceiling:
@@ -328,7 +326,7 @@ def _plan(grid: "Grid", jobs: int) -> str:
         elif not task.classes:
             lines.append("  ceiling   unknown: no triplet was answered by two participants")
         lines.append(f"  chance    {task.chance:.3f}")
-        if (task.part == 2).sum() < 50:
+        if len(task.split.indices("test")) < 50:
             lines.append("  note      so few test examples give wide intervals; see --fractions")
     if grid.unanswered:
         lines.append(f"  {grid.unanswered} trials without an answer (odd empty or 0) are left out")

@@ -22,7 +22,7 @@ from heads.evaluate import evaluate
 from heads.features import Features
 from heads.grid import Request, prepare, run_grid, runs_table, write_runs_table
 from heads.models import IdentityHead, draw_head
-from heads.runs import Run, Task, run
+from heads.runs import Run, Task, train_run
 from heads.train import Checkpoint, Settings, train
 from tests.conftest import ROOT
 from tests.heads.conftest import N_FACES, VIEWS, write_store
@@ -50,11 +50,11 @@ def test_the_same_seed_gives_the_same_weights_bit_for_bit(
 ) -> None:
     task = task_of(made, judged, tmp_path)
     each = Run(layer, head, replace(QUICK, epochs=2))
-    run(task, each, tmp_path / "a")
+    train_run(task, each, tmp_path / "a")
     torch.manual_seed(99)
-    run(task, each, tmp_path / "b")
+    train_run(task, each, tmp_path / "b")
     other = replace(each, settings=replace(each.settings, seed=1))
-    run(task, other, tmp_path / "a")
+    train_run(task, other, tmp_path / "a")
     first, second = weights(tmp_path / "a", task, each), weights(tmp_path / "b", task, each)
     assert all(torch.equal(first[key], second[key]) for key in first)
     assert not all(torch.equal(first[key], value) for key, value in weights(tmp_path / "a", task, other).items())
@@ -73,7 +73,7 @@ def test_heads_learn_what_is_there_and_the_accuracy_is_that_of_the_weights_saved
     assert float(table.set_index("head").loc["similarity", "p_zero_shot"]) < 0.05
     home = tmp_path / table.set_index("head").loc["similarity", "name"]
     head = load_head(home / "weights.safetensors", "fc7-relu")
-    test = np.flatnonzero(task.part == 2)
+    test = np.flatnonzero(task.split.part == 2)
     logits = evaluate(head, Features([FeatureStore.open(made).source().rows("fc7-relu")]), task.items[test])
     assert (logits.argmax(1) == task.labels[test]).mean() == score["similarity"]
     metrics, predicted = pd.read_csv(home / "metrics.csv"), pd.read_csv(home / "predictions.csv")
@@ -84,7 +84,7 @@ def test_heads_learn_what_is_there_and_the_accuracy_is_that_of_the_weights_saved
     assert len(metrics) <= best + QUICK.patience
     assert list(home.glob("events.out.tfevents.*"))
     assert not (home / "state.safetensors").exists()
-    assert json.loads((home / "config.json").read_text())["split"] == task.split
+    assert json.loads((home / "config.json").read_text())["split"] == task.split.hash
     assert (tmp_path / "runs.csv").exists()
     assert {"accuracy_by_face.csv", "accuracy_by_view.csv", "accuracy_by_position.csv"} <= {
         p.name for p in home.iterdir()
@@ -109,7 +109,7 @@ def test_similarity_generalises_to_faces_never_seen(made: Path, tmp_path: Path) 
 def test_permuted_training_still_learns_the_same_question(made: Path, judged: Path, tmp_path: Path) -> None:
     task = task_of(made, judged, tmp_path)
     each = Run("fc7-relu", "similarity", replace(QUICK, permute=True, epochs=20))
-    assert run(task, each, tmp_path)["accuracy"] > 0.7
+    assert train_run(task, each, tmp_path)["accuracy"] > 0.7
 
 
 def test_a_resumed_run_ends_with_the_same_weights(made: Path, judged: Path, tmp_path: Path) -> None:
@@ -182,14 +182,14 @@ def test_a_finished_run_is_read_and_an_unfinished_lock_is_refused(made: Path, ju
 
     task = task_of(made, judged, tmp_path)
     each = Run("fc7-relu", "zero-shot", QUICK)
-    first = run(task, each, tmp_path)
+    first = train_run(task, each, tmp_path)
     start = time.monotonic()
-    assert run(task, each, tmp_path) == first
+    assert train_run(task, each, tmp_path) == first
     assert time.monotonic() - start < 60
     home = tmp_path / Run("fc7-relu", "conv", QUICK).name(task)
     home.mkdir()
     with FileLock(home / ".lock"), pytest.raises(FeatureStoreError, match="another process"):
-        run(task, Run("fc7-relu", "conv", QUICK), tmp_path)
+        train_run(task, Run("fc7-relu", "conv", QUICK), tmp_path)
 
 
 @pytest.mark.parametrize("scheduler", ["threads", "processes"])
@@ -211,7 +211,7 @@ def test_a_grid_through_dask_gives_what_one_process_gives(
     assert len(done) == 3 and all(isinstance(result, dict) for result in done.values())
     assert len(epochs) == 4
     for each in runs:
-        run(task, each, tmp_path / "alone")
+        train_run(task, each, tmp_path / "alone")
         first, second = weights(tmp_path / "dask", task, each), weights(tmp_path / "alone", task, each)
         assert all(torch.equal(first[key], second[key]) for key in first)
 
@@ -237,7 +237,7 @@ def test_rows_that_are_not_finite_are_named(judged: Path, tmp_path: Path) -> Non
     path = write_store(tmp_path / "bad.zarr", bad=("fc7-relu", 7))
     task = task_of(path, judged, tmp_path)
     with pytest.raises(FeatureStoreError, match=r"'fc7-relu' hold NaN or infinite .*verify_store"):
-        run(task, Run("fc7-relu", "conv", QUICK), tmp_path)
+        train_run(task, Run("fc7-relu", "conv", QUICK), tmp_path)
 
 
 def test_a_full_disk_is_said_and_the_checkpoint_stays(made: Path, judged: Path, tmp_path: Path) -> None:
@@ -245,7 +245,7 @@ def test_a_full_disk_is_said_and_the_checkpoint_stays(made: Path, judged: Path, 
     task = task_of(made, judged, tmp_path)
     each = Run("fc7-relu", "conv", replace(QUICK, epochs=3))
     home = tmp_path / each.name(task)
-    wanted = run(task, each, tmp_path / "elsewhere")
+    wanted = train_run(task, each, tmp_path / "elsewhere")
     home.mkdir()
 
     soft, hard = resource.getrlimit(resource.RLIMIT_FSIZE)
@@ -256,12 +256,12 @@ def test_a_full_disk_is_said_and_the_checkpoint_stays(made: Path, judged: Path, 
 
     try:
         with pytest.raises(FeatureStoreError, match=r"could not be written.*space"):
-            run(task, each, tmp_path, fill, every=0)
+            train_run(task, each, tmp_path, fill, every=0)
     finally:
         resource.setrlimit(resource.RLIMIT_FSIZE, (soft, hard))
     assert (home / "state.safetensors").exists()
     epochs: list[int] = []
-    again = run(task, each, tmp_path, lambda label, epoch: epochs.append(epoch.epoch))
+    again = train_run(task, each, tmp_path, lambda label, epoch: epochs.append(epoch.epoch))
     assert epochs == [2, 3]
     assert again["accuracy"] == wanted["accuracy"]
 
@@ -281,9 +281,9 @@ def test_identities_from_views_never_trained_on(made: Path, tmp_path: Path) -> N
     )
     ((task, runs),) = grid.parts
     assert [each.layer for each in runs] == ["fc7-relu", "maxp_5_3"]
-    assert set(task.table["view"][task.part == 2]) == {"up"}
+    assert set(task.table["view"][task.split.part == 2]) == {"up"}
     for each in runs:
-        assert run(task, each, tmp_path)["accuracy"] > 0.9
+        assert train_run(task, each, tmp_path)["accuracy"] > 0.9
     home = tmp_path / runs[0].name(task)
     head = load_head(home / "weights.safetensors", "fc7-relu")
     assert isinstance(head, IdentityHead)
@@ -308,7 +308,7 @@ def test_a_trained_head_runs_in_the_published_modules(made: Path, judged: Path, 
     )
     task, runs = grid.parts[-1]
     each = runs[-1]
-    run(task, each, tmp_path)
+    train_run(task, each, tmp_path)
     ours = load_head(tmp_path / each.name(task) / "weights.safetensors", "fc7-relu")
     assert ours.scale != 1
     export(ours, tmp_path / "there.pth", "fc7-relu")
@@ -331,7 +331,7 @@ def test_a_trained_head_runs_in_the_published_modules(made: Path, judged: Path, 
 def test_checkpoints_that_do_not_fit_are_refused_by_key(made: Path, judged: Path, tmp_path: Path) -> None:
     task = task_of(made, judged, tmp_path)
     each = Run("fc7-relu", "conv", replace(QUICK, epochs=1))
-    run(task, each, tmp_path)
+    train_run(task, each, tmp_path)
     ours = tmp_path / each.name(task) / "weights.safetensors"
     with pytest.raises(FeatureStoreError, match="trained on layer 'fc7-relu', not on 'maxp_5_3'"):
         load_head(ours, "maxp_5_3")

@@ -138,7 +138,7 @@ def test_a_split_is_the_same_whatever_is_trained(made: Path, judged: Path, kind:
     again = split_trials(trials, kind, seed=3, fractions=(0.5, 0.25, 0.25))
     other = split_trials(trials, kind, seed=4, fractions=(0.5, 0.25, 0.25))
     assert first.hash == again.hash != other.hash
-    loaded = Split.load(first.save(tmp_path), trials.hash)
+    loaded = Split.load(first.save(tmp_path), trials.hash, len(trials))
     assert loaded.hash == first.hash
     assert np.array_equal(loaded.part, first.part)
     parts = [set(first.indices(name)) for name in ("train", "validation", "test")]
@@ -193,12 +193,12 @@ def test_splits_that_cannot_be(labels: list, fractions: tuple, message: str) -> 
 def test_a_changed_or_foreign_split_file_is_refused(made: Path, judged: Path, tmp_path: Path) -> None:
     trials = load_trials(judged, FeatureStore.open(made))
     path = split_trials(trials, "trial", 0).save(tmp_path)
-    with pytest.raises(FeatureStoreError, match="drawn for other trials"):
-        Split.load(path, "0" * 64)
+    with pytest.raises(FeatureStoreError, match="drawn for other examples"):
+        Split.load(path, "0" * 64, len(trials))
     text = path.read_text()
     path.write_text(text.replace('"test": [', '"test": [0, '))
     with pytest.raises(FeatureStoreError, match="changed after it was written"):
-        Split.load(path, trials.hash)
+        Split.load(path, trials.hash, len(trials))
     path.write_text("[]")
     with pytest.raises(FeatureStoreError, match="is not a split"):
-        Split.load(path, trials.hash)
+        Split.load(path, trials.hash, len(trials))
