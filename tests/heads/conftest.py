@@ -18,7 +18,15 @@ def latent(seed: int = 0) -> np.ndarray:
     return np.random.default_rng(seed).standard_normal((N_FACES, 6))
 
 
-def write_store(path: Path, name: str = "made", seed: int = 0, bad: tuple[str, int] | None = None) -> Path:
+def write_store(
+    path: Path,
+    name: str = "made",
+    seed: int = 0,
+    bad: tuple[str, int] | None = None,
+    dtype: str = "float32",
+    compress: str = "none",
+    image: str = "0" * 64,
+) -> Path:
     """``N_FACES`` × ``VIEWS``; a row is a fixed random map of the face's numbers, plus noise for each view.
 
     Six further numbers of each face are in the rows, and larger, which nobody judges by.
@@ -30,11 +38,11 @@ def write_store(path: Path, name: str = "made", seed: int = 0, bad: tuple[str, i
             path, name, {"backbone": name, "weights": f"seed:{seed}", "recipe": {}, "precision": "fp32"}
         )
         for layer, shape in SHAPES.items():
-            writer.add_layer(layer, shape, "float32", "none", 32)
+            writer.add_layer(layer, shape, dtype, compress, 32)
             n = int(np.prod(shape))
             rows = 5 + np.repeat(faces @ rng.standard_normal((12, n)), len(VIEWS), axis=0)
             rows += rng.standard_normal(rows.shape)
-            rows = np.maximum(rows, 0).astype(np.float32)
+            rows = np.maximum(rows, 0).astype(dtype)
             if bad and bad[0] == layer:
                 rows[bad[1]] = np.inf
             for shard, start in enumerate(range(0, len(rows), 32)):
@@ -45,7 +53,7 @@ def write_store(path: Path, name: str = "made", seed: int = 0, bad: tuple[str, i
         keys = pd.MultiIndex.from_product([[f"face-{i + 1:03d}" for i in range(N_FACES)], VIEWS])
         table = keys.to_frame(index=False, name=["face_id", "view"])
         table["path"] = table["face_id"] + "/" + table["view"] + ".png"
-        table["image_sha256"] = "0" * 64
+        table["image_sha256"] = image
         table["gender"] = np.where(np.arange(len(table)) // len(VIEWS) % 2, "male", "female")
         table["yaw"] = table["view"].map({"frontal": 0.0, "left": -30.0, "right": 30.0, "up": 0.0})
         writer.append(table)

@@ -368,3 +368,48 @@ def test_a_hostile_checkpoint_runs_no_code(tmp_path: Path) -> None:
     with pytest.raises(FeatureStoreError, match="can run code"):
         load_head(tmp_path / "hostile.pth", "fc7-relu")
     assert not (tmp_path / "ran").exists()
+
+
+def test_other_photographs_are_another_run(made: Path, judged: Path, tmp_path: Path) -> None:
+    """A store of the same keys, network and trials, but other images: nothing of the first one's runs may be taken."""
+    other = write_store(tmp_path / "other.zarr", image="1" * 64)
+    each = Run("fc7-relu", "zero-shot", QUICK)
+    names = [each.name(task_of(path, judged, tmp_path)) for path in (made, other)]
+    assert names[0] != names[1]
+
+
+def test_training_in_bfloat16_stays_close(made: Path, judged: Path, tmp_path: Path) -> None:
+    task = task_of(made, judged, tmp_path)
+    features = Features([FeatureStore.open(made).source().rows("fc7-relu")])
+    losses = {}
+    for precision in ("fp32", "bf16"):
+        head = draw_head("conv", (400,), 0)
+        progress = train(head, features, task.examples, replace(QUICK, epochs=1, precision=precision))
+        losses[precision] = progress.history[0].train_loss
+    assert losses["bf16"] != losses["fp32"]
+    assert losses["bf16"] == pytest.approx(losses["fp32"], rel=0.02)
+
+
+def test_conditions_choose_the_items_of_identities(made: Path, tmp_path: Path) -> None:
+    options = {"heads": ["identity"], "fractions": (0.5, 0.25, 0.25), "where": ["gender == 'female'"]}
+    ((task, _),) = prepare(request(made, None, tmp_path, **options)).parts
+    assert task.classes == tuple(f"face-{i:03d}" for i in range(1, N_FACES + 1, 2))
+    assert len(task.items) == N_FACES // 2 * len(VIEWS)
+
+
+@pytest.mark.parametrize(("dtype", "compress"), [("float16", "none"), ("float32", "zstd"), ("float16", "blosc")])
+def test_heads_train_from_every_kind_of_store(judged: Path, tmp_path: Path, dtype: str, compress: str) -> None:
+    path = write_store(tmp_path / "kind.zarr", dtype=dtype, compress=compress)
+    task = task_of(path, judged, tmp_path)
+    assert train_run(task, Run("fc7-relu", "similarity", replace(QUICK, epochs=1)), tmp_path)["n_test"] > 100
+
+
+@pytest.mark.gpu
+@pytest.mark.skipif(not torch.cuda.is_available(), reason="no CUDA device")
+def test_training_on_a_gpu_reaches_what_the_cpu_reaches(made: Path, judged: Path, tmp_path: Path) -> None:
+    task = task_of(made, judged, tmp_path)
+    scores = {}
+    for device in ("cpu", "cuda"):
+        settings = replace(QUICK, epochs=20, device=device)
+        scores[device] = train_run(task, Run("fc7-relu", "similarity", settings), tmp_path)["accuracy"]
+    assert scores["cuda"] == pytest.approx(scores["cpu"], abs=0.1)
