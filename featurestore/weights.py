@@ -156,25 +156,31 @@ def _key_names(found: Shapes, shapes: Shapes) -> dict[str, str]:
 
 def _check_keys(path: Path, found: Shapes, shapes: Shapes) -> frozenset[str]:
     """Refuse a file of another network; the keys of ``fc.`` may be absent as a whole (a conv-only file)."""
-    missing = [key for key in shapes if key not in found]
-    unexpected = [key for key in found if key not in shapes]
-    other = [
-        f"{key} {found[key]} (needed: {shapes[key]})"
-        for key in found
-        if key in shapes and found[key] != tuple(shapes[key])
-    ]
-    convolutions_only = bool(missing) and set(missing) == {key for key in shapes if key.startswith("fc.")}
-    if unexpected or other or (missing and not convolutions_only):
-        parts = [
-            f"{len(keys)} {what}: {listing(keys, 4)}"
-            for what, keys in (("missing", missing), ("unexpected", unexpected), ("of another shape", other))
-            if keys
-        ]
+    missing = frozenset(key for key in shapes if key not in found)
+    convolutions_only = bool(missing) and missing == {key for key in shapes if key.startswith("fc.")}
+    expected = {key: shape for key, shape in shapes.items() if not (convolutions_only and key in missing)}
+    problems = compare_keys(found, expected)
+    if problems:
         raise FeatureStoreError(
-            f"{path} is not a checkpoint of this backbone. Keys {'; '.join(parts)}. "
+            f"{path} is not a checkpoint of this backbone. {problems}. "
             "Check --backbone, or give --weights the file that belongs to it."
         )
-    return frozenset(missing)
+    return missing
+
+
+def compare_keys(found: Shapes, wanted: Shapes) -> str:
+    """How a file's keys and shapes differ from those ``wanted``, by name; empty if they do not."""
+    kinds = {
+        "missing": [key for key in wanted if key not in found],
+        "unexpected": [key for key in found if key not in wanted],
+        "of another shape": [
+            f"{key} {found[key]} (needed: {tuple(wanted[key])})"
+            for key in wanted
+            if key in found and found[key] != tuple(wanted[key])
+        ],
+    }
+    parts = [f"{len(keys)} {what}: {listing(keys, 4)}" for what, keys in kinds.items() if keys]
+    return f"Keys {'; '.join(parts)}" if parts else ""
 
 
 def _sha256(path: Path) -> str:

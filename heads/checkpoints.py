@@ -16,7 +16,7 @@ from safetensors.torch import save_file
 
 from featurestore.backbones import get_backbone
 from featurestore.errors import FeatureStoreError, listing
-from featurestore.weights import open_tensors
+from featurestore.weights import compare_keys, open_tensors
 from heads.models import BUILDERS, ConvDecision, FcDecision, Head, IdentityHead, TripletHead, build_head
 
 FORMAT = "face-featurestore-head"
@@ -85,7 +85,11 @@ def load_head(
         found = {key: value for key, value in found.items() if key not in core}
         head = _published_head(path, found, layer, tuple(shape) if shape else _layer_shape(layer))
         names = published_keys(head, layer, earlier=any(key.startswith("vgg_core_fc8.") for key in found))
-    _check(path, layer, {theirs: tuple(head.state_dict()[key].shape) for key, theirs in names.items()}, found)
+    problems = compare_keys(found, {theirs: tuple(head.state_dict()[key].shape) for key, theirs in names.items()})
+    if problems:
+        raise FeatureStoreError(
+            f"{path} does not fit a head on layer {layer!r}. {problems}. Was it trained on another layer?"
+        )
     state = {key: read(theirs).to(torch.float32) for key, theirs in names.items()}
     head = head.to_empty(device="cpu")
     for buffer in ("mean", "scale"):
@@ -158,23 +162,6 @@ def _published_head(path: Path, found: Mapping[str, tuple[int, ...]], layer: str
         f"{path} is no checkpoint of a head: it has none of vgg_core_bridge.*, vgg_core_fc8.*, decision_layer.fc_d.*; its "
         f"keys are {listing(found, 4)}."
     )
-
-
-def _check(path: Path, layer: str, wanted: Mapping[str, tuple[int, ...]], found: Mapping[str, tuple[int, ...]]) -> None:
-    missing = [key for key in wanted if key not in found]
-    unexpected = [key for key in found if key not in wanted]
-    other = [
-        f"{key} {found[key]} (needed: {wanted[key]})" for key in wanted if key in found and found[key] != wanted[key]
-    ]
-    if missing or unexpected or other:
-        parts = [
-            f"{len(keys)} {what}: {listing(keys, 4)}"
-            for what, keys in (("missing", missing), ("unexpected", unexpected), ("of another shape", other))
-            if keys
-        ]
-        raise FeatureStoreError(
-            f"{path} does not fit a head on layer {layer!r}. Keys {'; '.join(parts)}. Was it trained on another layer?"
-        )
 
 
 def _read_metadata(path: Path) -> dict[str, Any] | None:

@@ -11,7 +11,6 @@ reach on the demo trials and on real photographs (shared/data/orl_faces).
 
 import json
 import os
-import tempfile
 import time
 from collections.abc import Callable, Iterator
 from pathlib import Path
@@ -42,7 +41,16 @@ from heads.models import draw_head
 from heads.splits import split_trials
 from heads.train import Examples, Settings, train_epoch, validate
 from heads.trials import load_trials
-from tests.benchmarks.measure import MAXP_5_3, ROOT, Line, compare, fill_store, in_fresh_process, peak_anonymous, show
+from tests.benchmarks.measure import (
+    MAXP_5_3,
+    ROOT,
+    Line,
+    compare,
+    fill_store,
+    in_fresh_process,
+    peak_anonymous,
+    run_sections,
+)
 from tests.heads.published import Published
 
 SHARED = Path(os.environ.get("FEATURESTORE_SHARED", ROOT.parent / "shared"))
@@ -392,12 +400,7 @@ def main(only: tuple[str, ...], markdown: bool, memory_child: Path | None) -> No
     if memory_child:
         click.echo(json.dumps(globals()["memory_child"](memory_child)))
         return
-    lines: list[Line] = []
-    for name in only or SECTIONS:
-        click.echo(f"… {name}", err=True)
-        with tempfile.TemporaryDirectory(dir=ROOT / "store") as folder:
-            lines += SECTIONS[name](Path(folder))
-    show(lines, markdown)
+    run_sections(SECTIONS, only, markdown)
 
 
 if __name__ == "__main__":

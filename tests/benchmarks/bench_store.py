@@ -10,7 +10,6 @@ import os
 import statistics
 import subprocess
 import sys
-import tempfile
 import time
 from collections.abc import Callable
 from pathlib import Path
@@ -43,7 +42,7 @@ from tests.benchmarks.measure import (
     in_fresh_process,
     peak_anonymous,
     rate,
-    show,
+    run_sections,
 )
 
 BATCH = 16
@@ -381,12 +380,7 @@ def main(only: tuple[str, ...], markdown: bool, memory_child: tuple | None) -> N
     if memory_child:
         click.echo(json.dumps(globals()["memory_child"](*memory_child)))
         return
-    lines: list[Line] = []
-    for name in only or SECTIONS:
-        click.echo(f"… {name}", err=True)
-        with tempfile.TemporaryDirectory(dir=ROOT / "store") as folder:
-            lines += SECTIONS[name](Path(folder))
-    show(lines, markdown)
+    run_sections(SECTIONS, only, markdown)
 
 
 if __name__ == "__main__":

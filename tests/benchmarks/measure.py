@@ -6,9 +6,10 @@ Each ratio is the median over rounds in which both sides take turns, so that a n
 import statistics
 import subprocess
 import sys
+import tempfile
 import threading
 import time
-from collections.abc import Callable
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -138,3 +139,13 @@ def show(lines: list[Line], markdown: bool) -> None:
     widths = [max(map(len, column)) for column in zip(*rows, strict=True)]
     for row in rows:
         click.echo("  ".join(cell.ljust(width) for cell, width in zip(row, widths, strict=True)).rstrip())
+
+
+def run_sections(sections: Mapping[str, Callable[[Path], list[Line]]], only: Sequence[str], markdown: bool) -> None:
+    """Run sections one by one, each in a folder of its own that goes again, and show their lines."""
+    lines: list[Line] = []
+    for name in only or sections:
+        click.echo(f"… {name}", err=True)
+        with tempfile.TemporaryDirectory(dir=ROOT / "store") as folder:
+            lines += sections[name](Path(folder))
+    show(lines, markdown)
