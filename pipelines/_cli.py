@@ -36,6 +36,11 @@ class Command(click.Command):
                 spread.append(arg)
         return super().parse_args(ctx, spread)
 
+    def format_epilog(self, ctx: click.Context, formatter: click.HelpFormatter) -> None:
+        """Examples are printed as they stand: a command that is wrapped cannot be copied."""
+        if self.epilog:
+            formatter.write(f"\n{self.epilog.strip()}\n")
+
     def invoke(self, ctx: click.Context) -> Any:
         try:
             return super().invoke(ctx)

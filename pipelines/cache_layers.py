@@ -21,14 +21,13 @@ DEMO_WEIGHTS = "random:0"
 EPILOG = r"""
 Examples:
 
-\b
   # demo faces, rendered here, and seeded random weights
   python pipelines/cache_layers.py --layers maxp_5_3 fc7-relu
-\b
+
   # your photographs (photos/anna/1.jpg …) and trained weights
   python pipelines/cache_layers.py --layers maxp_5_3 fc7-relu \
       --images photos --weights vgg_face.pth --store store/photos.zarr
-\b
+
   # what would it cost? what layers are there?
   python pipelines/cache_layers.py --layers all --images photos --weights vgg_face.pth --dry-run
   python pipelines/cache_layers.py --list-layers

@@ -9,10 +9,9 @@ from pipelines._cli import Command, progress_bar
 EPILOG = r"""
 Examples:
 
-\b
   python pipelines/make_faces.py
   python pipelines/make_faces.py --faces 200 --views 9 --seed 3 --out store/more_faces
-\b
+
   # then
   python pipelines/cache_layers.py --layers maxp_5_3 --images store/more_faces/faces.csv --weights random:0
 """

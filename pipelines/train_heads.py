@@ -24,17 +24,16 @@ HEADS = ("conv", "fc", "fc8-conv", "fc8-fc", "similarity", "zero-shot", "identit
 EPILOG = r"""
 Examples:
 
-\b
   # the demo store and its simulated observers
   python pipelines/train_heads.py --layers maxp_5_3 fc7-relu --heads conv similarity --lr 5e-4 --seeds 0 1 2
-\b
+
   # your judgments, tested on faces that no training trial shows
   python pipelines/train_heads.py --store store/photos.zarr --trials photos_trials.csv \
       --layers fc7-relu --heads similarity --split face --where "gender == 'female'"
-\b
+
   # which face is it? trained on some views, tested on others
   python pipelines/train_heads.py --store store/photos.zarr --layers fc7-relu --heads identity
-\b
+
   # what would be trained? what does a head look like?
   python pipelines/train_heads.py --layers maxp_5_3 --heads conv --dry-run
   python pipelines/train_heads.py --layers fc7-relu --heads conv --draw store/conv.svg

@@ -14,7 +14,6 @@ if TYPE_CHECKING:
 EPILOG = r"""
 Examples:
 
-\b
   python pipelines/verify_store.py store/demo.zarr
   python pipelines/verify_store.py store/photos.zarr --weights vgg_face.pth --repair
 """

@@ -20,8 +20,9 @@ SCRIPTS = sorted(path.stem for path in (ROOT / "pipelines").glob("[a-z]*.py"))
 def test_help_has_examples(script: str) -> None:
     done = command(script, "--help")
     assert done.returncode == 0
-    assert "Examples:" in done.stdout
-    assert f"pipelines/{script}.py" in done.stdout
+    examples = done.stdout.partition("\nExamples:\n")[2]
+    assert f"\n  python pipelines/{script}.py" in examples  # on a line of its own, as it is to be typed
+    assert "\\b" not in examples
 
 
 def test_layers_take_names_up_to_the_next_option(tmp_path: Path) -> None:
