@@ -134,6 +134,12 @@ def _open_pth(path: Path) -> tuple[dict[str, tuple[int, ...]], Callable[[str], t
         content = content["state_dict"]
     if not isinstance(content, dict) or not all(isinstance(value, torch.Tensor) for value in content.values()):
         raise FeatureStoreError(f"{path} is not a state dict (keys to tensors) but a {type(content).__name__}.")
+    for key, value in content.items():
+        if value.numel() * value.element_size() > value.untyped_storage().nbytes():
+            # A few bytes, seen with stride 0, can pass for more numbers than there is memory.
+            raise FeatureStoreError(
+                f"{path} says that {key} has shape {tuple(value.shape)}, but does not hold as many numbers."
+            )
     return {str(key): tuple(value.shape) for key, value in content.items()}, content.__getitem__
 
 

@@ -6,7 +6,7 @@ the layer is always given.
 
 import json
 import os
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -47,13 +47,18 @@ def save_head(head: Head, path: Path, layer: str, **about: Any) -> None:
 
 
 def load_head(
-    path: str | os.PathLike, layer: str, shape: tuple[int, ...] | None = None, ignore_backbone: bool = False
+    path: str | os.PathLike,
+    layer: str,
+    shape: tuple[int, ...] | None = None,
+    ignore_backbone: bool = False,
+    faces: Sequence[str] | None = None,
 ) -> Head:
     """A trained head from our ``weights.safetensors`` or a published ``.pth``, in eval mode, float32, on the CPU.
 
     ``layer`` is the one whose rows it takes. ``shape`` of a row is needed only for layers that are not VGG-Face's and not
     in the file. A file with the backbone's weights in it (trained end to end, multi-view) needs ``ignore_backbone``,
-    which says that the cached rows come from that very backbone. Raises FeatureStoreError for another layer, and for
+    which says that the cached rows come from that very backbone. A published multi-view file does not name its
+    ``faces``; without them they are called class-1, class-2 …. Raises FeatureStoreError for another layer, and for
     keys that are missing, unexpected or of another shape, by name. A checkpoint cannot run code.
     """
     path = Path(path)
@@ -83,7 +88,7 @@ def load_head(
                 "layers from this file, then load the head with ignore_backbone=True."
             )
         found = {key: value for key, value in found.items() if key not in core}
-        head = _published_head(path, found, layer, tuple(shape) if shape else _layer_shape(layer))
+        head = _published_head(path, found, tuple(shape) if shape else _layer_shape(layer), faces)
         names = published_keys(head, layer, earlier=any(key.startswith("vgg_core_fc8.") for key in found))
     problems = compare_keys(found, {theirs: tuple(head.state_dict()[key].shape) for key, theirs in names.items()})
     if problems:
@@ -102,7 +107,8 @@ def load_head(
 def export(head: Head, path: str | os.PathLike, layer: str) -> None:
     """Write ``head`` as a ``.pth`` state dict with the published keys, so that the published code loads it.
 
-    The published heads take raw rows, so the standardisation is folded into the first linear layer. FeatureStoreError
+    The published heads take raw rows and name no faces, so the standardisation is folded into the first linear
+    layer, and the order of an identity head's ``faces`` has to be kept by you. FeatureStoreError
     for heads that the published system does not have (similarity), and for layers of other networks.
     """
     state = {key: value.detach().cpu().clone() for key, value in head.state_dict().items()}
@@ -147,11 +153,15 @@ def published_keys(head: Head, layer: str, earlier: bool = False) -> dict[str, s
     return {f"{ours}.{leaf}": f"{theirs}.{leaf}" for ours, theirs in modules.items() for leaf in ("weight", "bias")}
 
 
-def _published_head(path: Path, found: Mapping[str, tuple[int, ...]], layer: str, shape: tuple[int, ...]) -> Head:
+def _published_head(
+    path: Path, found: Mapping[str, tuple[int, ...]], shape: tuple[int, ...], faces: Sequence[str] | None
+) -> Head:
     """The head that a published file is of, told by its keys."""
     if "decision_layer.fc_d.weight" in found:
-        faces = found["decision_layer.fc_d.weight"][0]
-        return build_head("identity", shape, faces=[str(i + 1) for i in range(faces)])
+        n = found["decision_layer.fc_d.weight"][0]
+        if faces is not None and len(faces) != n:
+            raise FeatureStoreError(f"{path} tells {n} faces apart; {len(faces)} names were given.")
+        return build_head("identity", shape, faces=list(faces or (f"class-{i + 1}" for i in range(n))))
     conv = any(key.startswith("decision_block.conv_d_") for key in found)
     if any(key.startswith("vgg_core_fc8.") for key in found):
         return build_head("fc8-conv" if conv else "fc8-fc", shape)

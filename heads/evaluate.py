@@ -10,6 +10,7 @@ import pandas as pd
 import torch
 from scipy import stats
 
+from featurestore.errors import FeatureStoreError
 from heads.features import Features
 from heads.models import Head
 from heads.trials import FACES, ODD, VIEWS, Trials
@@ -156,7 +157,23 @@ def audit_order(head: Head, features: Features, items: np.ndarray, odd: np.ndarr
 
 
 def evaluate(head: Head, features: Features, items: np.ndarray) -> np.ndarray:
-    """Logits (n, classes) float32 of examples (n, n_places), item numbers of ``features``. No dropout, no gradient."""
+    """Logits (n, classes) float32 of examples (n, n_places), item numbers of ``features``. No dropout, no gradient.
+
+    FeatureStoreError if any is NaN or infinite: its largest would be a place like any other.
+    """
+    logits = raw_logits(head, features, items)
+    bad = np.flatnonzero(~np.isfinite(logits).all(axis=1))
+    if len(bad):
+        layer = features.parts[0].layer
+        raise FeatureStoreError(
+            f"the head's answers to {len(bad)} of {len(items)} examples are not finite numbers, so layer {layer.name!r} holds "
+            f"NaN or infinite rows, or the head's weights do. Find such rows: pipelines/verify_store.py {layer.folder.parents[1]}"
+        )
+    return logits
+
+
+def raw_logits(head: Head, features: Features, items: np.ndarray) -> np.ndarray:
+    """As ``evaluate``, whatever they are."""
     out = []
     with torch.no_grad():
         for part in torch.from_numpy(np.asarray(items)).split(_EXAMPLES):

@@ -1,12 +1,14 @@
 """Rows of one layer as a head takes them: distinct items, float32, on the head's device, in buffers used again."""
 
-from collections.abc import Iterator, Sequence
+from collections.abc import Sequence
 
 import numpy as np
 import torch
 
 from featurestore.errors import FeatureStoreError
 from featurestore.rows import Rows
+
+_BATCH = 256  # rows at a time, where all of them are looked at once
 
 
 class Features:
@@ -45,16 +47,11 @@ class Features:
         gathered = self._from_maps(items)
         return gathered.to(self.device, torch.float32, non_blocking=True)
 
-    def batches(self, items: np.ndarray, size: int = 256) -> Iterator[torch.Tensor]:
-        """The rows of distinct ``items``, ``size`` at a time."""
-        for part in torch.from_numpy(np.unique(items)).split(size):
-            yield self.gather(part)
-
     def statistics(self, items: np.ndarray) -> tuple[torch.Tensor, float]:
         """Mean row of distinct ``items`` (features,) and the factor that makes the mean square of what is left of a feature 1."""
-        n, total, squares = 0, torch.zeros(int(np.prod(self.shape)), dtype=torch.float64, device=self.device), 0.0
-        for rows in self.batches(items):
-            flat = rows.flatten(1)
+        n, total, squares = 0, torch.zeros(int(np.prod(self.shape)), dtype=torch.float64), 0.0
+        for part in torch.from_numpy(np.unique(items)).split(_BATCH):
+            flat = self._from_maps(part).flatten(1)  # on the CPU: not every device has float64
             n += len(flat)
             total += flat.sum(0, dtype=torch.float64)
             squares += float(flat.square().sum(dtype=torch.float64))
@@ -76,8 +73,10 @@ class Features:
         out = self._buffer(len(items))
         cuts = np.searchsorted(items.numpy(), self.starts)
         for rows, start, a, b in zip(self.parts, self.starts, cuts, cuts[1:], strict=False):
-            if b > a:
+            if b > a and rows.dtype == out.dtype:
                 rows.gather(items[a:b] - int(start), out=out[a:b])
+            elif b > a:  # sources stored in different precisions meet in float32
+                out[a:b] = rows.gather(items[a:b] - int(start))
         return out
 
     def _buffer(self, n: int) -> torch.Tensor:
@@ -85,7 +84,9 @@ class Features:
         buffer = self._reused
         if buffer is None or len(buffer) < n:
             pinned = self.device.type == "cuda"
-            buffer = self._reused = torch.empty((n, *self.shape), dtype=self.parts[0].dtype, pin_memory=pinned)
+            dtypes = {rows.dtype for rows in self.parts}
+            dtype = dtypes.pop() if len(dtypes) == 1 else torch.float32
+            buffer = self._reused = torch.empty((n, *self.shape), dtype=dtype, pin_memory=pinned)
         elif self.device.type == "cuda":
             torch.cuda.current_stream().synchronize()  # the copy that reads this pinned buffer must be over
         return buffer[:n]
@@ -96,7 +97,8 @@ class Features:
             return
         kept = torch.empty((len(items), *self.shape), device=self.device)
         start = 0
-        for rows in self.batches(items):
+        for part in torch.from_numpy(items).split(_BATCH):
+            rows = self.gather(part)
             kept[start : start + len(rows)] = rows
             start += len(rows)
         place = torch.full((len(self),), -1, dtype=torch.int64)

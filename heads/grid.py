@@ -30,7 +30,7 @@ from heads.runs import (
     write_csv,
 )
 from heads.splits import FRACTIONS, Split, draw_split, split_trials
-from heads.train import Epoch, Settings
+from heads.train import STOP, Epoch, Settings
 from heads.trials import Sessions, Trials, load_trials, match, same_person_trials
 
 SAME_PERSON = "same-person"
@@ -74,7 +74,8 @@ class Grid:
     parts: list[tuple[Task, list[Run]]]
     parameters: dict[str, int]
     finished: int
-    unanswered: int
+    unanswered: int = 0
+    excluded: int = 0
 
     @property
     def runs(self) -> int:
@@ -83,12 +84,15 @@ class Grid:
 
     def memory(self, jobs: int) -> int:
         """Bytes of weights, gradients, two moments and the best weights, of the ``jobs`` largest heads at a time."""
-        return 5 * 4 * sum(sorted(self.parameters.values())[-jobs:])
+        return 5 * 4 * sum(sorted(self._weights)[-jobs:])
 
     def disk(self, jobs: int) -> int:
         """Bytes of all runs' weights, and of the states of ``jobs`` unfinished ones."""
-        weights = [self.parameters[f"{run.layer} {run.head}"] for _, runs in self.parts for run in runs]
-        return 4 * (sum(weights) + 4 * sum(sorted(weights)[-jobs:]))
+        return 4 * (sum(self._weights) + 4 * sum(sorted(self._weights)[-jobs:]))
+
+    @property
+    def _weights(self) -> list[int]:
+        return [self.parameters[f"{run.layer} {run.head}"] for _, runs in self.parts for run in runs]
 
     def refuse_if_full(self, jobs: int) -> None:
         """FeatureStoreError if the disk cannot take what is planned."""
@@ -124,10 +128,10 @@ def prepare(request: Request) -> Grid:
             build_head(name, (1,))  # says which there are
     store = FeatureStore.open(request.store)
     layers = _layers(request, store)
-    parts, unanswered = [], 0
-    triplet_heads = [head for head in request.heads if head != "identity"]
+    parts, left_out = [], (0, 0)
+    triplet_heads = [head for head in dict.fromkeys(request.heads) if head != "identity"]
     if triplet_heads:
-        task, unanswered = _triplets(request, store)
+        task, left_out = _triplets(request, store)
         heads = ["zero-shot", *(head for head in triplet_heads if head != "zero-shot")]
         parts.append((task, _runs(request, layers, heads)))
     if "identity" in request.heads:
@@ -140,7 +144,7 @@ def prepare(request: Request) -> Grid:
             head = build_head(each.head, source.layer(each.layer).shape, **each.options, **faces)
             parameters[f"{each.layer} {each.head}"] = sum(weight.numel() for weight in head.parameters())
             finished += read_result(request.out / each.name(task)) is not None
-    return Grid(request.out, parts, parameters, finished, unanswered)
+    return Grid(request.out, parts, parameters, finished, *left_out)
 
 
 def _layers(request: Request, store: FeatureStore) -> list[str]:
@@ -151,15 +155,20 @@ def _layers(request: Request, store: FeatureStore) -> list[str]:
     return [source.layer(name).name for name in dict.fromkeys(request.layers)] or list(source.layers)
 
 
-def _triplets(request: Request, store: FeatureStore) -> tuple[Task, int]:
+def _triplets(request: Request, store: FeatureStore) -> tuple[Task, tuple[int, int]]:
     if request.trials is None:
         raise FeatureStoreError(
             "triplet heads learn from trials: give --trials FILE, or --trials same-person to make them from the keys."
         )
     trials: Trials
     if request.trials == SAME_PERSON:
+        if request.view or (request.sessions and (request.sessions.views or request.sessions.sources)):
+            raise FeatureStoreError(
+                "same-person trials have no sessions, and show all views; restrict them with --where."
+            )
         source = store.source(request.source)
-        trials = match(same_person_trials(source, request.n_trials, request.split_seed), store, request.source)
+        items = identity_items(source, request.where)
+        trials = match(same_person_trials(source, request.n_trials, request.split_seed, items), store, request.source)
     else:
         trials = load_trials(Path(request.trials), store, request.source, request.view, request.sessions, request.where)
     if request.split and request.split.endswith(".json"):
@@ -167,7 +176,7 @@ def _triplets(request: Request, store: FeatureStore) -> tuple[Task, int]:
     else:
         kind = request.split or "trial"
         split = split_trials(trials, kind, request.split_seed, request.fractions, request.hold_out)
-    return triplet_task(store, trials, split), trials.unanswered
+    return triplet_task(store, trials, split), (trials.unanswered, trials.excluded)
 
 
 def _identities(request: Request, store: FeatureStore) -> Task:
@@ -253,12 +262,18 @@ def run_grid(
         client.subscribe_topic("epoch", lambda event: report(event[1]["label"], Epoch(**event[1]["epoch"])))
         shared = client.scatter(task, broadcast=True)
         waiting = {client.submit(_remote, shared, each, folder, every, pure=False): each for each in runs}
-        for future in as_completed(waiting):
-            try:
-                result = future.result()
-            except Exception as error:  # a worker that died: the message is all there is
-                result = FeatureStoreError(f"the worker failed: {type(error).__name__}: {error}")
-            done(waiting[future], result)
+        stack.callback(STOP.clear)
+        try:
+            for future in as_completed(waiting):
+                try:
+                    result = future.result()
+                except Exception as error:  # a worker that died: the message is all there is
+                    result = FeatureStoreError(f"the worker failed: {type(error).__name__}: {error}")
+                done(waiting[future], result)
+        except KeyboardInterrupt:
+            STOP.set()
+            client.cancel(list(waiting))
+            raise
 
 
 def _attempt(task: Task, each: Run, folder: Path, report: Report, every: float) -> dict[str, Any] | FeatureStoreError:
@@ -266,6 +281,8 @@ def _attempt(task: Task, each: Run, folder: Path, report: Report, every: float) 
         return train_run(task, each, folder, report, every)
     except FeatureStoreError as error:
         return error
+    except (ValueError, RuntimeError, OSError) as error:  # one bad run does not end the grid
+        return FeatureStoreError(f"{type(error).__name__}: {error}")
 
 
 def _remote(task: Task, each: Run, folder: Path, every: float) -> dict[str, Any] | FeatureStoreError:
@@ -293,7 +310,7 @@ def runs_table(folder: Path) -> pd.DataFrame:
         try:
             config = json.loads((path.parent / "config.json").read_text("utf-8"))
             correct = pd.read_csv(path.parent / "predictions.csv", usecols=["correct"])["correct"].to_numpy(bool)
-            flat = {name: config[name] for name in ("layer", "head", "split", "split_name", "trials")}
+            flat = {name: config[name] for name in ("layer", "head", "split", "split_name", "trials", "photographs")}
             flat |= {"sources": " ".join(config["sources"]), **config["settings"], **config["options"]}
         except (OSError, ValueError, KeyError, TypeError):
             continue  # not a run of ours, or one that is being written
@@ -306,13 +323,14 @@ def runs_table(folder: Path) -> pd.DataFrame:
         return table
 
     def same(row: dict[str, Any]) -> tuple:
-        return row["layer"], row["split"], row["sources"]
+        return *(row[name] for name in ("layer", "split", "sources", "photographs")), row.get("measure", "cosine")
 
     baseline = {same(row): row["name"] for row in rows if row["head"] == "zero-shot"}
-    against = [baseline.get(same(row), row["name"]) for row in rows]
     table["p_zero_shot"] = [
-        np.nan if base == row["name"] else paired_test(right[row["name"]], right[base]).p
-        for row, base in zip(rows, against, strict=True)
+        np.nan
+        if row["head"] == "zero-shot" or same(row) not in baseline
+        else paired_test(right[row["name"]], right[baseline[same(row)]]).p
+        for row in rows
     ]
     front = [
         "name",

@@ -8,6 +8,8 @@ there while it is not.
 import hashlib
 import importlib.metadata
 import json
+import os
+import re
 import time
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
@@ -108,7 +110,8 @@ def items_hash(source: Source, items: np.ndarray) -> str:
 def identity_task(store: FeatureStore, source: Source, items: np.ndarray, split: Split) -> Task:
     """Which face is it: one item, and its face. FeatureStoreError if a tested face has no view to train on."""
     table = source.keys[items].to_frame(index=False)
-    classes, labels = np.unique(table["face_id"].to_numpy(str), return_inverse=True)
+    classes = sorted(set(table["face_id"]), key=_natural)
+    labels = pd.Index(classes).get_indexer(table["face_id"])
     untrained = set(labels[split.part > 0]) - set(labels[split.part == 0])
     if untrained:
         raise FeatureStoreError(
@@ -125,6 +128,11 @@ def identity_task(store: FeatureStore, source: Source, items: np.ndarray, split:
         photographs=_photographs(store, (source.name,), items),
         classes=tuple(classes),
     )
+
+
+def _natural(name: str) -> list[tuple[int, str]]:
+    """Sorts face-2 before face-10."""
+    return [(int(part), "") if part.isdecimal() else (-1, part) for part in re.split(r"(\d+)", name)]
 
 
 def _photographs(store: FeatureStore, sources: tuple[str, ...], items: np.ndarray) -> str:
@@ -190,7 +198,7 @@ def train_run(
     with _lock(home):
         finished = read_result(home)
         if finished is not None:
-            return finished
+            return _with_ceiling(finished, task, home)
         with _threads(_begun_with(home) or run.settings.threads):
             return _train(task, run, home, report, every)
 
@@ -278,6 +286,15 @@ def make_head(run: Run, shape: tuple[int, ...], task: Task) -> Head:
     return draw_head(run.head, shape, run.settings.seed, **options)
 
 
+def _with_ceiling(result: dict[str, Any], task: Task, home: Path) -> dict[str, Any]:
+    """A finished run's result beside the ceiling as it is now: participants may have been put right since."""
+    ceiling = task.ceiling.value if task.ceiling else None
+    if not task.classes and result["ceiling"] != ceiling:
+        result = {**result, "ceiling": ceiling, "normalised": normalised(result["accuracy"], task.ceiling)}
+        write_json(home / "result.json", result)
+    return result
+
+
 def read_result(home: Path) -> dict[str, Any] | None:
     """A finished run's result; None for an unfinished one."""
     try:
@@ -299,7 +316,7 @@ def write_csv(path: Path, table: pd.DataFrame) -> None:
 
 
 def _write(path: Path, text: str) -> None:
-    partial = path.with_name(f"{path.name}.partial")
+    partial = path.with_name(f"{path.name}.{os.getpid()}.partial")
     try:
         partial.write_text(text, "utf-8")
         partial.replace(path)

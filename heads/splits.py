@@ -127,7 +127,13 @@ def draw_split(
     if kind not in KINDS:
         raise FeatureStoreError(f"there is no split by {kind!r}; it is one of {', '.join(KINDS)}.")
     shares = tuple(float(share) for share in fractions)
-    if len(shares) != 3 or min(shares) < 0 or abs(sum(shares) - 1) > 1e-6 or shares[0] == 0 or shares[2] == 0:
+    if (
+        len(shares) != 3
+        or not all(0 <= share <= 1 for share in shares)
+        or abs(sum(shares) - 1) > 1e-6
+        or shares[0] == 0
+        or shares[2] == 0
+    ):
         raise FeatureStoreError(
             f"--fractions {' '.join(map(str, fractions))}: give three numbers that add up to 1, for training, validation "
             "and test, such as .7 .15 .15. Only validation may be 0: training then runs all epochs."

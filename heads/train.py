@@ -1,6 +1,7 @@
 """Train one head on cached rows. The loop is all here: forward, loss, backward, step, and where the best weights are kept."""
 
 import json
+import threading
 import time
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
@@ -14,12 +15,15 @@ from safetensors import SafetensorError, safe_open
 
 from featurestore.errors import FeatureStoreError
 from heads.checkpoints import write_tensors
-from heads.evaluate import evaluate
+from heads.evaluate import raw_logits
 from heads.features import Features
 from heads.models import Head
 
 PRECISIONS = ("fp32", "tf32", "bf16")
 _ADVICE = "Try a smaller learning rate (--lr), and check the layer's rows: pipelines/verify_store.py finds NaN in them."
+
+
+STOP = threading.Event()  # Ctrl-C reaches only the main thread; runs in other threads look here before every step
 
 
 @dataclass(frozen=True)
@@ -151,6 +155,8 @@ def train_epoch(
         items, labels = _permuted(items, labels, rng)
     total, right = 0.0, 0
     for step, first in enumerate(range(0, len(items), settings.batch_size), start=1):
+        if STOP.is_set():
+            raise FeatureStoreError("stopped; run the same command again to go on.")
         batch = torch.from_numpy(items[first : first + settings.batch_size])
         wanted = torch.from_numpy(labels[first : first + settings.batch_size]).to(features.device)
         distinct, places = batch.unique(return_inverse=True)
@@ -182,7 +188,7 @@ def validate(head: Head, features: Features, examples: Examples, epoch: int) -> 
     items, labels = examples.of(examples.validation)
     if not len(items):
         return float("nan"), float("nan")
-    logits = evaluate(head, features, items)
+    logits = raw_logits(head, features, items)
     loss = float(F.cross_entropy(torch.from_numpy(logits), torch.from_numpy(labels)))
     if not np.isfinite(loss):
         raise NonFiniteLossError(f"the validation loss is {loss} after epoch {epoch}. {_ADVICE}")

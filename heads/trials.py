@@ -5,6 +5,7 @@ A trial is three items and the face that was called the odd one. Rows are found 
 
 import hashlib
 import re
+import zlib
 from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass, replace
 from pathlib import Path
@@ -19,7 +20,7 @@ FACES = ("face_1", "face_2", "face_3")
 VIEWS = ("view_1", "view_2", "view_3")
 ODD = "odd"
 _PUBLISHED = {"head1": "face_1", "head2": "face_2", "head3": "face_3", "head_odd": ODD}
-_NO_ANSWER = {"", "0", "0.0", "nan", "None", "<NA>"}  # the published tables write a time-out as 0
+_TIME_OUT = "0"  # in the published tables, whose faces count from 1
 
 
 @dataclass(frozen=True)
@@ -28,7 +29,8 @@ class Trials:
 
     ``items`` (n, 3) int64 number the items of ``sources`` one source after the other; ``odd`` (n,) int64 is the place,
     0 … 2, of the odd one. ``table`` has a row per trial: face_1 … view_3 as they are called in the store, odd, and the
-    columns of the file. ``unanswered`` trials of the file were left out because they name no odd face.
+    columns of the file. ``unanswered`` trials of the file were left out because they name no odd face, ``excluded`` ones
+    because conditions did not hold.
     """
 
     items: np.ndarray
@@ -36,6 +38,7 @@ class Trials:
     table: pd.DataFrame
     sources: tuple[str, ...]
     unanswered: int = 0
+    excluded: int = 0
 
     def __len__(self) -> int:
         return len(self.odd)
@@ -81,10 +84,12 @@ def load_trials(
     """
     sessions = sessions or Sessions({}, {})
     table = read_table(path)
+    n_read = len(table)
     of_trials, of_items = _divide_conditions(where, table, store, source)
     for condition in of_trials:
         table = table[holds(condition, table)].reset_index(drop=True)
-    answered = ~table[ODD].isin(_NO_ANSWER)
+    no_answer = {""} if (table[list(FACES)] == _TIME_OUT).any(axis=None) else {"", _TIME_OUT}
+    answered = ~table[ODD].isin(no_answer)
     table, unanswered = table[answered].reset_index(drop=True), int((~answered).sum())
     if table.empty:
         raise FeatureStoreError(
@@ -94,6 +99,7 @@ def load_trials(
     for condition in of_items:
         parts = [holds(condition, store.source(name).items) for name in trials.sources]
         trials = trials.where(np.concatenate(parts)[trials.items].all(axis=1))
+    trials = replace(trials, excluded=n_read - unanswered - len(trials))
     if not len(trials):
         raise FeatureStoreError(f"no trial of {path} has three items with {' and '.join(of_items)}.")
     return trials
@@ -105,13 +111,17 @@ def read_table(path: Path) -> pd.DataFrame:
         if path.suffix.lower() in (".parquet", ".pq"):
             table = pd.read_parquet(path)
         else:
-            keys = [*FACES, *VIEWS, ODD, *_PUBLISHED, "session", "participant"]
-            table = pd.read_csv(path, dtype=dict.fromkeys(keys, str), keep_default_na=True)
+            table = pd.read_csv(path, dtype=dict.fromkeys([*FACES, *VIEWS, ODD], str))
     except FileNotFoundError:
         raise FeatureStoreError(f"there is no file of trials {path}.") from None
-    except (ValueError, OSError, ImportError) as error:
-        raise FeatureStoreError(f"{path} cannot be read as a table of trials: {str(error).splitlines()[0]}") from None
-    table = table.rename(columns={name: ours for name, ours in _PUBLISHED.items() if ours not in table.columns})
+    except (ValueError, OSError, ImportError, EOFError, KeyError, NotImplementedError, zlib.error) as error:
+        raise FeatureStoreError(
+            f"{path} cannot be read as a table of trials: {str(error).partition(chr(10))[0]}"
+        ) from None
+    table = table.reset_index(drop=True)
+    for name, ours in _PUBLISHED.items():
+        if name in table.columns and ours not in table.columns:
+            table[ours] = table[name]
     missing = [name for name in (*FACES, ODD) if name not in table.columns]
     if missing:
         raise FeatureStoreError(
@@ -137,7 +147,11 @@ def match(
 ) -> Trials:
     """Find every trial's three items in the store. ``table`` as ``read_table`` gives it; errors as ``load_trials``."""
     sessions = sessions or Sessions({}, {})
-    table = table.copy()
+    if view and sessions.views:
+        raise FeatureStoreError(
+            "the view shown is either one for all trials (--view) or one for each session, not both."
+        )
+    table = table.reset_index(drop=True)
     if "line" not in table.columns:
         table["line"] = np.arange(1, len(table) + 1)
     table["source"] = _sources(table, store, source, sessions, name)
@@ -157,14 +171,16 @@ def match(
     return Trials(items, _odd_places(table, name), table, names)
 
 
-def same_person_trials(source: Source, n: int, seed: int) -> pd.DataFrame:
+def same_person_trials(source: Source, n: int, seed: int, items: np.ndarray | None = None) -> pd.DataFrame:
     """``n`` trials from keys alone: two views of one face, one view of another, which is the odd one; places at random.
 
-    Faces are drawn uniformly among those with two views or more, by a generator of their own. For ``match``.
+    Faces are drawn uniformly among those with two views or more, by a generator of their own, out of all items or of
+    ``items``. For ``match``.
     """
     if n < 1:
         raise FeatureStoreError(f"{n} same-person trials cannot be drawn; ask for 1 or more.")
-    views = source.keys.to_frame(index=False).groupby("face_id")["view"].agg(list)
+    keys = source.keys if items is None else source.keys[items]
+    views = keys.to_frame(index=False).groupby("face_id")["view"].agg(list)
     twice = views[views.map(len) > 1]
     if len(twice) < 1 or len(views) < 2:
         raise FeatureStoreError(
@@ -204,7 +220,7 @@ def _sources(
 def _by_session(table: pd.DataFrame, values: Mapping[str, str], name: str) -> pd.Series:
     if "session" not in table.columns:
         raise FeatureStoreError(f"{name} has no column session, so sessions cannot be told apart.")
-    session = table["session"].astype(str)
+    session = table["session"].map(_as_key)
     unknown = sorted(set(session) - set(values))
     if unknown:
         raise FeatureStoreError(
@@ -247,6 +263,10 @@ def _match_faces(table: pd.DataFrame, source: Source, name: str) -> pd.DataFrame
 
 def _fill_views(table: pd.DataFrame, source: Source, view: str | None, sessions: Sessions, name: str) -> pd.DataFrame:
     if all(column in table.columns for column in VIEWS):
+        if view or sessions.views:
+            raise FeatureStoreError(
+                f"{name} says which view was shown, in {', '.join(VIEWS)}; leave --view and --session-view out."
+            )
         return table
     table = table.copy()
     seen: pd.Series | str | None = _by_session(table, sessions.views, name) if sessions.views else view
@@ -318,8 +338,19 @@ def _divide_conditions(
 
 
 def holds(condition: str, table: pd.DataFrame) -> np.ndarray:
-    """bool per row: whether a pandas expression on its columns or index is true. FeatureStoreError if it is none."""
-    frame = table.reset_index()
+    """bool per row: whether a pandas expression on its columns or index is true.
+
+    FeatureStoreError if it cannot be evaluated, is no condition, or compares text with a number, which never are equal.
+    """
+    frame = table.reset_index() if table.index.names[0] else table
+    for name in frame.columns:
+        text = not pd.api.types.is_numeric_dtype(frame[name])
+        bare = rf"(?<![\w.])`?{re.escape(str(name))}`?\s*(?:[=!<>]=?|(?:not\s+)?in)\s*[\[(]?\s*[-+]?\d"
+        if text and re.search(bare, condition):
+            raise FeatureStoreError(
+                f"--where {condition!r} compares {name} with a number, but it holds text, such as {frame[name].iloc[0]!r}. "
+                "Put the number in quotes."
+            )
     try:
         held = frame.eval(condition)
     except Exception as error:  # whatever an expression can raise is the user's to read

@@ -55,6 +55,25 @@ class _Pairs(click.ParamType):
         return left, right
 
 
+class _Finite(click.ParamType):
+    """A finite number, above zero or from zero on."""
+
+    name = "number"
+
+    def __init__(self, zero: bool) -> None:
+        self.zero = zero
+
+    def convert(self, value: Any, param: click.Parameter | None, ctx: click.Context | None) -> float:
+        """As a float."""
+        try:
+            number = float(value)
+        except ValueError:
+            number = float("nan")
+        if not (0 < number < float("inf") or (self.zero and number == 0)):
+            self.fail(f"{value!r} is not a number {'from' if self.zero else 'above'} zero", param, ctx)
+        return number
+
+
 class _Rank(click.ParamType):
     """A number, or ``full``."""
 
@@ -144,12 +163,17 @@ def _complete_heads(ctx: click.Context, param: click.Parameter, incomplete: str)
 )
 @click.option("--hold-out", multiple=True, metavar="NAME …", help="Faces or views to test on, instead of drawing them.")
 @click.option(
-    "--lr", multiple=True, type=float, default=(5e-4,), metavar="RATE …", help="Learning rates of Adam. [default: 5e-4]"
+    "--lr",
+    multiple=True,
+    type=_Finite(zero=False),
+    default=(5e-4,),
+    metavar="RATE …",
+    help="Of Adam. [default: 5e-4]",
 )
 @click.option(
     "--seeds",
     multiple=True,
-    type=click.IntRange(0),
+    type=click.IntRange(0, 2**31 - 1),
     default=(0,),
     metavar="N …",
     help="Seeds of weights and order. [default: 0]",
@@ -179,7 +203,7 @@ def _complete_heads(ctx: click.Context, param: click.Parameter, incomplete: str)
 )
 @click.option(
     "--pull",
-    type=click.FloatRange(0),
+    type=_Finite(zero=True),
     default=1e-2,
     show_default=True,
     help="similarity: L2 pull towards the identity.",
@@ -329,6 +353,8 @@ def _plan(grid: "Grid", jobs: int) -> str:
             lines.append("  note      so few test examples give wide intervals; see --fractions")
     if grid.unanswered:
         lines.append(f"  {grid.unanswered} trials without an answer (odd empty or 0) are left out")
+    if grid.excluded:
+        lines.append(f"  {grid.excluded} trials are left out by --where")
     lines.append(f"  runs      {grid.runs}, {grid.finished} of them finished before; {jobs} at a time; into {grid.out}")
     for name, parameters in grid.parameters.items():
         lines.append(f"            {name:<24} {parameters:>13,} parameters")

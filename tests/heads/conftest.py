@@ -26,13 +26,14 @@ def write_store(
     dtype: str = "float32",
     compress: str = "none",
     image: str = "0" * 64,
+    faces: list[str] | None = None,
 ) -> Path:
     """``N_FACES`` × ``VIEWS``; a row is a fixed random map of the face's numbers, plus noise for each view.
 
     Six further numbers of each face are in the rows, and larger, which nobody judges by.
     """
     rng = np.random.default_rng([seed, 1])
-    faces = np.concatenate([latent(), 1.5 * latent(seed=1)], axis=1)
+    numbers = np.concatenate([latent(), 1.5 * latent(seed=1)], axis=1)
     with store_lock(path, "test"):
         writer = SourceWriter(
             path, name, {"backbone": name, "weights": f"seed:{seed}", "recipe": {}, "precision": "fp32"}
@@ -40,7 +41,7 @@ def write_store(
         for layer, shape in SHAPES.items():
             writer.add_layer(layer, shape, dtype, compress, 32)
             n = int(np.prod(shape))
-            rows = 5 + np.repeat(faces @ rng.standard_normal((12, n)), len(VIEWS), axis=0)
+            rows = 5 + np.repeat(numbers @ rng.standard_normal((12, n)), len(VIEWS), axis=0)
             rows += rng.standard_normal(rows.shape)
             rows = np.maximum(rows, 0).astype(dtype)
             if bad and bad[0] == layer:
@@ -50,7 +51,7 @@ def write_store(
                 shard_writer = writer.open_shard(layer, shard, end=len(part))
                 shard_writer.write(range(len(part)), part)
                 shard_writer.commit()
-        keys = pd.MultiIndex.from_product([[f"face-{i + 1:03d}" for i in range(N_FACES)], VIEWS])
+        keys = pd.MultiIndex.from_product([faces or [f"face-{i + 1:03d}" for i in range(N_FACES)], VIEWS])
         table = keys.to_frame(index=False, name=["face_id", "view"])
         table["path"] = table["face_id"] + "/" + table["view"] + ".png"
         table["image_sha256"] = image

@@ -18,14 +18,15 @@ from safetensors.torch import load_file
 
 from featurestore import FeatureStore, FeatureStoreError
 from heads.checkpoints import export, load_head
-from heads.evaluate import evaluate
+from heads.evaluate import evaluate, paired_test
 from heads.features import Features
 from heads.grid import Request, prepare, run_grid, runs_table, write_runs_table
 from heads.models import IdentityHead, draw_head
 from heads.runs import Run, Task, train_run
-from heads.train import Checkpoint, Settings, train
+from heads.train import STOP, Checkpoint, Settings, train
+from heads.trials import Sessions
 from tests.conftest import ROOT
-from tests.heads.conftest import N_FACES, VIEWS, write_store
+from tests.heads.conftest import N_FACES, VIEWS, write_store, write_trials
 from tests.heads.published import Published
 
 QUICK = Settings(lr=3e-3, batch_size=64, epochs=4, patience=3, threads=1)
@@ -92,8 +93,6 @@ def test_heads_learn_what_is_there_and_the_accuracy_is_that_of_the_weights_saved
 
 
 def test_similarity_generalises_to_faces_never_seen(made: Path, tmp_path: Path) -> None:
-    from tests.heads.conftest import write_trials
-
     write_trials(tmp_path / "many.csv", 6000)
     settings = replace(QUICK, epochs=15)
     grid = prepare(
@@ -413,3 +412,92 @@ def test_training_on_a_gpu_reaches_what_the_cpu_reaches(made: Path, judged: Path
         settings = replace(QUICK, epochs=20, device=device)
         scores[device] = train_run(task, Run("fc7-relu", "similarity", settings), tmp_path)["accuracy"]
     assert scores["cuda"] == pytest.approx(scores["cpu"], abs=0.1)
+
+
+def test_answers_that_are_not_numbers_are_never_scored(judged: Path, tmp_path: Path) -> None:
+    path = write_store(tmp_path / "bad.zarr", bad=("fc7-relu", 7))
+    with pytest.raises(FeatureStoreError, match=r"not finite numbers.*'fc7-relu'.*verify_store"):
+        train_run(task_of(path, judged, tmp_path), Run("fc7-relu", "zero-shot", QUICK), tmp_path)
+
+
+def test_same_person_trials_obey_conditions_and_refuse_what_has_no_effect(made: Path, tmp_path: Path) -> None:
+    options = {"n_trials": 200, "where": ["gender == 'female'"]}
+    ((task, _),) = prepare(request(made, "same-person", tmp_path, **options)).parts
+    assert {int(face[-3:]) % 2 for face in task.table["face_1"]} == {1}
+    with pytest.raises(FeatureStoreError, match=r"names no column|cannot be evaluated"):
+        prepare(request(made, "same-person", tmp_path, where=["nonsense > 3"]))
+    with pytest.raises(FeatureStoreError, match="have no sessions"):
+        prepare(request(made, "same-person", tmp_path, view="frontal"))
+
+
+def test_each_measure_is_compared_with_its_own_zero_shot(made: Path, judged: Path, tmp_path: Path) -> None:
+    for measure in ("cosine", "dot"):
+        grid = prepare(request(made, judged, tmp_path, measure=measure, settings=replace(QUICK, epochs=1)))
+        run_grid(*grid.parts[0], tmp_path)
+    table = runs_table(tmp_path)
+    assert table[table["head"] == "zero-shot"]["p_zero_shot"].isna().all()
+    for measure in ("cosine", "dot"):
+        own = table[table["measure"] == measure].set_index("head")
+        right = {
+            head: pd.read_csv(tmp_path / own.loc[head, "name"] / "predictions.csv")["correct"].to_numpy()
+            for head in ("similarity", "zero-shot")
+        }
+        assert own.loc["similarity", "p_zero_shot"] == paired_test(right["similarity"], right["zero-shot"]).p
+
+
+def test_the_ceiling_follows_the_participants(made: Path, tmp_path: Path) -> None:
+    table = write_trials(tmp_path / "t.csv", 300, raters=3, error=0.1)
+    each = Run("fc7-relu", "zero-shot", QUICK)
+    assert train_run(task_of(made, tmp_path / "t.csv", tmp_path), each, tmp_path)["ceiling"] > 0.5
+    table.assign(participant="one").to_csv(tmp_path / "t.csv", index=False)
+    assert train_run(task_of(made, tmp_path / "t.csv", tmp_path), each, tmp_path)["ceiling"] is None
+
+
+def test_sources_stored_in_different_precisions_train_together(tmp_path: Path) -> None:
+    path = write_store(tmp_path / "two.zarr", "a", dtype="float16")
+    write_store(path, "b")
+    table = write_trials(tmp_path / "t.csv", 300)
+    table.assign(session=["A", "B"] * 150).to_csv(tmp_path / "t.csv", index=False)
+    sessions = Sessions({}, {"A": "a", "B": "b"})
+    ((task, runs),) = prepare(request(path, tmp_path / "t.csv", tmp_path, sessions=sessions)).parts
+    assert train_run(task, runs[0], tmp_path)["accuracy"] > 0.35
+
+
+def test_the_same_head_twice_is_one_run(made: Path, judged: Path, tmp_path: Path) -> None:
+    grid = prepare(request(made, judged, tmp_path, heads=["similarity", "similarity"], lr=[1e-3, 1e-3], seeds=[0, 0]))
+    assert grid.runs == 2
+
+
+def test_identities_keep_their_names_through_the_published_file(tmp_path: Path) -> None:
+    names = ["1", "10", "2", "3"]
+    head = draw_head("identity", (6,), 0, faces=names)
+    export(head, tmp_path / "multi.pth", "fc7-relu")
+    assert load_head(tmp_path / "multi.pth", "fc7-relu", (6,), faces=names).faces == tuple(names)
+    assert load_head(tmp_path / "multi.pth", "fc7-relu", (6,)).faces == ("class-1", "class-2", "class-3", "class-4")
+    with pytest.raises(FeatureStoreError, match="4 faces apart; 2 names"):
+        load_head(tmp_path / "multi.pth", "fc7-relu", (6,), faces=["a", "b"])
+
+
+def test_a_few_bytes_do_not_pass_for_gigabytes(tmp_path: Path) -> None:
+    state = {
+        "decision_layer.fc_d.weight": torch.zeros(1).expand(20_000_000, 4096),
+        "decision_layer.fc_d.bias": torch.zeros(1).expand(20_000_000),
+    }
+    torch.save(state, tmp_path / "bomb.pth")
+    assert (tmp_path / "bomb.pth").stat().st_size < 10_000
+    with pytest.raises(FeatureStoreError, match="does not hold as many numbers"):
+        load_head(tmp_path / "bomb.pth", "fc7-relu")
+
+
+def test_stopping_ends_runs_in_threads(made: Path, judged: Path, tmp_path: Path) -> None:
+    """What Ctrl-C sets is seen before the next step; the run goes on later."""
+    task = task_of(made, judged, tmp_path)
+    each = Run("fc7-relu", "similarity", replace(QUICK, epochs=5))
+    try:
+        with pytest.raises(FeatureStoreError, match="stopped"):
+            train_run(task, each, tmp_path, lambda label, epoch: STOP.set(), every=0)
+    finally:
+        STOP.clear()
+    seen: list[int] = []
+    train_run(task, each, tmp_path, lambda label, epoch: seen.append(epoch.epoch))
+    assert seen[0] == 2

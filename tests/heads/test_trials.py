@@ -1,5 +1,6 @@
 """Trials: read in the forms people have, matched by key, refused where they make no sense."""
 
+import gzip
 from pathlib import Path
 
 import numpy as np
@@ -9,7 +10,7 @@ import pytest
 from featurestore import FeatureStore, FeatureStoreError
 from heads.splits import KINDS, Split, draw_split, split_trials
 from heads.trials import FACES, VIEWS, Sessions, Trials, load_trials, match, same_person_trials
-from tests.heads.conftest import write_store
+from tests.heads.conftest import write_store, write_trials
 
 
 def trials_from(made: Path, tmp_path: Path, rows: list[dict], name: str = "t.csv", **options) -> Trials:
@@ -96,8 +97,8 @@ def test_conditions_on_trials_and_on_items(made: Path, tmp_path: Path, condition
         ([row(rt=1)], {"where": ["rt + 1"]}, r"is no condition"),
         ([row(rt=1)], {"where": ["rt <"]}, r"cannot be evaluated"),
         ([{"face_1": "a", "face_2": "b", "odd": "a"}], {}, r"no column face_3"),
-        ([row(session="4D")], {"sessions": Sessions({"2D": "frontal"}, {})}, r"session '4D'"),
-        ([row()], {"sessions": Sessions({"2D": "frontal"}, {})}, r"no column session"),
+        ([row(session="4D")], {"view": None, "sessions": Sessions({"2D": "frontal"}, {})}, r"session '4D'"),
+        ([row()], {"view": None, "sessions": Sessions({"2D": "frontal"}, {})}, r"no column session"),
         ([row(odd="")], {}, r"no trials with an answer"),
     ],
 )
@@ -160,8 +161,6 @@ def test_no_face_or_view_of_the_test_is_in_training(
 
 
 def test_all_answers_to_one_triplet_fall_into_one_part(made: Path, tmp_path: Path) -> None:
-    from tests.heads.conftest import write_trials
-
     write_trials(tmp_path / "t.csv", 300, raters=5)
     trials = load_trials(tmp_path / "t.csv", FeatureStore.open(made))
     split = split_trials(trials, "trial", seed=0)
@@ -202,3 +201,49 @@ def test_a_changed_or_foreign_split_file_is_refused(made: Path, judged: Path, tm
     path.write_text("[]")
     with pytest.raises(FeatureStoreError, match="is not a split"):
         Split.load(path, trials.hash, len(trials))
+
+
+def test_text_is_not_compared_with_numbers(made: Path, tmp_path: Path) -> None:
+    """``participant != 3`` would hold for every text, and leave nobody out."""
+    rows = [row(participant=i % 4, code=f"c{i}") for i in range(8)]
+    assert len(trials_from(made, tmp_path, rows, view="frontal", where=["participant != 3"])) == 6
+    with pytest.raises(FeatureStoreError, match=r"code with a number, but it holds text, such as 'c0'"):
+        trials_from(made, tmp_path, rows, view="frontal", where=["code != 3"])
+    with pytest.raises(FeatureStoreError, match="face_1 with a number"):
+        trials_from(made, tmp_path, rows, view="frontal", where=["face_1 not in [1]"])
+    heads = [{"head1": 1, "head2": 2, "head3": 3, "head_odd": odd} for odd in (1, 0, 2)]
+    trials = trials_from(made, tmp_path, heads, view="frontal", where=["head_odd != 2"])
+    assert (len(trials), trials.unanswered, trials.excluded) == (1, 1, 1)
+
+
+def test_face_zero_is_a_face_where_faces_count_from_zero(tmp_path: Path) -> None:
+    path = write_store(tmp_path / "zero.zarr", faces=[str(i) for i in range(30)])
+    rows = [{"head1": 0, "head2": 1, "head3": 2, "head_odd": 0}, {"head1": 3, "head2": 1, "head3": 2, "head_odd": 1}]
+    trials = trials_from(path, tmp_path, rows, view="frontal")
+    assert trials.odd.tolist() == [0, 1]
+
+
+def test_a_table_in_any_order_keeps_items_and_labels_together(made: Path, judged: Path) -> None:
+    store = FeatureStore.open(made)
+    table = pd.read_csv(judged).sample(frac=1, random_state=0)
+    trials = match(table, store)
+    keys = store.source().keys
+    odd = [keys[item][0] for item in trials.items[np.arange(len(trials)), trials.odd]]
+    assert odd == trials.table["odd"].tolist() == table["odd"].tolist()
+
+
+def test_options_without_effect_are_refused(made: Path, judged: Path) -> None:
+    store = FeatureStore.open(made)
+    with pytest.raises(FeatureStoreError, match="leave --view and --session-view out"):
+        load_trials(judged, store, view="frontal")
+    with pytest.raises(FeatureStoreError, match="not both"):
+        load_trials(judged, store, view="frontal", sessions=Sessions({"2D": "left"}, {}))
+
+
+def test_damaged_archives_are_said_so(made: Path, judged: Path, tmp_path: Path) -> None:
+    packed = gzip.compress(judged.read_bytes())
+    (tmp_path / "short.csv.gz").write_bytes(packed[: len(packed) // 2])
+    (tmp_path / "wrong.csv.gz").write_bytes(packed[:40] + b"\xff" * 50 + packed[90:])
+    for name in ("short.csv.gz", "wrong.csv.gz"):
+        with pytest.raises(FeatureStoreError, match=f"{name} cannot be read"):
+            load_trials(tmp_path / name, FeatureStore.open(made))
