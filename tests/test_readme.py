@@ -23,7 +23,7 @@ def blocks(language: str) -> list[str]:
 def folder(tmp_path_factory: pytest.TempPathFactory) -> Path:
     """Where the README's reader stands after ``make demo``, with twelve faces instead of a hundred."""
     folder = tmp_path_factory.mktemp("reader")
-    made = command("make_faces", "--faces", 12, "--trials", 300, "--out", folder / "store" / "demo_faces")
+    made = command("make_faces", "--faces", 12, "--trials", 600, "--out", folder / "store" / "demo_faces")
     assert made.returncode == 0, made.stderr
     done = command("cache_layers", "--layers", "maxp_5_3", "fc7-relu", cwd=folder)
     assert done.returncode == 0, done.stderr
