@@ -142,10 +142,13 @@ def show(lines: list[Line], markdown: bool) -> None:
 
 
 def run_sections(sections: Mapping[str, Callable[[Path], list[Line]]], only: Sequence[str], markdown: bool) -> None:
-    """Run sections one by one, each in a folder of its own that goes again, and show their lines."""
+    """Run sections one by one, each in a folder of its own that goes again, and show their lines as they come, then all."""
     lines: list[Line] = []
     for name in only or sections:
         click.echo(f"… {name}", err=True)
         with tempfile.TemporaryDirectory(dir=ROOT / "store") as folder:
-            lines += sections[name](Path(folder))
+            found = sections[name](Path(folder))
+        for line in found:
+            click.echo(f"  {line.what}: {line.ours} {line.theirs} {line.ratio:.2f}", err=True)
+        lines += found
     show(lines, markdown)
