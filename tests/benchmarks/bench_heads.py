@@ -344,7 +344,8 @@ def faces(folder: Path) -> list[Line]:
     request = Request(store, folder / "runs", trials=trials, split="face", heads=["similarity"], layers=["fc7-relu"])
     found = results(request)
     (result,), (base,) = found["fc7-relu", "similarity"], found["fc7-relu", "zero-shot"]
-    what = f"demo faces never seen, {result['n_test']} trials, fc7-relu, similarity (zero-shot {base['accuracy']:.3f}): beside chance"
+    shown = f"{result['n_test']} trials, fc7-relu, zero-shot {base['accuracy']:.3f}"
+    what = f"demo faces never seen ({shown}): similarity beside chance"
     score = f"{result['accuracy']:.3f} [{result['low']:.3f}, {result['high']:.3f}]"
     return [Line(what, score, "0.333", result["accuracy"] * 3, "> chance", result["low"] > 1 / 3)]
 
