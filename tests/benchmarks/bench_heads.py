@@ -268,7 +268,7 @@ def backbone(_: Path) -> list[Line]:
         with torch.no_grad():
             maps = network(recipe.normalise(torch.from_numpy(np.stack(pixels))))["maxp_5_3"]
         adam.zero_grad()
-        F.cross_entropy(plain(*maps.view(16, 3, -1).unbind(1)), torch.from_numpy(odd[:16])).backward()
+        F.cross_entropy(plain(*maps.reshape(16, 3, -1).unbind(1)), torch.from_numpy(odd[:16])).backward()
         adam.step()
         return 16 / (time.perf_counter() - start)
 
