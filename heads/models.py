@@ -318,7 +318,8 @@ class SimilarityHead(StandardisedHead):
     The map is the identity plus a low-rank update (``rank``), or plus a full matrix (``rank=None``), so an untrained head
     judges by the raw activations, and ``pull`` × ‖update‖² pulls it back there. Rank 0 has nothing to train: zero-shot.
     Similarity is the cosine or the dot product of embeddings, times a learned factor; the order of the three does not
-    matter. Rows are standardised first, except at rank 0.
+    matter. Rows are only scaled, to a mean squared length of 1: taking their mean off would change the raw judgments that
+    training starts from. Rank 0 leaves them as they are.
     """
 
     def __init__(
@@ -351,6 +352,10 @@ class SimilarityHead(StandardisedHead):
             nn.init.normal_(self.down, std=1 / math.sqrt(self.n_features), generator=generator)
             nn.init.zeros_(self.up)
         nn.init.constant_(self.log_factor, math.log(10.0))
+
+    def standardise(self, mean: torch.Tensor, scale: float) -> None:
+        """Scale alone: the mean square about ``mean`` and ``mean``'s own together make the rows' squared length."""
+        self.scale.fill_(float(self.n_features / scale**2 + mean.double().square().sum()) ** -0.5)
 
     def embed(self, rows: torch.Tensor) -> torch.Tensor:
         """The embedding of rows (m, *shape): (m, features)."""

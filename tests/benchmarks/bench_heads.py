@@ -360,21 +360,28 @@ def real(folder: Path) -> list[Line]:
     run_pass(images, store, ["maxp_5_3", "fc7-relu"])
     lines = []
     layers = ["maxp_5_3", "fc7-relu"]
-    views = Request(
-        store, folder / "runs", heads=["identity"], layers=layers, fractions=(0.6, 0.1, 0.3), seeds=(0, 1, 2)
-    )
-    for (layer, _), found in results(views).items():
-        mean = {key: float(np.mean([result[key] for result in found])) for key in ("accuracy", "low", "high")}
-        what = f"ORL photographs, {layer}: which of 40 people, 7 views trained or validated on, 3 tested (3 seeds)"
+    found: dict[str, list[dict]] = {}
+    for seed in (0, 1, 2):
+        settings = Settings(epochs=40, batch_size=64)
+        views = Request(
+            store, folder / "runs", heads=["identity"], layers=layers, split_seed=seed, fractions=(0.7, 0, 0.3), settings=settings
+        )  # fmt: skip
+        for (layer, _), (result,) in results(views).items():
+            found.setdefault(layer, []).append(result)
+    for layer, of_layer in found.items():
+        mean = {key: float(np.mean([result[key] for result in of_layer])) for key in ("accuracy", "low", "high")}
+        what = (
+            f"ORL photographs, {layer}: which of 40 people, trained on 7 views, tested on 3 (mean of 3 draws of views)"
+        )
         lines.append(reached(what, mean, 1 / 40, 0.97, "0.97"))
     for seed in (0, 1, 2):
         people = Request(
-            store, folder / "runs", heads=["similarity"], layers=layers, trials="same-person", n_trials=20_000,
-            split="face", split_seed=seed, fractions=(0.6, 0.15, 0.25),
+            store, folder / "runs", heads=["similarity"], layers=layers, trials="same-person", n_trials=12_000,
+            split="face", split_seed=seed, fractions=(0.6, 0.15, 0.25), settings=Settings(epochs=25, patience=6),
         )  # fmt: skip
-        found = results(people)
+        of_heads = results(people)
         for layer in layers:
-            (base,), (result,) = found[layer, "zero-shot"], found[layer, "similarity"]
+            (base,), (result,) = of_heads[layer, "zero-shot"], of_heads[layer, "similarity"]
             what = (
                 f"ORL photographs, {layer}: same-person trials of 10 people never seen, split {seed}, beside zero-shot"
             )
