@@ -4,11 +4,15 @@ Nothing heavy is imported here, so that ``--help`` and tab completion answer at 
 """
 
 import sys
+from pathlib import Path
 from typing import Any
 
 import click
 
 from featurestore.errors import FeatureStoreError
+
+DEMO_IMAGES = Path("store/demo_faces")
+DEMO_STORE = Path("store/demo.zarr")
 
 
 class Command(click.Command):

@@ -7,15 +7,13 @@ from typing import TYPE_CHECKING, Any
 import click
 from click.shell_completion import CompletionItem
 
-from pipelines._cli import Command, note_left_out, progress_bar
+from pipelines._cli import DEMO_IMAGES, DEMO_STORE, Command, note_left_out, progress_bar
 
 if TYPE_CHECKING:
     from featurestore.cache import Summary
     from featurestore.job import Job, Request
     from featurestore.plan import Plan
 
-DEMO_IMAGES = Path("store/demo_faces")
-DEMO_STORE = Path("store/demo.zarr")
 DEMO_WEIGHTS = "random:0"
 
 EPILOG = r"""

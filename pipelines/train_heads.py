@@ -8,7 +8,8 @@ from typing import TYPE_CHECKING, Any
 import click
 from click.shell_completion import CompletionItem
 
-from pipelines._cli import Command, progress_bar
+from heads.catalogue import HEADS
+from pipelines._cli import DEMO_IMAGES, DEMO_STORE, Command, progress_bar
 
 if TYPE_CHECKING:
     import pandas as pd
@@ -18,9 +19,7 @@ if TYPE_CHECKING:
     from heads.runs import Run
     from heads.train import Epoch
 
-DEMO_STORE = Path("store/demo.zarr")
-DEMO_TRIALS = Path("store/demo_faces/trials.csv")
-HEADS = ("conv", "fc", "fc8-conv", "fc8-fc", "similarity", "zero-shot", "identity")
+DEMO_TRIALS = DEMO_IMAGES / "trials.csv"
 EPILOG = r"""
 Examples:
 
@@ -101,7 +100,7 @@ def _complete_layers(ctx: click.Context, param: click.Parameter, incomplete: str
 
 
 def _complete_heads(ctx: click.Context, param: click.Parameter, incomplete: str) -> list[CompletionItem]:
-    return [CompletionItem(name) for name in HEADS if name.startswith(incomplete)]
+    return [CompletionItem(name, help=note) for name, note in HEADS.items() if name.startswith(incomplete)]
 
 
 @click.command(cls=Command, epilog=EPILOG)

@@ -12,8 +12,9 @@ import torch.nn.functional as F
 from featurestore import FeatureStoreError
 from featurestore.weights import draw
 from heads.banded import convolve
+from heads.catalogue import HEADS
 from heads.checkpoints import export, load_head
-from heads.models import Head, SimilarityHead, build_head, draw_head
+from heads.models import BUILDERS, Head, SimilarityHead, build_head, draw_head
 from tests.heads.published import Earlier, Published
 
 SHAPES = {"maxp_5_3": (512, 7, 7), "fc7-relu": (4096,)}
@@ -224,6 +225,10 @@ def test_sizes_come_from_the_shape() -> None:
 def test_impossible_heads_are_refused(build, message: str) -> None:
     with pytest.raises(FeatureStoreError, match=message):
         build()
+
+
+def test_every_head_is_in_the_catalogue() -> None:
+    assert list(BUILDERS) == list(HEADS)
 
 
 def test_every_head_says_what_it_was_made_of() -> None:
