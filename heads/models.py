@@ -2,7 +2,8 @@
 
 A head is asked for the logits of *examples*: index tuples into a batch of distinct rows. A batch of triplets names few
 distinct items, so what depends on one item alone is computed once per item and gathered to the triplets.
-``forward`` states the same mathematics plainly, without that. Dropout happens only where a generator is given.
+``forward`` states the same mathematics plainly, without that. ``logits`` and ``accumulate`` drop out only where they are
+given a generator; ``forward`` does in training mode, as torch modules do.
 """
 
 import math
@@ -283,10 +284,12 @@ class TripletHead(StandardisedHead):
 
     def _decide(self, embedded: torch.Tensor, places: torch.Tensor, generator: torch.Generator | None) -> torch.Tensor:
         if generator is None:
-            return self.decision.fast(_gather(embedded, places), generator)
-        # Dropout after the gather: every place of every triplet draws its own, as if each had its own bridge.
-        gathered = _gather(embedded / (1 - DROPOUT), places)
-        return self.decision.fast(gathered.masked_fill_(_dropped(gathered.shape, generator), 0), generator)
+            gathered = _gather(embedded, places)
+        else:
+            # Dropout after the gather: every place of every triplet draws its own, as if each had its own bridge.
+            gathered = _gather(embedded / (1 - DROPOUT), places)
+            gathered.masked_fill_(_dropped(gathered.shape, generator), 0)
+        return self.decision.fast(gathered, generator)
 
     def logits(
         self, rows: torch.Tensor, examples: torch.Tensor, generator: torch.Generator | None = None
@@ -312,7 +315,7 @@ class TripletHead(StandardisedHead):
         return total, torch.cat(logits).detach()
 
 
-class SimilarityHead(StandardisedHead):
+class SimilarityHead(Head):
     """A linear map to an embedding; the odd one is the face left out of the most similar pair.
 
     The map is the identity plus a low-rank update (``rank``), or plus a full matrix (``rank=None``), so an untrained head
@@ -321,6 +324,8 @@ class SimilarityHead(StandardisedHead):
     matter. Rows are only scaled, to a mean squared length of 1: taking their mean off would change the raw judgments that
     training starts from. Rank 0 leaves them as they are.
     """
+
+    scale: torch.Tensor
 
     def __init__(
         self, shape: tuple[int, ...], rank: int | None = 64, measure: str = "cosine", pull: float = 1e-2
@@ -336,6 +341,7 @@ class SimilarityHead(StandardisedHead):
         rank = min(rank, n) if rank is not None else None
         self.rank, self.measure, self.pull = rank, measure, pull
         self.wants_statistics = rank != 0
+        self.register_buffer("scale", torch.ones(()))
         if rank is None:
             self.update = nn.Parameter(torch.zeros(n, n))
         elif rank:
@@ -345,7 +351,7 @@ class SimilarityHead(StandardisedHead):
 
     def reset(self, generator: torch.Generator) -> None:
         """An update of zero: ``up`` zero, ``down`` normal; similarities of order 1 become logits of order 10."""
-        super().reset(generator)
+        nn.init.ones_(self.scale)
         if self.rank is None:
             nn.init.zeros_(self.update)
         elif self.rank:
@@ -357,9 +363,13 @@ class SimilarityHead(StandardisedHead):
         """Scale alone: the mean square about ``mean`` and ``mean``'s own together make the rows' squared length."""
         self.scale.fill_(float(self.n_features / scale**2 + mean.double().square().sum()) ** -0.5)
 
+    def scaled(self, rows: torch.Tensor) -> torch.Tensor:
+        """Rows (m, *shape) as vectors (m, features)."""
+        return rows.flatten(1) * self.scale
+
     def embed(self, rows: torch.Tensor) -> torch.Tensor:
         """The embedding of rows (m, *shape): (m, features)."""
-        x = self.standardised(rows)
+        x = self.scaled(rows)
         if self.rank is None:
             return x + x @ self.update
         return x + (x @ self.down) @ self.up if self.rank else x
@@ -383,7 +393,7 @@ class SimilarityHead(StandardisedHead):
             lengths = embedded.square().sum(1)
         else:
             with torch.no_grad():
-                x = self.standardised(rows)
+                x = self.scaled(rows)
                 similarity = _inner(x, left, right)
                 lengths = x.square().sum(1)
             if self.rank:
