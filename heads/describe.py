@@ -10,7 +10,7 @@ from torch import nn
 
 from featurestore.backbones import get_backbone
 from featurestore.errors import FeatureStoreError
-from heads.models import Head, IdentityHead, build_head
+from heads.models import Head, build_head
 
 
 def layer_table(shapes: Mapping[str, tuple[int, ...]] | None = None) -> pd.DataFrame:
@@ -87,8 +87,7 @@ def draw(head: Head, path: str | os.PathLike) -> Path:
 
 
 def _inputs(head: Head, n: int) -> list[torch.Tensor]:
-    places = 1 if isinstance(head, IdentityHead) else 3
-    return [torch.zeros((n, *head.shape), device=_device(head)) for _ in range(places)]
+    return [torch.zeros((n, *head.shape), device=_device(head)) for _ in range(head.n_places)]
 
 
 def _device(head: Head) -> str:

@@ -51,7 +51,8 @@ class Features:
         """Mean row of distinct ``items`` (features,) and the factor that makes the mean square of what is left of a feature 1."""
         n, total, squares = 0, torch.zeros(int(np.prod(self.shape)), dtype=torch.float64), 0.0
         for part in torch.from_numpy(np.unique(items)).split(_BATCH):
-            flat = self._from_maps(part).flatten(1)  # on the CPU: not every device has float64
+            # On the CPU, since not every device has float64; not in float16, where the square of 256 is infinite.
+            flat = self._from_maps(part).flatten(1).float()
             n += len(flat)
             total += flat.sum(0, dtype=torch.float64)
             squares += float(flat.square().sum(dtype=torch.float64))

@@ -27,6 +27,7 @@ def write_store(
     compress: str = "none",
     image: str = "0" * 64,
     faces: list[str] | None = None,
+    times: float = 1.0,
 ) -> Path:
     """``N_FACES`` × ``VIEWS``; a row is a fixed random map of the face's numbers, plus noise for each view.
 
@@ -43,7 +44,7 @@ def write_store(
             n = int(np.prod(shape))
             rows = 5 + np.repeat(numbers @ rng.standard_normal((12, n)), len(VIEWS), axis=0)
             rows += rng.standard_normal(rows.shape)
-            rows = np.maximum(rows, 0).astype(dtype)
+            rows = np.maximum(times * rows, 0).astype(dtype)
             if bad and bad[0] == layer:
                 rows[bad[1]] = np.inf
             for shard, start in enumerate(range(0, len(rows), 32)):

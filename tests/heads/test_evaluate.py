@@ -121,6 +121,17 @@ def test_statistics_of_rows(made: Path) -> None:
     assert scale == pytest.approx(1 / float((plain - plain.mean(0)).square().mean().sqrt()), rel=1e-5)
 
 
+def test_statistics_of_large_rows_in_half_precision(tmp_path: Path) -> None:
+    """Activations of hundreds are ordinary, and their squares are more than float16 can hold."""
+    path = write_store(tmp_path / "half.zarr", dtype="float16", times=100.0)
+    rows = FeatureStore.open(path).source().rows("fc7-relu")
+    plain = rows.gather(range(120)).double()
+    mean, scale = Features([rows]).statistics(np.arange(120))
+    assert float(plain.max()) > 1000
+    assert np.allclose(mean, plain.mean(0), rtol=1e-4)
+    assert scale == pytest.approx(1 / float((plain - plain.mean(0)).square().mean().sqrt()), rel=1e-4)
+
+
 def test_the_order_audit_finds_a_head_that_answers_by_place(made: Path) -> None:
     features = Features([FeatureStore.open(made).source().rows("fc7-relu")])
     rng = np.random.default_rng(0)
