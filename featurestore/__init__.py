@@ -5,13 +5,18 @@ from typing import TYPE_CHECKING, Any
 from featurestore.errors import FeatureStoreError
 
 if TYPE_CHECKING:
+    from featurestore.identification import identification_table
     from featurestore.store import FeatureStore, Source
 
-__all__ = ["FeatureStore", "FeatureStoreError", "Source"]
+__all__ = ["FeatureStore", "FeatureStoreError", "Source", "identification_table"]
 
 
 def __getattr__(name: str) -> Any:
     """Load pandas only for those who open a store: commands print their help without it."""
+    if name == "identification_table":
+        from featurestore.identification import identification_table
+
+        return identification_table
     if name in __all__:
         from featurestore import store
 

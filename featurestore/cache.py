@@ -20,10 +20,11 @@ import torch
 
 from featurestore.capture import load_extractor
 from featurestore.errors import FeatureStoreError
-from featurestore.images import Recipe
+from featurestore.faces import BOX
+from featurestore.images import Box, Recipe
 from featurestore.job import PRECISIONS, Job
 from featurestore.plan import LayerPlan, Plan, Progress
-from featurestore.pump import Batch, Failure, Photo, batches
+from featurestore.pump import Batch, Failure, Photo, batches, box_of
 from featurestore.shards import ShardWriter
 from featurestore.writing import SourceWriter
 from featurestore.zarr_format import KEY
@@ -70,11 +71,11 @@ def run(job: Job, planned: Plan, progress: Progress = lambda n: None) -> Summary
         parts = {part.layer.name: part for part in planned.layers}
         fill = {name: part for name, part in parts.items() if part.needed.any()}
         if fill:
-            hashes = _stage(job, writer, fill, _photos_to_fill(planned), planned.new.iloc[:0], summary, progress)
+            hashes = _stage(job, writer, fill, _photos_to_fill(job, planned), planned.new.iloc[:0], summary, progress)
             if planned.recompute.any():
                 _end_recompute(writer, planned, hashes)
         if len(planned.new):
-            _stage(job, writer, parts, _photos_to_append(planned), planned.new, summary, progress)
+            _stage(job, writer, parts, _photos_to_append(job, planned), planned.new, summary, progress)
     except KeyboardInterrupt:
         summary.interrupted = True
     except OSError as error:
@@ -105,17 +106,24 @@ def _end_recompute(writer: SourceWriter, planned: Plan, hashes: Mapping[int, str
     writer.publish()
 
 
-def _photos_to_fill(planned: Plan) -> list[Photo]:
+def _photos_to_fill(job: Job, planned: Plan) -> list[Photo]:
     rows = planned.to_fill
     table = planned.existing.iloc[rows]
     hashes = np.where(planned.recompute[rows], "", table["image_sha256"].to_numpy(object))
-    known = zip(table["face_id"], table["view"], table["path"], rows.tolist(), hashes, strict=True)
-    return [Photo(face, view, path, row, sha256 or None) for face, view, path, row, sha256 in known]
+    known = zip(table["face_id"], table["view"], table["path"], rows.tolist(), hashes, _boxes(job, table), strict=True)
+    return [Photo(face, view, path, row, sha256 or None, box) for face, view, path, row, sha256, box in known]
 
 
-def _photos_to_append(planned: Plan) -> list[Photo]:
+def _photos_to_append(job: Job, planned: Plan) -> list[Photo]:
     new = planned.new
-    return [Photo(*values) for values in zip(new["face_id"], new["view"], new["path"], strict=True)]
+    known = zip(new["face_id"], new["view"], new["path"], _boxes(job, new), strict=True)
+    return [Photo(face, view, path, box=box) for face, view, path, box in known]
+
+
+def _boxes(job: Job, table: pd.DataFrame) -> list[Box | None]:
+    if job.recipe.box_margin is None:
+        return [None] * len(table)
+    return [box_of(item) for item in table[BOX].to_dict("records")]
 
 
 def _stage(

@@ -5,18 +5,26 @@ The published extractors kept a reference to a convolution's output which the ne
 that nobody else, reader or layer, will look at again.
 """
 
+import hashlib
+import inspect
 import operator
-from collections.abc import Mapping
+from collections.abc import Iterable, Mapping
+from dataclasses import replace
 from typing import Any
 
 import torch
 from torch import fx, nn
 
 from featurestore.backbones import BackboneSpec
+from featurestore.errors import FeatureStoreError, listing
 from featurestore.weights import Weights
 
-_FRESH = (nn.Conv2d, nn.Linear, nn.BatchNorm2d)  # modules whose output is always a new tensor
-_IN_PLACE_OPERATORS = {operator.iadd: operator.add, operator.isub: operator.sub, operator.imul: operator.mul}
+_FRESH = (nn.Conv2d, nn.Linear, nn.BatchNorm1d, nn.BatchNorm2d)  # modules whose output is always a new tensor
+_IN_PLACE_OPERATORS = {
+    getattr(operator, f"i{name}"): getattr(operator, name)
+    for name in ("add", "sub", "mul", "truediv", "floordiv", "pow", "matmul", "mod")
+}
+_IMAGE_DIMENSIONS = (1, 2, 3)  # of a layer that the store can hold: (feature,), (token, feature), (channel, y, x)
 
 
 class _PathTracer(fx.Tracer):
@@ -79,31 +87,106 @@ def _protect_from_in_place(module: nn.Module, graph: fx.Graph) -> None:
                 unsafe.add(node.target)  # one module may be called several times: one unsafe call decides
         elif node.op == "call_function" and node.target in _IN_PLACE_OPERATORS:
             node.target = _IN_PLACE_OPERATORS[node.target]
-        elif node.op == "call_function" and node.kwargs.get("inplace"):
-            node.kwargs = {**node.kwargs, "inplace": False}
-        elif node.op == "call_method" and node.target.endswith("_") and not node.target.endswith("__"):
-            raise ValueError(f"{node.target}() works in place at {node}; its input cannot be captured safely")
+        elif node.op == "call_function":
+            _call_out_of_place(node)
+        elif node.op == "call_method" and _name_says_in_place(node.target):
+            raise _works_in_place(node, node.target)
     for name in activations:
         modules[name].inplace = name not in unsafe
 
 
-def meta_network(spec: BackboneSpec) -> nn.Module:
-    """The network without memory for weights: enough for keys, shapes and tracing."""
-    with torch.device("meta"):
-        return spec.build()
+def _call_out_of_place(node: fx.Node) -> None:
+    """Turn ``relu(x, inplace=True)`` into a new tensor; ValueError for functions that only work in place."""
+    name = getattr(node.target, "__name__", "")
+    if _name_says_in_place(name) or node.target is operator.setitem or node.kwargs.get("out") is not None:
+        raise _works_in_place(node, name)
+    if node.kwargs.get("inplace"):
+        node.kwargs = {**node.kwargs, "inplace": False}
+    elif True in node.args:
+        try:
+            places = list(inspect.signature(node.target).parameters)  # type: ignore[arg-type]
+        except (TypeError, ValueError):  # a function written in C: torch gives those no flag
+            return
+        if "inplace" in places[: len(node.args)]:
+            node.update_arg(places.index("inplace"), False)
 
 
-def weight_shapes(network: nn.Module) -> dict[str, tuple[int, ...]]:
-    """Shapes by state-dict key: what a checkpoint has to hold."""
-    return {key: tuple(value.shape) for key, value in network.state_dict().items()}
+def _name_says_in_place(name: str) -> bool:
+    return name.endswith("_") and not name.endswith("__")
 
 
-def layer_shapes(spec: BackboneSpec, layers: list[str] | None = None) -> dict[str, tuple[int, ...]]:
-    """Shape of one image's output at each layer, (channel, y, x) or (feature,), found without computing anything."""
-    names = layers or list(spec.layers)
-    cut = extractor(meta_network(spec), {name: spec.layers[name] for name in names})
-    outputs = cut(torch.empty(1, 3, spec.input_size, spec.input_size, device="meta"))
-    return {name: tuple(outputs[name].shape[1:]) for name in names}
+def _works_in_place(node: fx.Node, name: str) -> ValueError:
+    return ValueError(f"{name}() works in place at {node}; its input cannot be captured safely")
+
+
+def module_paths(network: nn.Module) -> list[str]:
+    """Paths of the modules that give one value in one forward pass, in the order they are done."""
+    tracer = _PathTracer()
+    graph = tracer.trace(network.eval())
+    order = {node: i for i, node in enumerate(graph.nodes)}
+    single = {path: nodes[0] for path, nodes in tracer.outputs.items() if len(nodes) == 1 and path}
+    return sorted(single, key=lambda path: (order[single[path]], -path.count(".")))
+
+
+def graph_digest(spec: BackboneSpec) -> str:
+    """sha256 (hex) of a network's operations and of its modules' settings, such as strides: not of its weights."""
+    network = spec.build_meta().eval()
+    graph = _PathTracer().trace(network)
+    settings = [f"{path} {type(module).__name__}({module.extra_repr()})" for path, module in network.named_modules()]
+    return hashlib.sha256("\n".join([str(graph), *settings]).encode()).hexdigest()
+
+
+def layer_shapes(spec: BackboneSpec, layers: Iterable[str] | None = None) -> dict[str, tuple[int, ...]]:
+    """Shape of one image's output at each layer, (channel, y, x) or (feature,), found without computing anything.
+
+    Modules of a network that is not ours and which give no such tensor are left out.
+    """
+    names = list(layers or spec.layers)
+    size = spec.input_size or spec.own_recipe().size
+    cut = extractor(spec.build_meta(), {name: spec.layers[name] for name in names})
+    with torch.inference_mode():
+        outputs = cut(torch.empty(2, 3, size, size, device="meta"))
+    return {name: tuple(outputs[name].shape[1:]) for name in names if _is_layer(outputs[name])}
+
+
+def _is_layer(output: object) -> bool:
+    return (
+        isinstance(output, torch.Tensor)
+        and output.is_floating_point()
+        and output.dim() - 1 in _IMAGE_DIMENSIONS
+        and output.shape[0] == 2  # a row for each of the two images
+    )
+
+
+def settle(spec: BackboneSpec, recipe_size: int) -> BackboneSpec:
+    """The spec with an input size, and with those layers alone that give a tensor of a shape which the store can hold.
+
+    FeatureStoreError if the network does not take pictures of that size.
+    """
+    if spec.input_size is not None:
+        return spec
+    sized = replace(spec, input_size=recipe_size)
+    try:
+        shapes = layer_shapes(sized)
+    except (RuntimeError, AssertionError, ValueError, IndexError, TypeError) as error:
+        raise FeatureStoreError(
+            f"{spec.name} cannot be run on {recipe_size} × {recipe_size} pixels: {str(error).splitlines()[0]}. "
+            "Give --recipe the one that it was trained with."
+        ) from error
+    return replace(sized, layers={name: spec.layers[name] for name in spec.layers if name in shapes})
+
+
+def refuse_absent(spec: BackboneSpec, layers: Iterable[str], weights: Weights) -> None:
+    """FeatureStoreError if some of ``layers`` need weights that a file which was cut short does not hold."""
+    if not weights.absent:
+        return
+    cuts = {name: extractor(spec.build_meta(), {name: spec.layers[name]}) for name in layers}
+    lacking = [name for name, cut in cuts.items() if weights.absent & set(cut.state_dict())]
+    if lacking:
+        raise FeatureStoreError(
+            f"{weights.name} does not hold all of {spec.name} ({len(weights.absent)} keys are missing at its end), so it "
+            f"cannot give {listing(lacking)}. Ask for earlier layers, or give --weights a file of the whole network."
+        )
 
 
 def load_extractor(
@@ -113,6 +196,17 @@ def load_extractor(
 
     Channels-last on every device: on CPU it is the faster layout for these convolutions, on GPU the one tensor cores use.
     """
-    cut = extractor(meta_network(spec), {name: spec.layers[name] for name in layers})
-    cut.load_state_dict(weights.read(cut.state_dict()), assign=True)
+    refuse_absent(spec, layers, weights)
+    paths = {name: spec.layers[name] for name in layers}
+    cut = extractor(spec.build_meta(), paths)
+    if any(key not in weights.keys for key in _tensors(cut)):
+        cut = extractor(spec.build(), paths)  # constants that the constructor makes, and no checkpoint holds
+    cut.load_state_dict(
+        weights.read([key for key in cut.state_dict() if key in weights.keys]), strict=False, assign=True
+    )
     return cut.requires_grad_(False).to(device=device, dtype=dtype).to(memory_format=torch.channels_last)
+
+
+def _tensors(network: nn.Module) -> Iterable[str]:
+    yield from (name for name, _ in network.named_parameters())
+    yield from (name for name, _ in network.named_buffers())

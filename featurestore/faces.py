@@ -7,16 +7,19 @@ import csv
 import os
 import re
 from collections.abc import Iterator
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 
+import numpy as np
 import pandas as pd
 
 from featurestore.errors import FeatureStoreError, listing, near_matches
 
 IMAGE_SUFFIXES = frozenset({".png", ".jpg", ".jpeg", ".pgm", ".ppm", ".bmp", ".tif", ".tiff", ".webp"})
 KEY = ["face_id", "view"]
-RESERVED = re.compile(r"item|image_sha256|zarr\.json|.*\.partial|(channel|y|x|feature)_[0-9]+")
+BOX = ["box_x", "box_y", "box_w", "box_h"]  # where the face is: left, top, width, height in pixels
+_BOX_FILE = ["NAME_ID", "X", "Y", "W", "H"]  # VGGFace2's loose_bb_*.csv
+RESERVED = re.compile(r"item|image_sha256|zarr\.json|.*\.partial|(channel|y|x|feature|token)_[0-9]+")
 
 # Layouts of published face sets; matched against the path below the folder, without its ending.
 # "folders" is also VGGFace2 (n000129/0003_01). Deeper trees are refused rather than guessed at.
@@ -32,12 +35,13 @@ class FoundFaces:
 
     ``table`` has one row per item in natural key order: ``face_id``, ``view`` (str), ``path`` (str, absolute)
     and any further metadata columns. ``layout`` says how keys were read, ``left_out`` which image files
-    did not match a pattern that the user gave.
+    did not match a pattern that the user gave. ``boxed`` photographs have the columns ``BOX``, by which they are cut.
     """
 
     table: pd.DataFrame
     layout: str
     left_out: tuple[str, ...] = ()
+    boxed: bool = False
 
 
 def natural(text: str) -> tuple:
@@ -187,6 +191,56 @@ def _read_csv(path: Path) -> pd.DataFrame:
             "Paths are read relative to the CSV's own folder."
         )
     return table
+
+
+def with_boxes(found: FoundFaces, boxes: str | os.PathLike) -> FoundFaces:
+    """``found`` with each face's box out of a CSV as VGGFace2's ``loose_bb_*.csv``: ``NAME_ID`` (face/view), ``X, Y, W, H``.
+
+    Boxes of photographs that are not here are passed over. Raises FeatureStoreError for a file that is no such table,
+    a box that is no box, and photographs without one.
+    """
+    path = Path(boxes).expanduser()
+    table = _read_boxes(path)
+    clash = [name for name in BOX if name in found.table.columns]
+    if clash:
+        raise FeatureStoreError(
+            f"the photographs' CSV has a column {clash[0]} already. Rename it, or leave --boxes out."
+        )
+    names = found.table["face_id"] + "/" + found.table["view"]
+    lacking = names[~names.isin(table.index)]
+    if len(lacking):
+        raise FeatureStoreError(
+            f"{len(lacking)} of {len(names)} photographs have no box in {path}: {listing(lacking, 3)}. "
+            "Its NAME_ID has to be face/view, such as n000129/0003_01; leave the others out of --images."
+        )
+    cut = table.loc[names].reset_index(drop=True)
+    return replace(found, table=pd.concat([found.table.reset_index(drop=True), cut], axis=1), boxed=True)
+
+
+def _read_boxes(path: Path) -> pd.DataFrame:
+    """Columns ``BOX`` (float64) by NAME_ID."""
+    if not path.is_file():
+        raise FeatureStoreError(f"there is no file {path}. Check the path given with --boxes.")
+    try:
+        _check_lines(path)
+        table = pd.read_csv(path, index_col=False, dtype={"NAME_ID": str}, keep_default_na=False, skipinitialspace=True)
+    except (ValueError, UnicodeDecodeError, csv.Error) as error:
+        raise FeatureStoreError(f"{path} cannot be read as a CSV: {error}.") from None
+    missing = [name for name in _BOX_FILE if name not in table.columns]
+    if missing:
+        raise FeatureStoreError(
+            f"{path} has no column {', '.join(missing)}; it has {', '.join(map(str, table.columns))}. "
+            "Boxes are read as in VGGFace2's loose_bb_*.csv: NAME_ID, X, Y, W, H."
+        )
+    values = table[_BOX_FILE[1:]].apply(pd.to_numeric, errors="coerce").to_numpy(float)
+    bad = np.flatnonzero(~np.isfinite(values).all(axis=1) | (values[:, 2:] <= 0).any(axis=1))
+    if len(bad):
+        given = ", ".join(f"{name}={table[name].iloc[bad[0]]}" for name in _BOX_FILE)
+        raise FeatureStoreError(f"{path} line {bad[0] + 2} is no box: {given}. W and H are pixels, more than 0.")
+    names = table["NAME_ID"].str.strip().str.removesuffix(".jpg")
+    if names.duplicated().any():
+        raise FeatureStoreError(f"{path} has two boxes for {names[names.duplicated()].iloc[0]}. Remove one.")
+    return pd.DataFrame(values, columns=BOX, index=names)
 
 
 def _check_lines(path: Path) -> None:

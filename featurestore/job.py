@@ -5,7 +5,7 @@ import json
 import platform
 from collections.abc import Callable
 from contextlib import suppress
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from hashlib import sha256
 from pathlib import Path
 from typing import Any, Literal
@@ -13,10 +13,10 @@ from typing import Any, Literal
 import torch
 
 from featurestore.backbones import BackboneSpec, get_backbone
-from featurestore.capture import layer_shapes, meta_network, weight_shapes
-from featurestore.errors import FeatureStoreError, listing
+from featurestore.capture import graph_digest, layer_shapes, refuse_absent, settle
+from featurestore.errors import FeatureStoreError
 from featurestore.faces import FoundFaces
-from featurestore.images import Recipe, get_recipe
+from featurestore.images import BOX_MARGIN, Recipe, get_recipe
 from featurestore.weights import Weights, open_weights
 
 PRECISIONS = {"fp32": torch.float32, "bf16": torch.bfloat16, "fp16": torch.float16}
@@ -47,7 +47,10 @@ class Request:
 
 @dataclass(frozen=True)
 class Job:
-    """A request whose every name has been checked and whose weights fit."""
+    """A request whose every name has been checked and whose weights fit.
+
+    ``graph`` is the sha256 of the operations of a network of the user's own, whose name alone says little; else empty.
+    """
 
     request: Request
     spec: BackboneSpec
@@ -56,6 +59,7 @@ class Job:
     weights: Weights
     device: torch.device
     shapes: dict[str, tuple[int, ...]]
+    graph: str = ""
 
     @property
     def identity(self) -> dict[str, Any]:
@@ -65,6 +69,7 @@ class Job:
             "weights": self.weights.identity,
             "recipe": self.recipe.as_dict(),
             "precision": self.request.precision,
+            **({"graph": self.graph} if self.graph else {}),
         }
 
     @property
@@ -76,7 +81,7 @@ class Job:
     def source_name(self) -> str:
         """Backbone and a hash of the identity: the group's name."""
         digest = sha256(json.dumps(self.identity, sort_keys=True).encode()).hexdigest()
-        return f"{self.spec.name}-{digest[:12]}"
+        return f"{self.spec.name.replace(':', '-')}-{digest[:12]}"  # a colon is no part of a folder's name everywhere
 
     @property
     def attributes(self) -> dict[str, Any]:
@@ -101,20 +106,23 @@ def library_versions() -> dict[str, str]:
 def prepare(request: Request) -> Job:
     """Check names, weights, device and recipe. Raises FeatureStoreError before anything is read or written twice."""
     spec = get_backbone(request.backbone)
-    layers = spec.check_layers(request.layers)
-    recipe = get_recipe(request.recipe or spec.recipe)
-    if recipe.size != spec.input_size:
+    spec.check_layers(request.layers)
+    recipe = get_recipe(request.recipe) if request.recipe else spec.own_recipe()
+    if spec.input_size not in (None, recipe.size):
         raise FeatureStoreError(
             f"recipe {recipe.name!r} makes {recipe.size}-pixel inputs, {spec.name} takes {spec.input_size}. "
-            f"Its own recipe is {spec.recipe!r}."
+            f"Its own recipe is {spec.own_recipe().name!r}."
         )
+    if request.faces.boxed:
+        recipe = replace(recipe, box_margin=BOX_MARGIN)
+    spec = settle(spec, recipe.size)
+    layers = spec.check_layers(request.layers)
     device = choose_device(request.device)
-    weights = open_weights(request.weights, weight_shapes(meta_network(spec)))
-    if weights.absent:
-        needed = [name for name in layers if spec.layers[name].startswith("fc.")]
-        if needed:
-            raise FeatureStoreError(f"{weights.name} holds convolutions only, so it cannot give {listing(needed)}.")
-    return Job(request, spec, layers, recipe, weights, device, layer_shapes(spec))
+    weights = open_weights(request.weights, spec)
+    spec = weights.backbone
+    refuse_absent(spec, layers, weights)
+    graph = graph_digest(spec) if spec.imported else ""
+    return Job(request, spec, layers, recipe, weights, device, layer_shapes(spec, layers), graph)
 
 
 def choose_device(name: str) -> torch.device:

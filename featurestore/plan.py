@@ -9,6 +9,7 @@ import numpy as np
 import pandas as pd
 
 from featurestore.errors import FeatureStoreError, listing
+from featurestore.faces import BOX
 from featurestore.images import decode
 from featurestore.job import Job, Request, library_versions
 from featurestore.pump import Failure, Photo, sha256_of
@@ -113,7 +114,8 @@ class Plan:
         if self.changed:
             what = "recomputed" if self.recompute.any() else "kept as cached; --recompute-changed computes them anew"
             lines.append(
-                f"  {'changed':<9} {len(self.changed)} photographs differ from those cached ({what}): {listing(self.changed, 5)}"
+                f"  {'changed':<9} {len(self.changed)} photographs (or their boxes) differ from those cached ({what}): "
+                f"{listing(self.changed, 5)}"
             )
         lines += ["", *self._table(), ""]
         lines.append(f"  {'disk':<9} up to {human_bytes(self.bytes_to_write)} to write, {human_bytes(self.free)} free")
@@ -160,7 +162,7 @@ def make_plan(job: Job, progress: Progress = lambda n: None) -> Plan:
     found = request.faces.table
     old = source.items.reset_index() if source else pd.DataFrame(columns=[*KEY, "path", "image_sha256"])
     known = pd.MultiIndex.from_frame(old[list(KEY)]).get_indexer(pd.MultiIndex.from_frame(found[list(KEY)]))
-    changed_rows, failures = _changed(old, found, known, progress)
+    changed_rows, failures = _changed(old, found, known, progress, boxed=request.faces.boxed)
     if failures and request.on_error == "stop":
         raise FeatureStoreError(f"a photograph that is cached has changed and cannot be read: {failures[0]}.")
     recompute = np.zeros(len(old), bool)
@@ -203,20 +205,23 @@ def _existing_source(store: Path, name: str) -> Source | None:
 
 
 def _about(job: Job, request: Request) -> tuple[tuple[str, str], ...]:
-    weights = job.weights.name + (" (random numbers, not a trained network)" if job.weights.random else "")
+    how = "random numbers, not a trained network" if job.weights.random else job.weights.layout
+    weights = job.weights.name + (f" ({how})" if how else "")
+    margin = job.recipe.box_margin
+    boxes = "" if margin is None else f"; cut to each face's box and {margin:.0%} of it on each side"
     table = request.faces.table
     return (
         ("images", f"{len(table)} photographs of {table['face_id'].nunique()} faces, keyed by {request.faces.layout}"),
         ("store", str(request.store)),
         ("source", job.source_name),
         ("backbone", f"{job.spec.name}, weights {weights}"),
-        ("recipe", f"{job.recipe.name}: {job.recipe.note}"),
+        ("recipe", f"{job.recipe.name}: {job.recipe.note or 'from a file'}{boxes}"),
         ("computed", f"{request.precision} on {job.device.type}, {job.batch_size} images at a time"),
     )
 
 
 def _notes(job: Job, source: Source | None) -> tuple[str, ...]:
-    notes = [] if job.weights.random else [job.spec.licence]
+    notes = [*job.weights.notes] if job.weights.random else [*job.weights.notes, job.spec.licence]
     if source and source.attributes.get("library_versions") != library_versions():
         was = source.attributes.get("library_versions", {})
         differ = [f"{name} {was.get(name)} → {now}" for name, now in library_versions().items() if was.get(name) != now]
@@ -259,17 +264,20 @@ def _settle(values: pd.Series) -> np.ndarray:
 
 
 def _changed(
-    old: pd.DataFrame, found: pd.DataFrame, known: np.ndarray, progress: Progress
+    old: pd.DataFrame, found: pd.DataFrame, known: np.ndarray, progress: Progress, boxed: bool
 ) -> tuple[np.ndarray, list[Failure]]:
-    """Rows whose photograph no longer has the hash that was cached, and those that changed into something unreadable."""
+    """Rows whose photograph no longer has the hash (or the box) that was cached, and those that cannot be read any more."""
     again = np.flatnonzero(known >= 0)
     paths = found["path"].to_numpy(object)[again]
     cached = old["image_sha256"].to_numpy(object)
     changed, failures = [], []
+    moved = set(known[again][_moved(old.iloc[known[again]], found.iloc[again])]) if boxed else set()
     digests = thread_pool().map(_sha256_or_none, paths)
     for row, path, digest in zip(known[again], paths, digests, strict=True):
         progress(1)
         if digest == cached[row]:
+            if row in moved:
+                changed.append(row)
             continue
         try:
             decode(Path(path).read_bytes())
@@ -277,6 +285,11 @@ def _changed(
         except (FeatureStoreError, OSError) as error:
             failures.append(Failure(Photo(old["face_id"].iloc[row], old["view"].iloc[row], path), str(error)))
     return np.array(sorted(changed), np.int64), failures
+
+
+def _moved(old: pd.DataFrame, found: pd.DataFrame) -> np.ndarray:
+    """bool per item: whether the box that its rows were computed from is another one now."""
+    return (old[BOX].to_numpy(np.float64) != found[BOX].to_numpy(np.float64)).any(axis=1)
 
 
 def _sha256_or_none(path: str) -> str | None:

@@ -2,23 +2,26 @@
 
 import hashlib
 from collections import deque
-from collections.abc import Generator, Iterable, Iterator
+from collections.abc import Generator, Iterable, Iterator, Mapping
 from concurrent.futures import Future, ThreadPoolExecutor
 from dataclasses import dataclass, field
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 import torch
 
 from featurestore.errors import FeatureStoreError
-from featurestore.images import ImageError, Recipe, decode
+from featurestore.faces import BOX
+from featurestore.images import Box, ImageError, Recipe, decode
 
 
 @dataclass(frozen=True)
 class Photo:
     """A photograph to compute. ``row`` is where its rows go, or None for one to be appended.
 
-    ``sha256`` is what the file must still hash to, or None if that is not known yet.
+    ``sha256`` is what the file must still hash to, or None if that is not known yet. ``box`` is where the face is, for
+    recipes that cut it out.
     """
 
     face: str
@@ -26,6 +29,7 @@ class Photo:
     path: str
     row: int | None = None
     sha256: str | None = None
+    box: Box | None = None
 
     def __str__(self) -> str:
         return f"({self.face!r}, {self.view!r}) {self.path}"
@@ -65,13 +69,23 @@ def sha256_of(path: str) -> str:
         return hashlib.file_digest(file, "sha256").hexdigest()
 
 
+def box_of(item: Mapping[str, Any]) -> Box:
+    """The box among an item's coordinates; FeatureStoreError if it has none."""
+    if not all(name in item for name in BOX):
+        raise FeatureStoreError(
+            f"the store's recipe cuts faces out by their boxes, but its items have no {', '.join(BOX)}."
+        )
+    left, top, width, height = (float(item[name]) for name in BOX)
+    return left, top, width, height
+
+
 def _load(photo: Photo, recipe: Recipe) -> _Decoded | Failure:
     try:
         content = Path(photo.path).read_bytes()
         digest = hashlib.sha256(content).hexdigest()
         if photo.sha256 is not None and digest != photo.sha256:
             return Failure(photo, "the photograph changed since its other layers were cached")
-        return _Decoded(photo, recipe.pixels(decode(content)), digest)
+        return _Decoded(photo, recipe.pixels(decode(content), photo.box), digest)
     except ImageError as error:
         return Failure(photo, str(error))
     except OSError as error:

@@ -11,14 +11,14 @@ import numpy as np
 import torch
 
 from featurestore import cache
-from featurestore.backbones import BACKBONES, get_backbone
-from featurestore.capture import load_extractor, meta_network, weight_shapes
+from featurestore.backbones import BackboneSpec, get_backbone, known_backbone
+from featurestore.capture import graph_digest, load_extractor, settle
 from featurestore.errors import FeatureStoreError, listing
 from featurestore.faces import KEY, FoundFaces
-from featurestore.images import RECIPES, Recipe
+from featurestore.images import Recipe, recipe_from_dict
 from featurestore.job import PRECISIONS, Job, Request, choose_device
 from featurestore.plan import LayerPlan, Plan
-from featurestore.pump import Photo, batches
+from featurestore.pump import Photo, batches, box_of
 from featurestore.rows import open_shard
 from featurestore.shards import CRC_BYTES, DamagedShard, thread_pool
 from featurestore.store import FeatureStore, Source
@@ -93,7 +93,12 @@ def check(source: Source, progress: Callable[[int], object] = lambda n: None) ->
             absent[layer.name] += result.absent
             progress(len(rows))
     report.absent = {name: count for name, count in absent.items() if count}
-    report.suspicious += _repeats(source, checksums)
+    spec = known_backbone(source.attributes["backbone"])
+    repeats = list(_repeats(source, checksums, spec))
+    if spec and spec.same is not None:
+        report.suspicious += repeats
+    else:  # which of a stranger's layers are equal by construction, such as a dropout and what it is given, is not known
+        report.notes += repeats
     return report
 
 
@@ -144,28 +149,42 @@ def _check_shard(layer: Layer, shard: int, names: list[str]) -> _ShardCheck:
     return _ShardCheck(layer.name, records, absent, damage, checksums)
 
 
-def _repeats(source: Source, checksums: dict[str, np.ndarray]) -> Iterator[str]:
+def _repeats(source: Source, checksums: dict[str, np.ndarray], spec: BackboneSpec | None) -> Iterator[str]:
     """Pairs of layers with the same bytes in every row, where the network gives no reason for it.
 
     The mark of an in-place operation that overwrote a captured output. Equal checksums are taken for equal rows:
     a chance match of all of them is out of the question for two rows or more.
     """
-    spec = BACKBONES.get(source.attributes.get("backbone", ""))
+    same = spec.same if spec and spec.same else frozenset()
     for one, other in combinations(source.layers.values(), 2):
         if (one.shape, one.dtype, one.compress) != (other.shape, other.dtype, other.compress):
             continue
         both = (checksums[one.name] >= 0) & (checksums[other.name] >= 0)
         alike = both & (checksums[one.name] == checksums[other.name])
-        expected = spec is not None and frozenset({one.name, other.name}) in spec.same
-        if both.any() and alike.sum() == both.sum() and not expected:
+        if both.any() and alike.sum() == both.sum() and frozenset({one.name, other.name}) not in same:
             yield (
                 f"layers {one.name} and {other.name} are bit-identical in all {int(both.sum())} items: "
                 "one of them was overwritten when it was captured, or holds the other's rows"
             )
 
 
-def weights_of(source: Source, given: str | None) -> Weights:
-    """The weights a source was made with: redrawn from their seed, or the file ``given`` if it is the same one."""
+def backbone_of(source: Source, trusted: str | None = None) -> BackboneSpec:
+    """The network a source was made with. Code of a user's own is imported only if its name is given as ``trusted``."""
+    name = source.attributes["backbone"]
+    spec = known_backbone(name) or (get_backbone(name) if name == trusted else None)
+    if spec is None:
+        raise FeatureStoreError(
+            f"{source.name} was computed by {name!r}, which is code outside of this program. To run it, if you trust it: "
+            f"--backbone {name}"
+        )
+    return settle(spec, recipe_of(source).size)
+
+
+def weights_of(source: Source, given: str | None, trusted: str | None = None) -> Weights:
+    """The weights a source was made with: redrawn from their seed, or the file ``given`` if it is the same one.
+
+    ``trusted`` names a network of the user's own that may be imported; see ``backbone_of``.
+    """
     identity, name = source.attributes["weights"], source.attributes.get("weights_name", "")
     if identity.startswith("seed:") and given is None:
         given = f"random:{identity.partition(':')[2]}"
@@ -173,7 +192,7 @@ def weights_of(source: Source, given: str | None) -> Weights:
         raise FeatureStoreError(
             f"recomputing needs the weights file {name} (sha256 {identity[:12]}…). Give it with --weights."
         )
-    weights = open_weights(given, weight_shapes(meta_network(get_backbone(source.attributes["backbone"]))))
+    weights = open_weights(given, backbone_of(source, trusted))
     if weights.identity != identity:
         raise FeatureStoreError(
             f"{given} is not the weights of {source.name}: it is {weights.identity[:16]}…, "
@@ -191,10 +210,10 @@ def precision_of(source: Source) -> str:
 
 
 def recipe_of(source: Source) -> Recipe:
-    """The recipe a source was made with, checked against the one of that name today."""
+    """The recipe a source was made with."""
     stored = source.attributes["recipe"]
-    recipe = RECIPES.get(stored.get("name", "")) if isinstance(stored, dict) else None
-    if recipe is None or recipe.as_dict() != stored:
+    recipe = recipe_from_dict(stored)
+    if recipe.as_dict() != stored:
         raise FeatureStoreError(f"{source.name} was made with recipe {stored}, which this version does not have.")
     return recipe
 
@@ -203,7 +222,7 @@ def recompute_some(source: Source, weights: Weights, device: torch.device, repor
     """Compute ``n`` items anew and compare every layer's row; differences go into the report."""
     damaged = {(damage.layer, damage.row) for damage in report.damage}
     broken = {(damage.layer, damage.shard) for damage in report.damage if damage.row < 0}
-    spec = get_backbone(source.attributes["backbone"])
+    spec = weights.backbone
     layers = [name for name in spec.layers if name in source.layers]
     rows = np.unique(np.linspace(0, source.n_items - 1, n).astype(int)) if source.n_items else np.empty(0, int)
     photos = [_photo(source, int(row)) for row in rows]
@@ -264,7 +283,8 @@ def _compare(
 def _photo(source: Source, row: int) -> Photo:
     face, view = source.keys[row]
     item = source.items.iloc[row]
-    return Photo(face, view, item["path"], row=row, sha256=item["image_sha256"])
+    box = box_of(item) if recipe_of(source).box_margin is not None else None
+    return Photo(face, view, item["path"], row=row, sha256=item["image_sha256"], box=box)
 
 
 def repair_plan(store: FeatureStore, source: Source, report: Report) -> Plan:
@@ -307,11 +327,13 @@ def repair_job(store: FeatureStore, source: Source, weights: Weights, device: st
         device=device,
         precision=precision_of(source),
     )
-    spec = get_backbone(request.backbone)
+    spec = weights.backbone
     shapes = {name: source.layers[name].shape for name in layers}
-    job = Job(request, spec, layers, recipe_of(source), weights, choose_device(device), shapes)
+    graph = graph_digest(spec) if spec.imported else ""
+    job = Job(request, spec, layers, recipe_of(source), weights, choose_device(device), shapes, graph)
     if job.source_name != source.name:
         raise FeatureStoreError(
-            f"{source.name} does not match its own attributes ({job.source_name}): they were edited. {listing(job.identity)}"
+            f"{source.name} does not match its own attributes ({job.source_name}): they, or the network's code, were "
+            f"edited. {listing(job.identity)}"
         )
     return job

@@ -1,15 +1,11 @@
-"""Read checkpoint files without trusting them, and draw seeded random weights.
+"""The weights of a network: read from a checkpoint that fits it, or drawn from a seed.
 
 Every weight has its published state-dict key; what a file holds is compared with what the network needs
 before anything is computed.
 """
 
 import hashlib
-import json
 import math
-import pickle
-import struct
-import zipfile
 import zlib
 from collections.abc import Callable, Iterable, Mapping
 from dataclasses import dataclass
@@ -17,26 +13,35 @@ from pathlib import Path
 
 import numpy as np
 import torch
-from safetensors import SafetensorError, safe_open
 
+from featurestore.backbones import BACKBONES, BackboneSpec, Shapes, get_backbone
 from featurestore.errors import FeatureStoreError, listing
-
-Shapes = Mapping[str, tuple[int, ...]]
+from featurestore.layouts import Reading, readings
+from featurestore.tensor_files import TensorFile, open_tensors
 
 _DRAW = 1 << 22  # values drawn at a time, to bound the float64 scratch
+_COUNTER = "num_batches_tracked"  # kept by batch norm, used by nobody in eval mode, and left out of some files
+BUILT = "built"  # --weights: those that the user's own function gives its network
+_ALSO_KNOWN = ("torchvision:vgg16", "torchvision:resnet50")  # for which a file is easily taken
 
 
 @dataclass(frozen=True)
 class Weights:
-    """Weights that fit a network. ``identity`` is ``seed:N`` or the file's sha256 (hex): what names a source.
+    """Weights that fit ``backbone``. ``identity`` is ``seed:N`` or the file's sha256 (hex): what names a source.
 
-    ``read(keys)`` gives float32 CPU tensors by state-dict key, only those asked for.
+    ``read(keys)`` gives CPU tensors by state-dict key, only those asked for: float32, or integers as they are. ``keys`` are
+    those that it can give, ``absent`` those that a file which was cut short does not hold. ``layout`` says how a
+    file was understood, ``notes`` what the user should know of it.
     """
 
     name: str
     identity: str
+    backbone: BackboneSpec
     read: Callable[[Iterable[str]], dict[str, torch.Tensor]]
+    keys: frozenset[str]
     absent: frozenset[str] = frozenset()
+    layout: str = ""
+    notes: tuple[str, ...] = ()
 
     @property
     def random(self) -> bool:
@@ -44,35 +49,159 @@ class Weights:
         return self.identity.startswith("seed:")
 
 
-def open_weights(spec: str, shapes: Shapes) -> Weights:
-    """Weights from ``random:SEED`` or a ``.pth`` / ``.safetensors`` file (told apart by content), checked against ``shapes``.
+def open_weights(given: str, spec: BackboneSpec) -> Weights:
+    """Weights from ``random:SEED``, ``built`` or a checkpoint file, checked against the network.
 
-    Raises FeatureStoreError for a missing file, an unreadable or unsafe one, and for missing, unexpected or
-    differently shaped keys.
+    A file's format and layout are told by its content; see ``tensor_files`` and ``layouts``. Raises FeatureStoreError for a
+    missing file, an unreadable or unsafe one, and for missing, unexpected or differently shaped keys.
     """
-    kind, _, seed = spec.partition(":")
+    kind, _, seed = given.partition(":")
     if kind == "random":
         if not seed.isdecimal():
-            raise FeatureStoreError(f"--weights {spec!r}: the seed must be a whole number, such as random:0.")
-        return Weights(f"random:{int(seed)}", f"seed:{int(seed)}", lambda keys: draw(int(seed), keys, shapes))
-    path = Path(spec).expanduser()
+            raise FeatureStoreError(f"--weights {given!r}: the seed must be a whole number, such as random:0.")
+        return _random(int(seed), spec)
+    if given == BUILT:
+        return _built(spec)
+    path = Path(given).expanduser()
     if not path.is_file():
         raise FeatureStoreError(
-            f"there is no weights file {path}. Give --weights a .pth or .safetensors file, or random:SEED for "
-            "seeded random weights (fit for trying things out, not for results)."
+            f"there is no weights file {path}. Give --weights a checkpoint, download to fetch the published one, or "
+            "random:SEED for seeded random weights (fit for trying things out, not for results)."
         )
-    found, read = open_tensors(path)
-    rename = _key_names(found, shapes)
-    absent = _check_keys(path, {rename[key]: shape for key, shape in found.items()}, shapes)
-    in_file = {ours: theirs for theirs, ours in rename.items()}
-
-    def read_named(keys: Iterable[str]) -> dict[str, torch.Tensor]:
-        return {key: read(in_file[key]).to(torch.float32) for key in keys}
-
-    return Weights(path.name, _sha256(path), read_named, absent)
+    return _from_file(path, spec)
 
 
-def draw(seed: int, keys: Iterable[str], shapes: Shapes) -> dict[str, torch.Tensor]:
+def _random(seed: int, spec: BackboneSpec) -> Weights:
+    state = spec.build_meta().state_dict()
+    shapes = {key: tuple(value.shape) for key, value in state.items()}
+    # Whole numbers are tables, such as the places of a window's pixels, that the constructor makes.
+    drawn = [key for key, value in state.items() if value.is_floating_point() or key.endswith(_COUNTER)]
+    return Weights(f"random:{seed}", f"seed:{seed}", spec, lambda keys: draw(seed, keys, shapes), frozenset(drawn))
+
+
+def _built(spec: BackboneSpec) -> Weights:
+    if not spec.imported:
+        raise FeatureStoreError(
+            f"--weights {BUILT} is for networks of your own (my_module:build_model), which bring theirs; {spec.name} does not."
+        )
+    state = spec.build().state_dict()
+    digest = hashlib.sha256()
+    for key, value in state.items():
+        digest.update(f"{key} {value.dtype} {tuple(value.shape)}\0".encode())
+        digest.update(value.detach().cpu().contiguous().flatten().view(torch.uint8).numpy())
+    return Weights(
+        f"built by {spec.name}",
+        digest.hexdigest(),
+        spec,
+        lambda keys: {key: _as_used(state[key].detach().cpu()) for key in keys},
+        frozenset(state),
+    )
+
+
+def _from_file(path: Path, spec: BackboneSpec) -> Weights:
+    file = open_tensors(path)
+    fit = best_fit(file, spec)
+    if fit.problems:
+        raise FeatureStoreError(
+            f"{path} ({file.kind}) is not a checkpoint of {spec.name}. {fit.problems}. {looks_like(file, spec)}"
+            "Check --backbone, or give --weights the file that belongs to it."
+        )
+    tensors = fit.reading.tensors
+
+    def read(keys: Iterable[str]) -> dict[str, torch.Tensor]:
+        # A counter that is left out of the file has no effect in eval mode.
+        return {key: _as_used(tensors[key].read()) if key in tensors else torch.tensor(0) for key in keys}
+
+    return Weights(
+        path.name,
+        sha256_of_file(path),
+        fit.spec,
+        read,
+        frozenset(key for key in fit.spec.weight_shapes() if key not in fit.absent),
+        fit.absent,
+        fit.reading.layout,
+        fit.reading.notes + _notes(spec, fit.spec),
+    )
+
+
+def _as_used(values: torch.Tensor) -> torch.Tensor:
+    return values.to(torch.float32) if values.is_floating_point() else values
+
+
+def _notes(asked: BackboneSpec, found: BackboneSpec) -> tuple[str, ...]:
+    if asked.classes == found.classes:
+        return ()
+    return (f"{found.classifier} has {found.classes} classes in this file, not {asked.classes}",)
+
+
+@dataclass(frozen=True)
+class Fit:
+    """A reading of a file held against a network: ``problems`` is empty if it fits.
+
+    ``spec`` has as many classes as the file, ``absent`` are the keys that it lacks because it was cut short.
+    """
+
+    reading: Reading
+    spec: BackboneSpec
+    absent: frozenset[str]
+    problems: str
+
+
+def best_fit(file: TensorFile, spec: BackboneSpec) -> Fit:
+    """The reading of a file that fits a network, or comes nearest."""
+    fits = [_fit(reading, spec) for reading in readings(file)]
+    return min(fits, key=lambda fit: (bool(fit.problems), -_share(fit.reading, fit.spec)))
+
+
+def _fit(reading: Reading, spec: BackboneSpec) -> Fit:
+    found = {key: stored.shape for key, stored in reading.tensors.items()}
+    spec = _with_classes_of(found, spec)
+    wanted = spec.weight_shapes()
+    missing = {key for key in wanted if key not in found and not key.endswith(_COUNTER)}
+    absent = _cut_short(missing, wanted, spec)
+    return Fit(
+        reading,
+        spec,
+        absent,
+        compare_keys(found, {key: shape for key, shape in wanted.items() if key in found or key in missing - absent}),
+    )
+
+
+def _with_classes_of(found: Mapping[str, tuple[int, ...]], spec: BackboneSpec) -> BackboneSpec:
+    """The network with as many classes as the file, where that is what published files differ in."""
+    shape = found.get(f"{spec.classifier}.weight", ())
+    return spec.with_classes(shape[0]) if spec.classifier and len(shape) == 2 and shape[0] > 0 else spec
+
+
+def _cut_short(missing: set[str], wanted: Shapes, spec: BackboneSpec) -> frozenset[str]:
+    """The missing keys, if they are all of the network's end from one of ``spec.ends`` on; else none."""
+    for n in range(1, len(spec.ends) + 1):
+        if missing == {key for key in wanted if key.startswith(spec.ends[:n])}:
+            return frozenset(missing)
+    return frozenset()
+
+
+def looks_like(file: TensorFile, but: BackboneSpec | None = None) -> str:
+    """Which known network's keys and shapes a file has, as a sentence; empty if it is like none of them."""
+    shares: dict[str, float] = {}
+    for name in [*BACKBONES, *_ALSO_KNOWN]:
+        if but is None or name != but.name:
+            shares[name] = max(_share(reading, get_backbone(name)) for reading in readings(file))
+    best = max(shares.values())
+    if best < 0.5:
+        return ""
+    names = " or ".join(name for name, share in shares.items() if share == best)
+    return f"It looks like {names} ({best:.0%} of the keys and shapes agree). "
+
+
+def _share(reading: Reading, spec: BackboneSpec) -> float:
+    found = {key: stored.shape for key, stored in reading.tensors.items() if not key.endswith(_COUNTER)}
+    wanted = {key: shape for key, shape in spec.weight_shapes().items() if not key.endswith(_COUNTER)}
+    same = sum(found.get(key) == shape for key, shape in wanted.items())
+    return same / len(found.keys() | wanted.keys())
+
+
+def draw(seed: int, keys: Iterable[str], shapes: Mapping[str, tuple[int, ...]]) -> dict[str, torch.Tensor]:
     """Random float32 weights that depend on (seed, key, shape) alone, so on no machine, order or torch version.
 
     He-scaled normal weights, small normal biases, batch-norm statistics near the identity; drawn in float64 by
@@ -81,7 +210,7 @@ def draw(seed: int, keys: Iterable[str], shapes: Shapes) -> dict[str, torch.Tens
     return {key: torch.from_numpy(_draw_one(seed, key, shapes)) for key in keys}
 
 
-def _draw_one(seed: int, key: str, shapes: Shapes) -> np.ndarray:
+def _draw_one(seed: int, key: str, shapes: Mapping[str, tuple[int, ...]]) -> np.ndarray:
     shape = shapes[key]
     module, _, leaf = key.rpartition(".")
     rng = np.random.default_rng(zlib.crc32(f"{seed}:{key}".encode()))
@@ -101,80 +230,7 @@ def _draw_one(seed: int, key: str, shapes: Shapes) -> np.ndarray:
     return values.reshape(shape)
 
 
-def open_tensors(path: Path) -> tuple[dict[str, tuple[int, ...]], Callable[[str], torch.Tensor]]:
-    """Shapes by key of a ``.pth`` or ``.safetensors`` file (told apart by content), and a function that reads one tensor.
-
-    FeatureStoreError for any other file, a damaged one, or one that holds more than tensors.
-    """
-    with path.open("rb") as file:
-        head = file.read(16)
-    if zipfile.is_zipfile(path) or head[:2] == b"\x80\x02":
-        return _open_pth(path)
-    if len(head) > 9 and head[8:9] == b"{" and 2 <= struct.unpack("<Q", head[:8])[0] < path.stat().st_size:
-        return _open_safetensors(path)
-    raise FeatureStoreError(
-        f"{path} is neither a PyTorch .pth nor a .safetensors file (it begins with {head[:8]!r}). "
-        "If it was downloaded, check that it is complete."
-    )
-
-
-def _open_pth(path: Path) -> tuple[dict[str, tuple[int, ...]], Callable[[str], torch.Tensor]]:
-    try:
-        # weights_only: a checkpoint is a stranger's pickle, and a pickle can run code.
-        content = torch.load(path, map_location="cpu", weights_only=True, mmap=zipfile.is_zipfile(path))
-    except pickle.UnpicklingError as error:
-        reason = str(error).splitlines()[0]
-        raise FeatureStoreError(
-            f"{path} holds more than tensors and was not loaded, because such a file can run code: {reason} "
-            "Save its state dict alone: torch.save(model.state_dict(), FILE)."
-        ) from None
-    except (RuntimeError, EOFError, OSError, ValueError, KeyError, zipfile.BadZipFile) as error:
-        raise FeatureStoreError(f"{path} is damaged or incomplete: {str(error).splitlines()[0]}") from None
-    if isinstance(content, dict) and isinstance(content.get("state_dict"), dict):
-        content = content["state_dict"]
-    if not isinstance(content, dict) or not all(isinstance(value, torch.Tensor) for value in content.values()):
-        raise FeatureStoreError(f"{path} is not a state dict (keys to tensors) but a {type(content).__name__}.")
-    for key, value in content.items():
-        if value.numel() * value.element_size() > value.untyped_storage().nbytes():
-            # A few bytes, seen with stride 0, can pass for more numbers than there is memory.
-            raise FeatureStoreError(
-                f"{path} says that {key} has shape {tuple(value.shape)}, but does not hold as many numbers."
-            )
-    return {str(key): tuple(value.shape) for key, value in content.items()}, content.__getitem__
-
-
-def _open_safetensors(path: Path) -> tuple[dict[str, tuple[int, ...]], Callable[[str], torch.Tensor]]:
-    try:
-        file = safe_open(path, framework="pt")
-        shapes = {key: tuple(file.get_slice(key).get_shape()) for key in file.keys()}  # noqa: SIM118 (not a dict)
-    except (SafetensorError, json.JSONDecodeError, OSError) as error:
-        raise FeatureStoreError(f"{path} is damaged or incomplete: {error}") from None
-    return shapes, file.get_tensor
-
-
-def _key_names(found: Shapes, shapes: Shapes) -> dict[str, str]:
-    """File key to network key: itself, or with the ``features.`` prefix that conv-only files leave out."""
-    prefixed = {key: f"features.{key}" for key in found}
-    if found and not set(found) & set(shapes) and set(prefixed.values()) & set(shapes):
-        return prefixed
-    return {key: key for key in found}
-
-
-def _check_keys(path: Path, found: Shapes, shapes: Shapes) -> frozenset[str]:
-    """Refuse a file of another network; the keys of ``fc.`` may be absent as a whole (a conv-only file)."""
-    missing = frozenset(key for key in shapes if key not in found)
-    convolutions_only = bool(missing) and missing == {key for key in shapes if key.startswith("fc.")}
-    expected = {key: shape for key, shape in shapes.items() if not (convolutions_only and key in missing)}
-    problems = compare_keys(found, expected)
-    if problems:
-        raise FeatureStoreError(
-            f"{path} is not a checkpoint of this backbone. {problems}. "
-            "Check --backbone, or give --weights the file that belongs to it."
-        )
-    return missing
-
-
-def compare_keys(found: Shapes, wanted: Shapes) -> str:
+def compare_keys(found: Mapping[str, tuple[int, ...]], wanted: Mapping[str, tuple[int, ...]]) -> str:
     """How a file's keys and shapes differ from those ``wanted``, by name; empty if they do not."""
     kinds = {
         "missing": [key for key in wanted if key not in found],
@@ -189,6 +245,7 @@ def compare_keys(found: Shapes, wanted: Shapes) -> str:
     return f"Keys {'; '.join(parts)}" if parts else ""
 
 
-def _sha256(path: Path) -> str:
+def sha256_of_file(path: Path) -> str:
+    """A file's sha256, hex."""
     with path.open("rb") as file:
         return hashlib.file_digest(file, "sha256").hexdigest()

@@ -28,6 +28,7 @@ METADATA = "zarr.json"
 KEY = ("face_id", "view")
 DTYPES = ("float32", "float16")
 
+_DIMENSIONS = {1: ("feature",), 2: ("token", "feature"), 3: ("channel", "y", "x")}  # of one image
 COORDINATE_CHUNK = 16384  # items a chunk; an append rewrites the last one
 _NUMBERS = {"float64": ("<f8", "NaN"), "int64": ("<i8", 0), "bool": ("|b1", False)}
 _TAIL = [{"name": "zstd", "configuration": {"level": 3, "checksum": False}}, {"name": "crc32c"}]
@@ -40,7 +41,7 @@ _CHUNK_KEYS = {"string": ("default", "/"), "float64": ("default", "."), "int64":
 class Layer:
     """One cached layer: a (item, *shape) array, ``slots`` items to a shard.
 
-    ``shape`` is one image's: (channel, y, x) or (feature,). ``folder`` is where its files lie.
+    ``shape`` is one image's: (channel, y, x), (feature,), or (token, feature) of transformers. ``folder`` is where its files lie.
     """
 
     name: str
@@ -76,7 +77,7 @@ class Layer:
 
     def metadata(self) -> dict[str, Any]:
         """Its Zarr array document. Dimension names carry their size: one xarray dataset holds layers of many sizes."""
-        names = ("channel", "y", "x") if len(self.shape) == 3 else ("feature",)
+        names = _DIMENSIONS[len(self.shape)]
         codecs = {
             "name": "sharding_indexed",
             "configuration": {
@@ -104,7 +105,7 @@ def parse_layer(name: str, document: Mapping[str, Any], folder: Path) -> Layer |
         inner = [codec["name"] for codec in document["codecs"][0]["configuration"]["codecs"]]
         compress = inner[1] if len(inner) == 3 else "none"
         sizes = [n_items + 1, slots, *shape]  # an empty store has no items, but nothing else may be empty
-        if compress not in COMPRESS or document["data_type"] not in DTYPES or len(shape) not in (1, 3):
+        if compress not in COMPRESS or document["data_type"] not in DTYPES or len(shape) not in _DIMENSIONS:
             return None
         if not all(isinstance(size, int) and 0 < size < 2**40 for size in sizes):
             return None

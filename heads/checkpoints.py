@@ -16,7 +16,8 @@ from safetensors.torch import save_file
 
 from featurestore.backbones import get_backbone
 from featurestore.errors import FeatureStoreError, listing
-from featurestore.weights import compare_keys, open_tensors
+from featurestore.tensor_files import open_tensors
+from featurestore.weights import compare_keys
 from heads.models import BUILDERS, ConvDecision, FcDecision, Head, IdentityHead, TripletHead, build_head
 
 FORMAT = "face-featurestore-head"
@@ -65,7 +66,8 @@ def load_head(
     if not path.is_file():
         raise FeatureStoreError(f"there is no checkpoint {path}.")
     ours = _read_metadata(path)
-    found, read = open_tensors(path)
+    file = open_tensors(path)
+    found = file.shapes
     if ours is not None:
         if ours["layer"] != layer:
             raise FeatureStoreError(f"{path} was trained on layer {ours['layer']!r}, not on {layer!r}.")
@@ -95,7 +97,7 @@ def load_head(
         raise FeatureStoreError(
             f"{path} does not fit a head on layer {layer!r}. {problems}. Was it trained on another layer?"
         )
-    state = {key: read(theirs).to(torch.float32) for key, theirs in names.items()}
+    state = {key: file.tensors[theirs].read().to(torch.float32) for key, theirs in names.items()}
     head = head.to_empty(device="cpu")
     for buffer in ("mean", "scale"):
         if hasattr(head, buffer) and buffer not in state:
@@ -210,13 +212,13 @@ def _block(layer: str) -> int:
     """The published number of a VGG-Face layer's block: 1 … 5 for convolutions, then 6 and 7 for fc6 and fc7."""
     backbone = get_backbone("vggface")
     backbone.check_layers([layer])
+    if layer in ("fc8", "descriptor"):
+        raise FeatureStoreError(f"the published system has no head on {layer}, so there are no keys for one.")
     block = 1
     for name in backbone.layers:
         if name == layer or name.startswith("fc"):
             break
         block += name.startswith("maxp_")
     if layer.startswith("fc"):
-        if layer == "fc8":
-            raise FeatureStoreError("the published system has no head on fc8, so there are no keys for one.")
         return 6 if layer.startswith("fc6") else 7
     return block

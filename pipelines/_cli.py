@@ -8,11 +8,13 @@ from pathlib import Path
 from typing import Any
 
 import click
+from click.shell_completion import CompletionItem
 
 from featurestore.errors import FeatureStoreError
 
 DEMO_IMAGES = Path("store/demo_faces")
 DEMO_STORE = Path("store/demo.zarr")
+DOWNLOAD = "download"
 
 
 class Command(click.Command):
@@ -56,6 +58,40 @@ class Command(click.Command):
         except KeyboardInterrupt:
             click.echo("\nStopped.", err=True)
             sys.exit(130)
+
+
+def weights_file(given: str, backbone: str, dry_run: bool = False) -> str:
+    """``--weights`` as given, or the file that ``download`` stands for, fetched with a bar if it is not here yet.
+
+    A dry run fetches nothing: FeatureStoreError if the file is not here.
+    """
+    kind, _, which = given.partition(":")
+    if kind != DOWNLOAD:
+        return given
+    from tqdm import tqdm
+
+    from featurestore.backbones import get_backbone
+    from featurestore.download import fetch, kept, published_file, weights_folder
+
+    spec = get_backbone(backbone)
+    published = published_file(spec, which)
+    click.echo(f"{spec.licence}\nWeights: {published.url}, kept in {weights_folder()}")
+    if dry_run and not kept(published, weights_folder()).exists():
+        raise FeatureStoreError("the plan needs these weights, and they are not here yet. Leave --dry-run out to fetch them.")
+    with tqdm(desc="downloading", unit="B", unit_scale=True, unit_divisor=1024, leave=False, delay=0.5) as bar:
+
+        def show(done: int, total: int | None) -> None:
+            bar.total = total
+            bar.update(done - bar.n)
+
+        return str(fetch(published, weights_folder(), show))
+
+
+def complete_backbones(ctx: click.Context, param: click.Parameter, incomplete: str) -> list[CompletionItem]:
+    """The face networks, and how others are named."""
+    from featurestore.backbones import BACKBONES, TORCHVISION
+
+    return [CompletionItem(name) for name in [*BACKBONES, TORCHVISION] if name.startswith(incomplete)]
 
 
 def note_left_out(failures: list, what: str) -> None:

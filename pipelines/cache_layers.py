@@ -1,13 +1,22 @@
 """Cache a network's layers for a folder of face photographs, once."""
 
 # featurestore and torch are imported inside the functions that need them: --help and tab completion stay instant.
+import math
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 import click
 from click.shell_completion import CompletionItem
 
-from pipelines._cli import DEMO_IMAGES, DEMO_STORE, Command, note_left_out, progress_bar
+from pipelines._cli import (
+    DEMO_IMAGES,
+    DEMO_STORE,
+    Command,
+    complete_backbones,
+    note_left_out,
+    progress_bar,
+    weights_file,
+)
 
 if TYPE_CHECKING:
     from featurestore.cache import Summary
@@ -28,7 +37,13 @@ Examples:
 
   # what would it cost? what layers are there?
   python pipelines/cache_layers.py --layers all --images photos --weights vgg_face.pth --dry-run
-  python pipelines/cache_layers.py --list-layers
+  python pipelines/cache_layers.py --list-layers --backbone senet50_ft
+
+  # other networks, into the same store; their published weights; VGGFace2's boxes
+  python pipelines/cache_layers.py --layers descriptor --backbone inception_resnet_v1 --images photos --weights download
+  python pipelines/cache_layers.py --layers layer4 descriptor --backbone resnet50_ft \
+      --images photos --boxes loose_bb_test.csv --weights resnet50_ft_weight.pkl
+  python pipelines/cache_layers.py --layers features.7 --backbone torchvision:convnext_tiny --images photos --weights download
 
 Run it again after an interruption, with more photographs, or with other layers: it computes what is missing.
 """
@@ -73,17 +88,31 @@ def _complete_recipes(ctx: click.Context, param: click.Parameter, incomplete: st
     type=click.Path(path_type=Path),
     help="Where the store is or goes. [default: store/<name of images>.zarr, store/demo.zarr for demo faces]",
 )
-@click.option("--backbone", default="vggface", show_default=True, help="The frozen network.")
+@click.option(
+    "--boxes",
+    type=click.Path(path_type=Path),
+    metavar="FILE",
+    help="Cut each photograph to its face: a CSV with NAME_ID (face/view), X, Y, W, H. 15 % are added on each side.",
+)
+@click.option(
+    "--backbone",
+    default="vggface",
+    show_default=True,
+    shell_complete=complete_backbones,
+    metavar="NAME",
+    help="The frozen network: a face network, torchvision:NAME, or my_module:build_model of your own.",
+)
 @click.option(
     "--weights",
-    metavar="FILE|random:SEED",
-    help=".pth or .safetensors file; random:SEED draws numbers that are no trained network's.",
+    metavar="FILE|download|random:SEED",
+    help="A checkpoint (.pth, .safetensors, .t7, HDF5, .pkl); `download` fetches the published one; random:SEED draws "
+    "numbers that are no trained network's; `built` takes those of my_module:build_model.",
 )
 @click.option(
     "--recipe",
     shell_complete=_complete_recipes,
-    metavar="NAME",
-    help="How a picture becomes input. [default: the backbone's published one]",
+    metavar="NAME|FILE",
+    help="How a picture becomes input: by name, or a .toml or .json file. [default: the backbone's published one]",
 )
 @click.option(
     "--device",
@@ -125,9 +154,9 @@ def _complete_recipes(ctx: click.Context, param: click.Parameter, incomplete: st
 def main(list_layers: bool, dry_run: bool, **options: Any) -> None:
     """Run a frozen network over face photographs and keep the named layers, keyed by face and view."""
     if list_layers:
-        _list_layers(options["backbone"])
+        _list_layers(options["backbone"], options["recipe"])
         return
-    request = _request(**options)
+    request = _request(dry_run=dry_run, **options)
     from featurestore.cache import run
     from featurestore.job import prepare
     from featurestore.writing import store_lock
@@ -151,8 +180,10 @@ def _request(
     layers: tuple[str, ...],
     images: Path | None,
     pattern: str | None,
+    boxes: Path | None,
     store: Path | None,
     weights: str | None,
+    dry_run: bool,
     **rest: Any,
 ) -> "Request":
     from featurestore.backbones import get_backbone
@@ -169,14 +200,20 @@ def _request(
         images, weights, store = _demo_faces(), weights or DEMO_WEIGHTS, store or DEMO_STORE
     elif weights is None:
         raise click.UsageError(
-            "--weights is missing: photographs of your own need a checkpoint FILE (.pth or .safetensors). "
+            "--weights is missing: photographs of your own need a checkpoint FILE, or download for the published one. "
             "To try things out without one, ask for random numbers by name: --weights random:0."
         )
-    from featurestore.faces import find_faces
+    from featurestore.faces import find_faces, with_boxes
     from featurestore.job import Request
 
-    store = store or Path("store") / f"{images.resolve().stem}.zarr"
-    return Request(store=store, faces=find_faces(images, pattern), layers=list(layers), weights=weights, **rest)
+    faces = find_faces(images, pattern)
+    return Request(
+        store=store or Path("store") / f"{images.resolve().stem}.zarr",
+        faces=with_boxes(faces, boxes) if boxes else faces,
+        layers=list(layers),
+        weights=weights_file(weights, rest["backbone"], dry_run),
+        **rest,
+    )
 
 
 def _demo_faces() -> Path:
@@ -196,21 +233,23 @@ def _plan(job: "Job") -> "Plan":
         return make_plan(job, bar.update)
 
 
-def _list_layers(backbone: str) -> None:
+def _list_layers(backbone: str, recipe: str | None) -> None:
     from featurestore.backbones import get_backbone
-    from featurestore.capture import layer_shapes
+    from featurestore.capture import layer_shapes, settle
+    from featurestore.images import get_recipe
     from featurestore.plan import human_bytes
 
-    shapes = layer_shapes(get_backbone(backbone))
-    total = 0
-    click.echo(f"{'layer':<14} {'shape':<14} bytes per image (float32)")
+    spec = get_backbone(backbone)
+    chosen = get_recipe(recipe) if recipe else spec.own_recipe()
+    shapes = layer_shapes(settle(spec, chosen.size))
+    sizes = {name: 4 * math.prod(shape) for name, shape in shapes.items()}
+    width = max(map(len, [*shapes, "layer"]))
+    click.echo(f"{'layer':<{width}} {'shape':<14} bytes per image (float32)")
     for name, shape in shapes.items():
-        size = 4
-        for side in shape:
-            size *= side
-        total += size
-        click.echo(f"{name:<14} {'×'.join(map(str, shape)):<14} {size:>10,}  {human_bytes(size)}")
-    click.echo(f"{len(shapes)} layers      {'':<14} {total:>10,}  {human_bytes(total)}")
+        click.echo(f"{name:<{width}} {'×'.join(map(str, shape)):<14} {sizes[name]:>11,}  {human_bytes(sizes[name])}")
+    total = sum(sizes.values())
+    click.echo(f"{f'{len(shapes)} layers':<{width}} {'':<14} {total:>11,}  {human_bytes(total)}")
+    click.echo(f"\nInput: {chosen.size} × {chosen.size} pixels, recipe {chosen.name}.")
 
 
 def _report(plan: "Plan", summary: "Summary") -> None:

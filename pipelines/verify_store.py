@@ -10,6 +10,7 @@ from pipelines._cli import Command, note_left_out, progress_bar
 if TYPE_CHECKING:
     from featurestore.store import FeatureStore, Source
     from featurestore.verify import Report
+    from featurestore.weights import Weights
 
 EPILOG = r"""
 Examples:
@@ -21,6 +22,11 @@ Examples:
 
 @click.command(cls=Command, epilog=EPILOG)
 @click.argument("store", type=click.Path(path_type=Path))
+@click.option(
+    "--backbone",
+    metavar="NAME",
+    help="Run this network of your own (my_module:build_model) to recompute: a store's word is not taken for it.",
+)
 @click.option("--source", metavar="NAME", help="Only this source. [default: all]")
 @click.option(
     "--weights", metavar="FILE", help="The weights file a source was made with, to recompute (seeded ones need none)."
@@ -36,21 +42,37 @@ Examples:
 )
 @click.option("--repair", is_flag=True, help="Compute damaged records anew, and only those.")
 @click.option("--device", type=click.Choice(["auto", "cpu", "cuda", "mps"]), default="auto", show_default=True)
-def main(store: Path, source: str | None, weights: str | None, n_recompute: int, repair: bool, device: str) -> None:
+def main(
+    store: Path,
+    source: str | None,
+    weights: str | None,
+    backbone: str | None,
+    n_recompute: int,
+    repair: bool,
+    device: str,
+) -> None:
     """Check the checksum, keys, NaN and infinity of every record of STORE; exit status 1 if anything is wrong."""
     from featurestore.store import FeatureStore
 
     opened = FeatureStore.open(store)
     sound = True
     for found in [opened.source(source)] if source else opened.sources.values():
-        sound &= _verify(opened, found, weights, n_recompute, repair, device)
+        sound &= _verify(opened, found, weights, backbone, n_recompute, repair, device)
     if not opened.sources:
         click.echo(f"{store} holds no source.")
     if not sound:
         click.get_current_context().exit(1)
 
 
-def _verify(store: "FeatureStore", source: "Source", weights: str | None, n: int, repair: bool, device: str) -> bool:
+def _verify(
+    store: "FeatureStore",
+    source: "Source",
+    weights: str | None,
+    backbone: str | None,
+    n: int,
+    repair: bool,
+    device: str,
+) -> bool:
     from featurestore import verify
     from featurestore.errors import FeatureStoreError
     from featurestore.job import choose_device
@@ -60,23 +82,25 @@ def _verify(store: "FeatureStore", source: "Source", weights: str | None, n: int
         report = verify.check(source, bar.update)
     if n and source.layers:
         try:
-            verify.recompute_some(source, verify.weights_of(source, weights), choose_device(device), report, n)
+            verify.recompute_some(
+                source, verify.weights_of(source, weights, backbone), choose_device(device), report, n
+            )
         except FeatureStoreError as error:
             if weights or repair:
                 raise
             report.notes.append(f"nothing recomputed: {error}")
     _print(report)
     if repair and report.damage:
-        return _repair(store, source, report, weights, device)
+        return _repair(store, source, report, verify.weights_of(source, weights, backbone), device)
     return report.sound
 
 
-def _repair(store: "FeatureStore", source: "Source", report: "Report", weights: str | None, device: str) -> bool:
+def _repair(store: "FeatureStore", source: "Source", report: "Report", weights: "Weights", device: str) -> bool:
     from featurestore import cache, verify
     from featurestore.store import FeatureStore
     from featurestore.writing import store_lock
 
-    job = verify.repair_job(store, source, verify.weights_of(source, weights), device)
+    job = verify.repair_job(store, source, weights, device)
     with store_lock(store.path, "pipelines/verify_store.py --repair"):
         plan = verify.repair_plan(store, source, report)
         click.echo(f"\nRepair\n{plan}\n")

@@ -5,24 +5,31 @@ from collections import OrderedDict
 import torch
 from torch import nn
 
-from featurestore.backbones.vggface_layers import BLOCKS, CEIL_MODE_BLOCK, LINEAR
+from featurestore.backbones.layer_names import BLOCKS, CEIL_MODE_BLOCK, LINEAR
+from featurestore.backbones.parts import L2Normalise
 
 
 class VGGFace(nn.Module):
-    """(n, 3, 224, 224) float to (n, 2622) logits, no softmax.
+    """(n, 3, 224, 224) float to (n, classes) logits, no softmax.
 
     State dict keys are ``features.conv_1_1.weight`` … ``fc.fc8.bias`` (32 keys).
     """
 
-    def __init__(self) -> None:
+    def __init__(self, classes: int = 2622) -> None:
         super().__init__()
         self.features = nn.Sequential(_features())
-        self.fc = nn.Sequential(_classifier())
+        self.fc = nn.Sequential(_classifier(classes))
+        self.descriptor = L2Normalise()
 
     def forward(self, images: torch.Tensor) -> torch.Tensor:
         """One forward pass."""
-        maps = self.features(images)  # (n, 512, 7, 7)
-        return self.fc(torch.flatten(maps, 1))  # flattened in C, H, W order
+        x = self.features(images)  # (n, 512, 7, 7)
+        x = torch.flatten(x, 1)  # in C, H, W order
+        for name, module in self.fc.named_children():
+            x = module(x)
+            if name == "fc7-relu":
+                self.descriptor(x)  # beside the way to the logits: a layer for those who capture it
+        return x
 
 
 def _features() -> OrderedDict[str, nn.Module]:
@@ -37,10 +44,10 @@ def _features() -> OrderedDict[str, nn.Module]:
     return modules
 
 
-def _classifier() -> OrderedDict[str, nn.Module]:
+def _classifier(classes: int) -> OrderedDict[str, nn.Module]:
     modules: OrderedDict[str, nn.Module] = OrderedDict()
     for name, width_in, width in LINEAR:
-        modules[name] = nn.Linear(width_in, width)
+        modules[name] = nn.Linear(width_in, width if name != "fc8" else classes)
         if name != "fc8":
             modules[f"{name}-relu"] = nn.ReLU()
             modules[f"{name}-dropout"] = nn.Dropout(0.5)

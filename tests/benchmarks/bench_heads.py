@@ -24,7 +24,7 @@ from torch.utils.data import DataLoader, Dataset
 
 from featurestore import FeatureStore, cache
 from featurestore.backbones import get_backbone
-from featurestore.capture import load_extractor, meta_network, weight_shapes
+from featurestore.capture import load_extractor
 from featurestore.demo_faces import make_faces
 from featurestore.faces import find_faces
 from featurestore.images import RECIPES, decode
@@ -252,7 +252,7 @@ def backbone(_: Path) -> list[Line]:
     head.standardise(*features.statistics(examples.items[examples.train]))
     optimizer = torch.optim.Adam(head.parameters(), lr=5e-4, fused=True)
     spec = get_backbone("vggface")
-    weights = open_weights("random:0", weight_shapes(meta_network(spec)))
+    weights = open_weights("random:0", spec)
     network = load_extractor(spec, ["maxp_5_3"], weights, torch.device("cpu"), torch.float32)
     recipe, paths = RECIPES[spec.recipe], source.items["path"].tolist()
     plain = Published(5, 25088, conv=True, parallel=False)

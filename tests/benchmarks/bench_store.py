@@ -25,7 +25,7 @@ import zarr
 
 from featurestore import FeatureStore, cache
 from featurestore.backbones import get_backbone
-from featurestore.capture import load_extractor, meta_network, weight_shapes
+from featurestore.capture import load_extractor
 from featurestore.faces import find_faces
 from featurestore.images import RECIPES, decode
 from featurestore.job import Request, prepare
@@ -234,13 +234,13 @@ def the_pass(folder: Path) -> list[Line]:
     images = make_photographs(folder / "photographs", 96)
     layers = ["maxp_5_3", "fc7-relu"]
     spec = get_backbone("vggface")
-    weights = open_weights("random:0", weight_shapes(meta_network(spec)))
+    weights = open_weights("random:0", spec)
     lines = []
     rounds = iter(range(10**9))
     inputs = torch.randn(BATCH, 3, 224, 224).contiguous(memory_format=torch.channels_last)
     cut = load_extractor(spec, layers, weights, torch.device("cpu"), torch.float32)
     plain = spec.build().eval()
-    plain.load_state_dict(draw(0, plain.state_dict(), weight_shapes(plain)))
+    plain.load_state_dict(draw(0, plain.state_dict(), spec.weight_shapes()))
 
     def ours(precision: str = "fp32") -> float:
         return run_pass(images, folder / f"pass-{next(rounds)}.zarr", layers, precision)

@@ -12,7 +12,6 @@ from safetensors.torch import save_file
 
 from featurestore import FeatureStore, FeatureStoreError, cache
 from featurestore.backbones import get_backbone
-from featurestore.capture import meta_network, weight_shapes
 from featurestore.job import prepare
 from featurestore.plan import make_plan
 from featurestore.weights import draw
@@ -188,7 +187,7 @@ def test_a_photograph_that_went_away_leaves_a_hole_not_a_shift(photographs: Path
 
 
 def test_nan_activations_stop_the_pass_and_name_the_photograph(photographs: Path, tmp_path: Path) -> None:
-    shapes = weight_shapes(meta_network(get_backbone("vggface")))
+    shapes = get_backbone("vggface").weight_shapes()
     state = {key: torch.zeros(shape) for key, shape in shapes.items() if key.startswith("features.")}
     state.update(draw(0, [key for key in state if "conv_1" in key], shapes))
     state["features.conv_2_1.bias"][0] = torch.nan
@@ -199,7 +198,7 @@ def test_nan_activations_stop_the_pass_and_name_the_photograph(photographs: Path
 
 
 def test_infinity_from_half_precision_storage_is_not_stored(photographs: Path, tmp_path: Path) -> None:
-    shapes = weight_shapes(meta_network(get_backbone("vggface")))
+    shapes = get_backbone("vggface").weight_shapes()
     state = draw(0, [key for key in shapes if key.startswith("features.")], shapes)
     state["features.conv_1_2.weight"] *= 1e4
     save_file(state, tmp_path / "large.safetensors")
@@ -211,10 +210,10 @@ def test_infinity_from_half_precision_storage_is_not_stored(photographs: Path, t
 
 
 def test_convolutions_alone_give_no_fc_layer(photographs: Path, tmp_path: Path) -> None:
-    shapes = weight_shapes(meta_network(get_backbone("vggface")))
+    shapes = get_backbone("vggface").weight_shapes()
     state = {key: torch.zeros(shape) for key, shape in shapes.items() if key.startswith("features.")}
     save_file(state, tmp_path / "conv.safetensors")
-    with pytest.raises(FeatureStoreError, match="holds convolutions only, so it cannot give fc7-relu"):
+    with pytest.raises(FeatureStoreError, match="does not hold all of vggface .*cannot give fc7-relu"):
         prepare(request_for(photographs, tmp_path / "s.zarr", ["fc7-relu"], weights=str(tmp_path / "conv.safetensors")))
 
 

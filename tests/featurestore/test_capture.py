@@ -10,7 +10,7 @@ import torchvision
 from torch import nn
 
 from featurestore.backbones import get_backbone
-from featurestore.capture import extractor, layer_shapes, load_extractor, meta_network, weight_shapes
+from featurestore.capture import extractor, layer_shapes, load_extractor
 from featurestore.errors import FeatureStoreError
 from featurestore.images import RECIPES, decode
 from featurestore.weights import open_weights
@@ -24,16 +24,19 @@ def far(got: np.ndarray, expected: np.ndarray) -> float:
 
 def test_all_38_layers_equal_the_original(parity: Path) -> None:
     expected = np.load(parity / "expected.npz")
-    shapes = weight_shapes(meta_network(SPEC))
+    shapes = SPEC.weight_shapes()
     assert shapes == {key: tuple(shape) for key, shape in json.loads((parity / "layouts.json").read_text())["vggface"]}
     network = load_extractor(
-        SPEC, list(SPEC.layers), open_weights("random:7", shapes), torch.device("cpu"), torch.float32
+        SPEC, list(SPEC.layers), open_weights("random:7", SPEC), torch.device("cpu"), torch.float32
     )
     recipe = RECIPES[SPEC.recipe]
     pixels = recipe.pixels(decode((parity / "images" / "s0_250x250.png").read_bytes()))
     with torch.inference_mode():
         outputs = network(recipe.normalise(torch.from_numpy(pixels[None])))
+    descriptor = outputs.pop("descriptor")[0].numpy()
     assert len(outputs) == 38
+    fc7 = expected["vggface/s0_250x250|fc7-relu|full"].ravel()
+    assert far(descriptor, fc7 / np.linalg.norm(fc7)) < 1e-5
     for name, output in outputs.items():
         values = output[0].contiguous().numpy()
         entry = f"vggface/s0_250x250|{name}|"
@@ -119,7 +122,7 @@ def test_a_method_in_place_is_refused() -> None:
 
 
 def test_nothing_is_computed_or_loaded_past_the_last_layer() -> None:
-    cut = extractor(meta_network(SPEC), {"conv_1_2": SPEC.layers["conv_1_2"], "relu_1_1": SPEC.layers["relu_1_1"]})
+    cut = extractor(SPEC.build_meta(), {"conv_1_2": SPEC.layers["conv_1_2"], "relu_1_1": SPEC.layers["relu_1_1"]})
     assert sorted(cut.state_dict()) == [
         "features.conv_1_1.bias",
         "features.conv_1_1.weight",
@@ -149,4 +152,4 @@ def test_an_unknown_layer_names_its_neighbours() -> None:
     with pytest.raises(FeatureStoreError, match=r"no layer 'fc7_relu'. Did you mean fc7-relu"):
         SPEC.check_layers(["maxp_5_3", "fc7_relu"])
     assert SPEC.check_layers(["fc7-relu", "maxp_5_3", "maxp_5_3"]) == ["maxp_5_3", "fc7-relu"]
-    assert len(SPEC.check_layers(["all"])) == 38
+    assert len(SPEC.check_layers(["all"])) == 39
