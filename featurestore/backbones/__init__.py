@@ -82,9 +82,21 @@ class BackboneSpec:
     def build_meta(self) -> "nn.Module":
         """The network without memory for weights: enough for keys, shapes and tracing."""
         import torch
+        from torch import nn
 
-        with torch.device("meta"):
-            return self.build()
+        try:
+            with torch.device("meta"):
+                return self.build()
+        except NotImplementedError:  # a constructor that computes with tensors, which have no values on that device
+            pass
+        # One parameter after the other, then: each is dropped when it is registered.
+        hook = nn.modules.module.register_module_parameter_registration_hook(
+            lambda module, name, parameter: nn.Parameter(parameter.to("meta"), parameter.requires_grad)
+        )
+        try:
+            return self.build().to("meta")
+        finally:
+            hook.remove()
 
     def weight_shapes(self) -> Shapes:
         """Shapes by state-dict key: what a checkpoint has to hold."""

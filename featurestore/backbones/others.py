@@ -114,6 +114,8 @@ def imported_backbone(full: str) -> BackboneSpec:
 def _call(full: str, build: Any) -> nn.Module:
     try:
         network = build()
+    except NotImplementedError:  # of the meta device, for ``build_meta``
+        raise
     except Exception as error:
         raise FeatureStoreError(
             f"--backbone {full}: {type(error).__name__}: {error}. It is called without arguments, and also on torch's meta "

@@ -1,0 +1,54 @@
+"""Write a checkpoint of any known format as safetensors that says where it comes from."""
+
+from pathlib import Path
+
+import click
+
+from pipelines._cli import Command, complete_backbones
+
+EPILOG = r"""
+Examples:
+
+  python pipelines/convert_weights.py VGG_FACE.t7
+  python pipelines/convert_weights.py resnet50_ft_weight.pkl --backbone resnet50_ft --out weights/resnet50_ft.safetensors
+
+The file is recognised by its content. Its origin, sha256 and licence are written into the new one.
+"""
+
+
+@click.command(cls=Command, epilog=EPILOG)
+@click.argument("file", type=click.Path(path_type=Path))
+@click.option(
+    "--backbone",
+    shell_complete=complete_backbones,
+    metavar="NAME",
+    help="The network it belongs to. [default: the one that it fits]",
+)
+@click.option(
+    "--out", type=click.Path(path_type=Path), metavar="FILE", help="[default: FILE with the ending .safetensors]"
+)
+@click.option("--overwrite", is_flag=True, help="Replace --out if it is there.")
+def main(file: Path, backbone: str | None, out: Path | None, overwrite: bool) -> None:
+    """Read the checkpoint FILE (.pth, LuaTorch .t7, HDF5, VGGFace2 .pkl …) and write it as .safetensors."""
+    from featurestore.backbones import get_backbone
+    from featurestore.convert import convert, recognise
+    from featurestore.errors import FeatureStoreError
+
+    if not file.is_file():
+        raise FeatureStoreError(f"there is no weights file {file}.")
+    fitting = [backbone] if backbone else recognise(file)
+    spec = get_backbone(fitting[0])
+    target = out or file.with_suffix(".safetensors")
+    weights = convert(file, spec, target, overwrite)
+    click.echo(f"{target}: {len(weights.keys)} tensors of {' or '.join(fitting)}, read as {weights.layout}")
+    if weights.absent:
+        click.echo(
+            f"  {len(weights.absent)} keys of the network's end are not in it: {', '.join(sorted(weights.absent))}"
+        )
+    for note in weights.notes:
+        click.echo(f"  note: {note}")
+    click.echo(f"  sha256 of {file.name}: {weights.identity}\n  {spec.licence}")
+
+
+if __name__ == "__main__":
+    main()
