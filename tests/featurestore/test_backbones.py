@@ -52,7 +52,8 @@ def test_casia_has_other_classes(parity: Path) -> None:
 
 
 @pytest.mark.parametrize(
-    ("name", "prefix", "n_modules"), [("inception_resnet_v1", "inception_resnet_v1", 26), ("resnet50_ft", "resnet50", 21)]
+    ("name", "prefix", "n_modules"),
+    [("inception_resnet_v1", "inception_resnet_v1", 26), ("resnet50_ft", "resnet50", 21)],
 )
 def test_every_stage_equals_the_original(parity: Path, name: str, prefix: str, n_modules: int) -> None:
     expected = np.load(parity / "expected.npz")
@@ -120,7 +121,9 @@ def test_every_layer_equals_plain_operations(parity: Path, name: str, most: floa
     spec = get_backbone(name)
     shapes = spec.weight_shapes()
     state = draw(7, shapes, shapes)
-    if name.startswith("senet"):  # seeded_weights.py's GAINS: without them its gates saturate and the network is chaotic
+    if name.startswith(
+        "senet"
+    ):  # seeded_weights.py's GAINS: without them its gates saturate and the network is chaotic
         state["bn1.running_var"] = (state["bn1.running_var"].double() * 8000).float()
         for key in [key for key in state if key.endswith("bn3.weight")]:
             state[key] = (state[key].double() * 0.3).float()
@@ -128,7 +131,9 @@ def test_every_layer_equals_plain_operations(parity: Path, name: str, most: floa
     images = pictures(parity, name)
     with torch.inference_mode():
         outputs = network(images)
-        expected = plain_vggface2({key: value.double() for key, value in state.items()}, images.double(), "senet" in name)
+        expected = plain_vggface2(
+            {key: value.double() for key, value in state.items()}, images.double(), "senet" in name
+        )
     assert outputs.keys() == expected.keys() == spec.layers.keys()
     for layer, values in outputs.items():
         assert values.shape == expected[layer].shape, layer

@@ -213,7 +213,7 @@ def test_convolutions_alone_give_no_fc_layer(photographs: Path, tmp_path: Path) 
     shapes = get_backbone("vggface").weight_shapes()
     state = {key: torch.zeros(shape) for key, shape in shapes.items() if key.startswith("features.")}
     save_file(state, tmp_path / "conv.safetensors")
-    with pytest.raises(FeatureStoreError, match="does not hold all of vggface .*cannot give fc7-relu"):
+    with pytest.raises(FeatureStoreError, match=r"does not hold all of vggface .*cannot give fc7-relu"):
         prepare(request_for(photographs, tmp_path / "s.zarr", ["fc7-relu"], weights=str(tmp_path / "conv.safetensors")))
 
 

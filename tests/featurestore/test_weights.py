@@ -1,78 +1,214 @@
-"""Checkpoint files: read safely, refused with reasons; random weights that are the same everywhere."""
+"""Checkpoint files of every format: the same network, refused with reasons, never run; random weights alike everywhere."""
 
 import importlib.util
+import json
 import os
 import pickle
 from pathlib import Path
 
+import h5py
 import numpy as np
 import pytest
 import torch
 from safetensors.torch import save_file
 
+from featurestore.backbones import BackboneSpec, get_backbone
+from featurestore.capture import load_extractor
 from featurestore.errors import FeatureStoreError
+from featurestore.tensor_files import open_tensors
 from featurestore.weights import draw, open_weights
+from tests.featurestore.checkpoints import (
+    MINI,
+    SIZE,
+    LuaTorch,
+    MiniVGG,
+    write_every_format,
+    write_hdf5,
+    write_luatorch,
+)
 
-SHAPES = {
-    "features.conv_1_1.weight": (4, 3, 3, 3),
-    "features.conv_1_1.bias": (4,),
-    "fc.fc6.weight": (5, 4),
-    "fc.fc6.bias": (5,),
-}
+SHAPES = MINI.weight_shapes()
+CPU = torch.device("cpu")
 
 
-@pytest.fixture
+@pytest.fixture(scope="module")
 def state() -> dict[str, torch.Tensor]:
     return draw(3, SHAPES, SHAPES)
 
 
-def test_pth_and_safetensors_hold_the_same_network(tmp_path: Path, state) -> None:
-    torch.save(state, tmp_path / "a.pth")
-    torch.save({"state_dict": state, "epoch": 3}, tmp_path / "b.pt")
-    torch.save(state, tmp_path / "old.pth", _use_new_zipfile_serialization=False)
-    save_file(state, tmp_path / "misnamed.pth")  # told apart by content
+@pytest.fixture(scope="module")
+def files(tmp_path_factory: pytest.TempPathFactory, state) -> dict[str, Path]:
+    return write_every_format(tmp_path_factory.mktemp("formats"), state)
+
+
+def activations(
+    path: Path, spec: BackboneSpec = MINI, layers: tuple[str, ...] = ("conv_5_3", "fc6", "fc7-relu", "fc8")
+):
+    torch.manual_seed(0)
+    images = torch.randn(2, 3, SIZE, SIZE)
+    network = load_extractor(spec, list(layers), open_weights(str(path), spec), CPU, torch.float32)
+    with torch.inference_mode():
+        return network(images)
+
+
+def test_every_format_gives_the_same_activations(files: dict[str, Path], state) -> None:
+    """All that people have, recognised by content: the names say nothing."""
+    network = MiniVGG().eval()
+    network.load_state_dict(state)
+    torch.manual_seed(0)
+    with torch.inference_mode():
+        expected = network(torch.randn(2, 3, SIZE, SIZE))
+    assert len(files) == 23
     identities = set()
-    for name in ("a.pth", "b.pt", "old.pth", "misnamed.pth"):
-        weights = open_weights(str(tmp_path / name), SHAPES)
-        got = weights.read(SHAPES)
-        assert all(torch.equal(got[key], state[key]) for key in SHAPES), name
+    for name, path in files.items():
+        weights = open_weights(str(path), MINI)
         assert not weights.random
+        assert weights.keys == SHAPES.keys(), name
+        for key, values in weights.read(SHAPES).items():
+            assert values.dtype == torch.float32, name
+            assert torch.equal(values, state[key]), f"{name}: {key}"
+        assert torch.allclose(activations(path)["fc8"], expected, rtol=1e-5), name
         identities.add(weights.identity)
-    assert len(identities) == 4  # another file is another source
+    assert len(identities) == len(files)  # another file is another source
 
 
-def test_convolutions_alone_without_prefix(tmp_path: Path, state) -> None:
-    torch.save(
-        {key.removeprefix("features."): value for key, value in state.items() if key.startswith("features.")},
-        tmp_path / "c.pth",
-    )
-    weights = open_weights(str(tmp_path / "c.pth"), SHAPES)
-    assert weights.absent == {"fc.fc6.weight", "fc.fc6.bias"}
-    assert torch.equal(
-        weights.read(["features.conv_1_1.bias"])["features.conv_1_1.bias"], state["features.conv_1_1.bias"]
-    )
+def test_the_layout_is_named(files: dict[str, Path]) -> None:
+    layouts = {
+        name: open_weights(str(files[name]), MINI).layout for name in ("t7", "torchvision", "multi-view", "pkl-2")
+    }
+    assert layouts == {
+        "t7": "LuaTorch, modules in network order",
+        "torchvision": "PyTorch, torchvision's VGG16 keys",
+        "multi-view": "PyTorch, a trained system",
+        "pkl-2": "pickle, published keys",
+    }
+    (note,) = open_weights(str(files["hdf5-HWIO-in-out"]), MINI).notes
+    assert "y, x, channel order" in note  # what shapes cannot tell is said
+    (note,) = open_weights(str(files["end-to-end"]), MINI).notes
+    assert "its head (2 keys) is left out" in note
+
+
+def test_the_pickles_of_the_field(parity: Path) -> None:
+    """Three dialects of one dict, against Python's own unpickler, which may be used on files of our own."""
+    for dialect in ("p2", "p4", "py2style"):
+        path = parity / f"pkl_sample_{dialect}.pkl"
+        with path.open("rb") as file:
+            expected = pickle.load(file, encoding="latin1")
+        found = open_tensors(path)
+        assert found.shapes == {key: value.shape for key, value in expected.items()}
+        for key, stored in found.tensors.items():
+            assert np.array_equal(stored.read().numpy(), expected[key]), key
+
+
+def test_a_file_of_vggface2_without_counters(tmp_path: Path, parity: Path) -> None:
+    """267 keys of 320: batch norm's counters are not in the published pickles, and nobody needs them."""
+    layout = json.loads((parity / "layouts.json").read_text())["vggface2_resnet50_pkl"]
+    arrays = {key: np.full(shape, 0.5, np.float32) for key, shape in layout}
+    path = tmp_path / "resnet50_ft_weight.pkl"
+    path.write_bytes(pickle.dumps(arrays, protocol=2))
+    spec = get_backbone("resnet50_ft")
+    weights = open_weights(str(path), spec)
+    assert not weights.absent
+    network = load_extractor(spec, ["descriptor"], weights, CPU, torch.float32)
+    assert not any(tensor.is_meta for tensor in network.state_dict().values())
+    del arrays["layer3.1.bn2.running_var"]
+    path.write_bytes(pickle.dumps(arrays, protocol=2))
+    with pytest.raises(FeatureStoreError, match=r"1 missing: layer3\.1\.bn2\.running_var"):
+        open_weights(str(path), spec)
+
+
+def test_the_number_of_classes_is_the_files(tmp_path: Path) -> None:
+    spec = get_backbone("inception_resnet_v1")
+    shapes = spec.with_classes(10575).weight_shapes()
+    tensors = {key: torch.zeros(shape) for key, shape in shapes.items()}
+    save_file(tensors, tmp_path / "casia.safetensors")
+    weights = open_weights(str(tmp_path / "casia.safetensors"), spec)
+    assert weights.backbone.classes == 10575
+    assert weights.notes == ("logits has 10575 classes in this file, not 8631",)
+    embedding = {key: value for key, value in tensors.items() if not key.startswith("logits")}
+    save_file(embedding, tmp_path / "embedding.safetensors")
+    weights = open_weights(str(tmp_path / "embedding.safetensors"), spec)
+    assert weights.absent == {"logits.weight", "logits.bias"}
+    load_extractor(spec, ["descriptor"], weights, CPU, torch.float32)
+    with pytest.raises(FeatureStoreError, match="cannot give logits"):
+        load_extractor(spec, ["descriptor", "logits"], weights, CPU, torch.float32)
+
+
+@pytest.mark.parametrize(
+    ("kept", "gives", "lacks"),
+    [
+        (("features.",), "maxp_5_3", "fc6"),
+        (("features.", "fc.fc6."), "fc6-relu", "fc7"),
+        (("features.", "fc.fc6.", "fc.fc7."), "fc7-relu", "fc8"),
+    ],
+)
+@pytest.mark.parametrize("layout", ["keys", "without prefix", "t7", "end-to-end"])
+def test_a_file_that_was_cut_gives_the_layers_before(
+    tmp_path: Path, state, kept, gives: str, lacks: str, layout: str
+) -> None:
+    part = {key: value for key, value in state.items() if key.startswith(kept)}
+    path = tmp_path / "cut"
+    if layout == "t7":
+        write_luatorch(path, part)
+    elif layout == "without prefix":
+        if len(kept) > 1:
+            pytest.skip("such files hold convolutions alone")
+        torch.save({key.removeprefix("features."): value for key, value in part.items()}, path)
+    else:
+        torch.save(
+            {("vgg_core.vgg_core." if layout == "end-to-end" else "") + key: value for key, value in part.items()}, path
+        )
+    whole = tmp_path / "whole"
+    torch.save(state, whole)
+    assert torch.equal(activations(path, layers=(gives,))[gives], activations(whole, layers=(gives,))[gives])
+    with pytest.raises(FeatureStoreError, match=f"cannot give {lacks}"):
+        activations(path, layers=(gives, lacks))
 
 
 @pytest.mark.parametrize(
     ("change", "message"),
     [
-        (lambda s: s.pop("fc.fc6.bias"), r"1 missing: fc\.fc6\.bias"),
+        (lambda s: s.pop("fc.fc7.bias"), r"1 missing: fc\.fc7\.bias"),
+        (lambda s: s.pop("features.conv_3_1.weight"), r"1 missing: features\.conv_3_1\.weight"),
         (lambda s: s.update({"fc.fc9.bias": torch.zeros(1)}), r"1 unexpected: fc\.fc9\.bias"),
         (
             lambda s: s.update({"fc.fc6.bias": torch.zeros(7)}),
-            r"of another shape: fc\.fc6\.bias \(7,\) \(needed: \(5,\)\)",
+            r"of another shape: fc\.fc6\.bias \(7,\) \(needed: \(10,\)\)",
         ),
     ],
 )
-def test_a_file_of_another_network_says_which_keys(tmp_path: Path, state, change, message: str) -> None:
+def test_a_damaged_state_dict_says_which_keys(tmp_path: Path, state, change, message: str) -> None:
+    state = dict(state)
     change(state)
     torch.save(state, tmp_path / "w.pth")
     with pytest.raises(FeatureStoreError, match=message):
-        open_weights(str(tmp_path / "w.pth"), SHAPES)
+        open_weights(str(tmp_path / "w.pth"), MINI)
+
+
+@pytest.mark.parametrize(
+    ("holds", "asked", "message"),
+    [
+        ("senet50_ft", "resnet50_ft", r"64 unexpected.*It looks like senet50_ft or senet50_scratch \(100%"),
+        ("resnet50_scratch", "inception_resnet_v1", r"It looks like resnet50_ft or resnet50_scratch \(100%"),
+        ("inception_resnet_v1", "vggface", r"It looks like inception_resnet_v1 \(100%"),
+        (
+            "torchvision:resnet50",
+            "resnet50_ft",
+            r"another shape: fc\.weight \(1000, 2048\).*It looks like torchvision:resnet50 \(",
+        ),
+    ],
+)
+def test_a_file_of_another_network_says_which(tmp_path: Path, holds: str, asked: str, message: str) -> None:
+    """The last is the trap: ImageNet's ResNet-50 has the same keys, and other strides."""
+    state = get_backbone(holds).build_meta().state_dict()
+    tensors = {key: torch.zeros(value.shape, dtype=torch.float16) for key, value in state.items()}
+    save_file(tensors, tmp_path / "w.safetensors")
+    with pytest.raises(FeatureStoreError, match=f"is not a checkpoint of {asked}.*{message}"):
+        open_weights(str(tmp_path / "w.safetensors"), get_backbone(asked))
 
 
 class Hostile:
-    """Unpickling this would leave a file behind."""
+    """Unpickling this would leave a folder behind."""
 
     def __init__(self, target: Path) -> None:
         self.target = target
@@ -82,55 +218,133 @@ class Hostile:
 
 
 @pytest.mark.parametrize("zipped", [True, False])
-def test_a_pickle_never_runs_code(tmp_path: Path, state, zipped: bool) -> None:
-    state["x"] = Hostile(tmp_path / "owned")
-    torch.save(state, tmp_path / "w.pth", _use_new_zipfile_serialization=zipped)
+def test_a_hostile_pth_never_runs(tmp_path: Path, state, zipped: bool) -> None:
+    torch.save({**state, "x": Hostile(tmp_path / "owned")}, tmp_path / "w.pth", _use_new_zipfile_serialization=zipped)
     with pytest.raises(FeatureStoreError, match="can run code"):
-        open_weights(str(tmp_path / "w.pth"), SHAPES)
+        open_weights(str(tmp_path / "w.pth"), MINI)
     assert not (tmp_path / "owned").exists()
-    with (tmp_path / "raw.pth").open("wb") as file:
-        pickle.dump(Hostile(tmp_path / "owned"), file, protocol=2)
+
+
+def hostile_pickles(folder: Path) -> dict[str, bytes]:
+    target = str(folder / "owned").encode()
+    array = np.zeros(3, np.float32)
+    pickles = {
+        f"protocol {n}": pickle.dumps({"conv1.weight": array, "x": Hostile(folder / "owned")}, n) for n in range(6)
+    }
+    pickles["an object array"] = pickle.dumps({"a": np.array([Hostile(folder / "owned")], object)}, 2)
+    pickles["a text that begins with a global"] = b"cposix\nmkdir\n(V" + target + b"\ntR."
+    pickles["the other names of a module"] = b"\x80\x02cnumpy.core.multiarray\n_reconstruct.os.mkdir\nq\x00."
+    pickles["a persistent id"] = b"\x80\x02U\x01aQ."
+    pickles["attributes of what it names"] = (
+        b"\x80\x02}U\x01acnumpy\nndarray\n\x81N}U\x0c__setstate__cposix\nmkdir\nstbs."
+    )
+    pickles["a torch tensor"] = pickle.dumps({"a": torch.zeros(2)}, 2)
+    return pickles
+
+
+def test_a_hostile_pkl_never_runs(tmp_path: Path) -> None:
+    for name, content in hostile_pickles(tmp_path).items():
+        path = tmp_path / "w.pkl"
+        path.write_bytes(content)
+        with pytest.raises(FeatureStoreError, match=r"can run code|damaged or incomplete"):
+            open_weights(str(path), MINI)
+        assert not (tmp_path / "owned").exists(), name
+
+
+def test_what_a_pickle_sets_is_gone_with_it(tmp_path: Path, state) -> None:
+    """BUILD can set attributes of a class that is named; the next file must not notice."""
+    path = tmp_path / "w.pkl"
+    path.write_bytes(b"\x80\x02cnumpy\nndarray\nN}U\x0c__setstate__c_codecs\nencode\ns\x86b.")
     with pytest.raises(FeatureStoreError):
-        open_weights(str(tmp_path / "raw.pth"), SHAPES)
-    assert not (tmp_path / "owned").exists()
+        open_tensors(path)
+    path.write_bytes(pickle.dumps({key: value.numpy() for key, value in state.items()}, 2))
+    assert open_weights(str(path), MINI).keys == SHAPES.keys()
 
 
-@pytest.mark.parametrize("kind", ["pth", "safetensors"])
-def test_truncated_files(tmp_path: Path, state, kind: str) -> None:
-    path = tmp_path / f"w.{kind}"
-    torch.save(state, path) if kind == "pth" else save_file(state, path)
-    path.write_bytes(path.read_bytes()[:-80])
-    with pytest.raises(FeatureStoreError, match=r"damaged or incomplete|neither"):
-        open_weights(str(path), SHAPES)
+def test_a_hostile_t7_never_runs(tmp_path: Path, state) -> None:
+    path = write_luatorch(tmp_path / "w.t7", state, hostile=True)
+    with pytest.raises(FeatureStoreError, match="can run code: it holds a Lua function"):
+        open_weights(str(path), MINI)
+
+
+def test_a_t7_that_promises_more_numbers_than_it_has(tmp_path: Path) -> None:
+    lua = LuaTorch()
+    few = torch.zeros(4)
+    lua.module("nn.Linear", [("weight", lambda: lua.tensor(few)), ("bias", lambda: lua.tensor(few))])
+    sound = lua.content
+    at = sound.index((4).to_bytes(8, "little"))  # the first tensor's size
+    (tmp_path / "w.t7").write_bytes(sound[:at] + (1 << 40).to_bytes(8, "little") + sound[at + 8 :])
+    with pytest.raises(FeatureStoreError, match="damaged or incomplete: a tensor of sizes"):
+        open_tensors(tmp_path / "w.t7")
+
+
+def test_a_t7_whose_tables_hold_themselves(tmp_path: Path) -> None:
+    lua = LuaTorch()
+    itself = (4).to_bytes(4, "little") + (1).to_bytes(4, "little")
+
+    def again() -> None:
+        lua.content += itself
+
+    lua.module("nn.Sequential", [("modules", lambda: lua.table([(1.0, again), (2.0, again)]))])
+    (tmp_path / "w.t7").write_bytes(lua.content)
+    assert open_tensors(tmp_path / "w.t7").tensors == {}
+
+
+def test_hdf5_reads_no_other_file(tmp_path: Path, state) -> None:
+    secret = write_hdf5(tmp_path / "other.h5", state, "OIHW", "out in")
+    path = write_hdf5(tmp_path / "w.h5", state, "OIHW", "out in")
+    with h5py.File(path, "a") as file:
+        del file["data/fc8_b"]
+        file["data/fc8_b"] = h5py.ExternalLink(str(secret), "/data/fc8_b")
+    with pytest.raises(FeatureStoreError, match="is not a checkpoint"):  # the link is not there for us
+        open_weights(str(path), MINI)
+    with h5py.File(path, "a") as file:
+        del file["data/fc8_b"]
+        file.create_dataset("data/fc8_b", (9,), "f4", external=[(str(secret), 0, 36)])
+    with pytest.raises(FeatureStoreError, match="lie in another file"):
+        open_weights(str(path), MINI)
+
+
+def test_damage_anywhere_is_an_error_of_ours(files: dict[str, Path], tmp_path: Path) -> None:
+    """Cut short and with bytes changed: a message, or a file that happens to be still readable; never another exception."""
+    rng = np.random.default_rng(0)
+    path = tmp_path / "damaged"
+    for name, file in files.items():
+        whole = file.read_bytes()
+        for trial in range(12):
+            content = bytearray(whole[: rng.integers(1, len(whole))] if trial % 2 else whole)
+            if trial % 2 == 0:
+                for at in rng.integers(0, min(len(whole), 4000), 8):
+                    content[at] = rng.integers(0, 256)
+            path.write_bytes(content)
+            try:
+                open_weights(str(path), MINI).read(SHAPES)
+            except FeatureStoreError as error:
+                assert str(path) in str(error), name
 
 
 def test_files_that_are_no_weights(tmp_path: Path) -> None:
     (tmp_path / "page.pth").write_text("<html>404</html>")
-    with pytest.raises(FeatureStoreError, match=r"neither a PyTorch .pth nor a .safetensors"):
-        open_weights(str(tmp_path / "page.pth"), SHAPES)
-    with pytest.raises(FeatureStoreError, match="no weights file"):
-        open_weights(str(tmp_path / "gone.pth"), SHAPES)
+    with pytest.raises(FeatureStoreError, match=r"no weights file that is known here.*like a web page"):
+        open_weights(str(tmp_path / "page.pth"), MINI)
+    with pytest.raises(FeatureStoreError, match="there is no weights file"):
+        open_weights(str(tmp_path / "gone.pth"), MINI)
     torch.save([1, 2], tmp_path / "list.pth")
     with pytest.raises(FeatureStoreError, match="not a state dict"):
-        open_weights(str(tmp_path / "list.pth"), SHAPES)
+        open_weights(str(tmp_path / "list.pth"), MINI)
     with pytest.raises(FeatureStoreError, match="whole number"):
-        open_weights("random:x", SHAPES)
+        open_weights("random:x", MINI)
+    with pytest.raises(FeatureStoreError, match="for networks of your own"):
+        open_weights("built", MINI)
 
 
 def test_random_weights_depend_on_seed_and_key_alone(parity: Path) -> None:
     spec = importlib.util.spec_from_file_location("seeded", parity / "seeded_weights.py")
     seeded = importlib.util.module_from_spec(spec)
     spec.loader.exec_module(seeded)
-    shapes = {
-        **SHAPES,
-        "bn.weight": (4,),
-        "bn.bias": (4,),
-        "bn.running_mean": (4,),
-        "bn.running_var": (4,),
-        "bn.num_batches_tracked": (),
-    }
+    shapes = get_backbone("inception_resnet_v1").with_classes(5).weight_shapes()
     expected = seeded.fill(shapes, seed=11)
     got = draw(11, reversed(list(shapes)), shapes)
     for key in shapes:
         assert np.array_equal(got[key].numpy(), expected[key]), key
-    assert open_weights("random:11", shapes).identity == "seed:11"
+    assert open_weights("random:11", MINI).identity == "seed:11"
