@@ -98,7 +98,7 @@ def _protect_from_in_place(module: nn.Module, graph: fx.Graph) -> None:
 def _call_out_of_place(node: fx.Node) -> None:
     """Turn ``relu(x, inplace=True)`` into a new tensor; ValueError for functions that only work in place."""
     name = getattr(node.target, "__name__", "")
-    if _name_says_in_place(name) or node.target is operator.setitem or node.kwargs.get("out") is not None:
+    if _name_says_in_place(name) or node.kwargs.get("out") is not None:
         raise _works_in_place(node, name)
     if node.kwargs.get("inplace"):
         node.kwargs = {**node.kwargs, "inplace": False}
@@ -171,7 +171,7 @@ def settle(spec: BackboneSpec, recipe_size: int) -> BackboneSpec:
     except (RuntimeError, AssertionError, ValueError, IndexError, TypeError) as error:
         raise FeatureStoreError(
             f"{spec.name} cannot be run on {recipe_size} × {recipe_size} pixels: {str(error).splitlines()[0]}. "
-            "Give --recipe the one that it was trained with."
+            "If it was trained on another size, give --recipe that one."
         ) from error
     return replace(sized, layers={name: spec.layers[name] for name in spec.layers if name in shapes})
 

@@ -242,7 +242,7 @@ def _resize_pil_crop(rgb: np.ndarray, recipe: Recipe) -> np.ndarray:
 
 
 def _pil(rgb: np.ndarray, width: int, height: int, recipe: Recipe) -> np.ndarray:
-    return np.asarray(Image.fromarray(rgb).resize((width, height), _INTERPOLATION[recipe.interpolation]))
+    return np.array(Image.fromarray(rgb).resize((width, height), _INTERPOLATION[recipe.interpolation]))  # writable
 
 
 _RESIZERS = {"cv2": _resize_cv2, "pil": _resize_pil, "pil-crop": _resize_pil_crop}

@@ -289,7 +289,7 @@ def _changed(
 
 def _moved(old: pd.DataFrame, found: pd.DataFrame) -> np.ndarray:
     """bool per item: whether the box that its rows were computed from is another one now."""
-    return (old[BOX].to_numpy(np.float64) != found[BOX].to_numpy(np.float64)).any(axis=1)
+    return (old.reindex(columns=BOX).to_numpy(np.float64) != found[BOX].to_numpy(np.float64)).any(axis=1)
 
 
 def _sha256_or_none(path: str) -> str | None:

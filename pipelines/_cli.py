@@ -77,7 +77,9 @@ def weights_file(given: str, backbone: str, dry_run: bool = False) -> str:
     published = published_file(spec, which)
     click.echo(f"{spec.licence}\nWeights: {published.url}, kept in {weights_folder()}")
     if dry_run and not kept(published, weights_folder()).exists():
-        raise FeatureStoreError("the plan needs these weights, and they are not here yet. Leave --dry-run out to fetch them.")
+        raise FeatureStoreError(
+            "the plan needs these weights, and they are not here yet. Leave --dry-run out to fetch them."
+        )
     with tqdm(desc="downloading", unit="B", unit_scale=True, unit_divisor=1024, leave=False, delay=0.5) as bar:
 
         def show(done: int, total: int | None) -> None:

@@ -1,5 +1,6 @@
 """A small VGG-Face (its published keys, narrow) and one set of weights written in every format that people have."""
 
+import math
 import pickle
 import struct
 from collections import OrderedDict
@@ -175,7 +176,7 @@ def write_hdf5(path: Path, state: State, convolutions: str, linear: str, group: 
             short = name.rpartition(".")[2].replace("conv_", "conv")
             weight = state[f"{name}.weight"].numpy()
             if weight.ndim == 2 and (name == "fc.fc6" or linear == "as convolutions"):
-                side = 2 if name == "fc.fc6" else 1
+                side = math.isqrt(weight.shape[1] // len(state["features.conv_5_3.bias"])) if name == "fc.fc6" else 1
                 maps = weight.reshape(len(weight), -1, side, side)
                 if linear != "as convolutions":  # flattened in the order of the convolutions' axes
                     weight = (maps.transpose(0, 2, 3, 1) if spatial_first else maps).reshape(len(weight), -1)

@@ -1,0 +1,105 @@
+"""The pass of every network beside its bare forward pass, and what the networks tell of real photographs.
+
+python -m tests.benchmarks.bench_networks                  # everything, about 10 minutes on two cores
+python -m tests.benchmarks.bench_networks --only identify  # one section
+python -m tests.benchmarks.bench_networks --markdown       # the table as the README shows it
+"""
+
+from collections.abc import Callable
+from pathlib import Path
+
+import click
+import torch
+
+from featurestore import FeatureStore, cache, identification_table
+from featurestore.backbones import get_backbone
+from featurestore.capture import load_extractor, settle
+from featurestore.faces import find_faces
+from featurestore.job import Request, prepare
+from featurestore.plan import make_plan
+from featurestore.weights import open_weights
+from featurestore.writing import store_lock
+from tests.benchmarks.bench_store import BATCH, make_photographs
+from tests.benchmarks.measure import Line, compare, rate, run_sections
+from tests.conftest import SHARED
+
+# Layers of each network: two on the way and its descriptor, or what stands for one; and photographs for a round of seconds.
+NETWORKS = {
+    "vggface": (["maxp_5_3", "fc7-relu", "descriptor"], 96),
+    "inception_resnet_v1": (["repeat_1", "mixed_7a", "descriptor"], 480),
+    "resnet50_ft": (["layer2", "layer4", "descriptor"], 160),
+    "senet50_ft": (["layer2", "layer4", "descriptor"], 160),
+    "torchvision:convnext_tiny": (["features.3", "features.7", "avgpool"], 160),
+}
+HELD_OUT = ["8", "9", "10"]
+
+
+def cache_layers(images: Path, store: Path, backbone: str, layers: list[str]) -> float:
+    """Images per second of the pass, its network loaded."""
+    request = Request(store, find_faces(images), layers, "random:0", backbone=backbone, batch_size=BATCH, device="cpu")
+    job = prepare(request)
+    with store_lock(store, "benchmark"):
+        summary = cache.run(job, make_plan(job))
+    return summary.computed / summary.seconds
+
+
+def speed(folder: Path) -> list[Line]:
+    """The pass (decode, compute, store) against forward passes alone of the same cut, channels-last network."""
+    return [_speed(folder, name, layers, n) for name, (layers, n) in NETWORKS.items()]
+
+
+def _speed(folder: Path, name: str, layers: list[str], n: int) -> Line:
+    images = make_photographs(folder / f"photographs-{n}", n)
+    spec = get_backbone(name)
+    spec = settle(spec, spec.own_recipe().size)
+    cut = load_extractor(spec, layers, open_weights("random:0", spec), torch.device("cpu"), torch.float32)
+    size = spec.own_recipe().size
+    inputs = torch.randn(BATCH, 3, size, size).contiguous(memory_format=torch.channels_last)
+    rounds = iter(range(10**9))
+
+    def ours() -> float:
+        return cache_layers(images, folder / f"{name.replace(':', '-')}-{next(rounds)}.zarr", name, layers)
+
+    def bare() -> float:
+        with torch.inference_mode():
+            return rate(lambda: cut(inputs), BATCH, n // BATCH)
+
+    return compare(f"the pass of {name}, 3 layers, against its bare forward loop", ours, bare, 0.95, "images/s", 5)
+
+
+def identify(folder: Path) -> list[Line]:
+    """The ORL photographs through all networks into one store; who is it, by nearest neighbour on held-out views?"""
+    photographs = SHARED / "data" / "orl_faces"
+    if not photographs.is_dir():
+        click.echo("left out: the ORL photographs (shared/data/orl_faces) are not on this machine", err=True)
+        return []
+    store = folder / "all.zarr"
+    for name, (layers, _) in NETWORKS.items():
+        cache_layers(photographs, store, name, layers)
+    table = identification_table(FeatureStore.open(store), HELD_OUT)
+    return [
+        Line(
+            f"{row.backbone}, {row.layer}: who is it, of 40, by nearest neighbour ({row.weights})",
+            f"{row.accuracy:.3f} [{row.low:.3f}, {row.high:.3f}]",
+            f"chance {row.chance:.3f}",
+            row.accuracy / row.chance,
+            "above chance",
+            row.low > row.chance,
+        )
+        for row in table.itertuples()
+    ]
+
+
+SECTIONS: dict[str, Callable[[Path], list[Line]]] = {"speed": speed, "identify": identify}
+
+
+@click.command()
+@click.option("--only", multiple=True, type=click.Choice(list(SECTIONS)), help="Only these sections.")
+@click.option("--markdown", is_flag=True, help="Print a Markdown table.")
+def main(only: tuple[str, ...], markdown: bool) -> None:
+    """Compare each network's pass with its bare forward loop; nothing is asserted."""
+    run_sections(SECTIONS, only, markdown)
+
+
+if __name__ == "__main__":
+    main()

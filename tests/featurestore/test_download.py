@@ -1,0 +1,169 @@
+"""Published files from a real server on this machine: resumed, checked, unpacked, refused."""
+
+import hashlib
+import io
+import tarfile
+import threading
+from collections.abc import Iterator
+from http.server import BaseHTTPRequestHandler, ThreadingHTTPServer
+from pathlib import Path
+
+import numpy as np
+import pytest
+
+from featurestore.backbones import BACKBONES, PublishedFile, get_backbone
+from featurestore.download import fetch, published_file
+from featurestore.errors import FeatureStoreError
+from tests.conftest import command
+
+CONTENT = np.random.default_rng(0).bytes(3 << 20)
+SHA256 = hashlib.sha256(CONTENT).hexdigest()
+
+
+class Server(ThreadingHTTPServer):
+    """Serves ``content``, whole or in part, and notes each request's Range. ``breaks_after`` bytes it hangs up."""
+
+    def __init__(self) -> None:
+        super().__init__(("127.0.0.1", 0), Handler)
+        self.content = CONTENT
+        self.etag = '"one"'
+        self.breaks_after: int | None = None
+        self.ranges: list[str | None] = []
+
+    @property
+    def url(self) -> str:
+        return f"http://127.0.0.1:{self.server_port}/file.bin"
+
+
+class Handler(BaseHTTPRequestHandler):
+    server: Server
+
+    def do_GET(self) -> None:
+        server = self.server
+        asked = self.headers["Range"]
+        server.ranges.append(asked)
+        start = 0
+        if asked and self.headers["If-Range"] == server.etag:
+            start = int(asked.removeprefix("bytes=").rstrip("-"))
+        self.send_response(206 if start else 200)
+        if start:
+            self.send_header("Content-Range", f"bytes {start}-{len(server.content) - 1}/{len(server.content)}")
+        if server.etag:
+            self.send_header("ETag", server.etag)
+        self.send_header("Content-Length", str(len(server.content) - start))
+        self.end_headers()
+        self.wfile.write(server.content[start : server.breaks_after])
+
+    def log_message(self, *args: object) -> None:
+        pass
+
+
+@pytest.fixture
+def server(monkeypatch: pytest.MonkeyPatch) -> Iterator[Server]:
+    monkeypatch.setenv("no_proxy", "127.0.0.1")
+    with Server() as server:
+        threading.Thread(target=server.serve_forever, daemon=True).start()
+        yield server
+        server.shutdown()
+
+
+def test_a_file_comes_once_with_progress(server: Server, tmp_path: Path) -> None:
+    seen: list[tuple[int, int | None]] = []
+    published = PublishedFile(server.url, SHA256)
+    path = fetch(published, tmp_path / "weights", lambda done, total: seen.append((done, total)))
+    assert path.read_bytes() == CONTENT
+    assert seen[-1] == (len(CONTENT), len(CONTENT))
+    assert [done for done, _ in seen] == sorted(done for done, _ in seen)
+    assert fetch(published, tmp_path / "weights") == path
+    assert len(server.ranges) == 1
+    assert [file.name for file in path.parent.iterdir()] == ["file.bin"]
+
+
+def test_a_download_that_broke_off_goes_on(server: Server, tmp_path: Path) -> None:
+    published = PublishedFile(server.url, SHA256)
+    server.breaks_after = 1 << 20
+    with pytest.raises(FeatureStoreError, match=r"broke off.*1048576 bytes are kept"):
+        fetch(published, tmp_path)
+    server.breaks_after = None
+    first: list[int] = []
+    path = fetch(published, tmp_path, lambda done, total: first.append(done))
+    assert path.read_bytes() == CONTENT
+    assert server.ranges == [None, "bytes=1048576-"]
+    assert first[0] == 1 << 20
+
+
+@pytest.mark.parametrize("etag", ['"two"', ""])
+def test_another_file_under_the_same_name_is_not_mixed_in(server: Server, tmp_path: Path, etag: str) -> None:
+    """Without a published checksum nothing else would notice two halves of different files."""
+    published = PublishedFile(server.url)
+    server.breaks_after = 1 << 20
+    if not etag:
+        server.etag = ""  # a server that cannot say which file it was
+    with pytest.raises(FeatureStoreError):
+        fetch(published, tmp_path)
+    server.breaks_after, server.etag, server.content = None, etag, CONTENT[::-1]
+    assert fetch(published, tmp_path).read_bytes() == CONTENT[::-1]
+
+
+def test_a_wrong_checksum_leaves_nothing(server: Server, tmp_path: Path) -> None:
+    server.content = CONTENT[:-1] + b"x"
+    with pytest.raises(FeatureStoreError, match=r"has the sha256 .* as published: it was changed"):
+        fetch(PublishedFile(server.url, SHA256[:8]), tmp_path)
+    assert not list(tmp_path.iterdir())
+
+
+def test_one_file_out_of_an_archive(server: Server, tmp_path: Path) -> None:
+    packed = io.BytesIO()
+    with tarfile.open(fileobj=packed, mode="w:gz") as archive:
+        for name, content in (("../escaped", b"no"), ("vgg_face_torch/VGG_FACE.t7", CONTENT)):
+            entry = tarfile.TarInfo(name)
+            entry.size = len(content)
+            archive.addfile(entry, io.BytesIO(content))
+    server.content = packed.getvalue()
+    path = fetch(PublishedFile(server.url, member="VGG_FACE.t7"), tmp_path / "weights")
+    assert path.name == "VGG_FACE.t7"
+    assert path.read_bytes() == CONTENT
+    assert [file.name for file in tmp_path.rglob("*") if file.is_file()] == ["VGG_FACE.t7"]
+    server.content = packed.getvalue()[:1000]
+    with pytest.raises(FeatureStoreError, match="cannot be unpacked"):
+        fetch(PublishedFile(server.url, member="VGG_FACE.t7"), tmp_path / "cut")
+
+
+def test_without_a_network(tmp_path: Path) -> None:
+    with pytest.raises(FeatureStoreError, match=r"cannot be reached.*give --weights FILE"):
+        fetch(PublishedFile("http://127.0.0.1:9/file.bin"), tmp_path)
+
+
+def test_a_page_that_is_gone(server: Server, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(Handler, "do_GET", lambda self: self.send_error(404))
+    with pytest.raises(FeatureStoreError, match="answers 404"):
+        fetch(PublishedFile(server.url), tmp_path)
+
+
+def test_what_is_published() -> None:
+    assert published_file(get_backbone("vggface")).member == "VGG_FACE.t7"
+    assert published_file(get_backbone("inception_resnet_v1"), "casia-webface").url.endswith("casia-webface.pt")
+    assert published_file(get_backbone("torchvision:convnext_tiny")).sha256 == "983f1562"
+    with pytest.raises(FeatureStoreError, match=r"no download .casia-webfase.. Did you mean casia-webface"):
+        published_file(get_backbone("inception_resnet_v1"), "casia-webfase")
+    for name in ("resnet50_ft", "senet50_scratch"):
+        with pytest.raises(FeatureStoreError, match=f"Google Drive.*--weights {name}_weight.pkl"):
+            published_file(get_backbone(name))
+    assert all("non-commercial" in spec.licence for spec in BACKBONES.values())
+
+
+def test_the_command_says_where_else_to_look(tmp_path: Path, photographs: Path) -> None:
+    arguments = (
+        "--layers",
+        "descriptor",
+        "--images",
+        photographs,
+        "--backbone",
+        "resnet50_ft",
+        "--weights",
+        "download",
+    )
+    done = command("cache_layers", *arguments, cwd=tmp_path)
+    assert done.returncode == 1
+    assert "Google Drive" in done.stderr
+    assert "Traceback" not in done.stderr

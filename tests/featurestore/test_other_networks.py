@@ -1,0 +1,277 @@
+"""torchvision's networks and the user's own: layers by module path, their own transforms, and nobody's word taken for code."""
+
+import json
+from pathlib import Path
+
+import numpy as np
+import pytest
+import torch
+import torchvision
+from PIL import Image
+from torchvision.models import get_model, get_model_weights
+
+from featurestore import FeatureStore
+from featurestore.backbones import get_backbone
+from featurestore.capture import extractor, load_extractor, settle
+from featurestore.errors import FeatureStoreError
+from featurestore.images import decode, get_recipe
+from featurestore.weights import draw, open_weights
+from tests.conftest import command, run_pass
+from tests.featurestore.test_capture import far, hooked
+
+CPU = torch.device("cpu")
+
+MODULE = """
+import torch
+from torch import nn
+
+class Net(nn.Module):
+    def __init__(self):
+        super().__init__()
+        self.body = nn.Sequential(nn.Conv2d(3, 4, 3, stride=2), nn.ReLU(inplace=True), nn.Conv2d(4, 6, 3, stride=STRIDE))
+        self.offset = torch.arange(6.0).view(1, 6, 1, 1)  # a constant that is in no state dict
+        self.pool = nn.AdaptiveAvgPool2d(1)
+        self.head = nn.Linear(6, 5)
+
+    def forward(self, x):
+        return self.head(torch.flatten(self.pool(self.body(x) + self.offset), 1))
+
+def build_model():
+    torch.manual_seed(0)
+    return Net()
+
+def not_a_network():
+    return 3
+
+def broken():
+    raise RuntimeError("no such file: weights.bin")
+
+def branching():
+    class Branching(nn.Module):
+        def forward(self, x):
+            return x if x.sum() > 0 else -x
+    return Branching()
+"""
+RECIPE = 'size = 32\nresize = "pil"\nchannels = "RGB"\nmean = [127.5, 127.5, 127.5]\nscale = 128.0\n'
+
+
+@pytest.fixture
+def own(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
+    """A folder that the user stands in, with a module of theirs and a recipe."""
+    folder = tmp_path / "own"
+    folder.mkdir()
+    name = f"net_{abs(hash(str(tmp_path))) % 10**9}"  # a module is imported once in a process
+    (folder / f"{name}.py").write_text(MODULE.replace("STRIDE", "2"))
+    (folder / "mine.toml").write_text(RECIPE)
+    monkeypatch.chdir(folder)
+    monkeypatch.syspath_prepend(str(folder))
+    return folder
+
+
+def module_of(own: Path) -> str:
+    return next(own.glob("net_*.py")).stem
+
+
+@pytest.mark.parametrize("name", ["convnext_tiny", "resnet18", "vit_b_32", "swin_t", "regnet_x_400mf", "googlenet"])
+def test_layers_of_torchvision_equal_hooks_on_its_own_network(name: str) -> None:
+    """Tokens, windows with index tables, in-place ReLUs, a constructor that computes: the same numbers as hooks that copy."""
+    spec = get_backbone(f"torchvision:{name}")
+    size = spec.own_recipe().size
+    spec = settle(spec, size)
+    plain = {"googlenet": {"init_weights": False, "transform_input": True}}.get(name, {})
+    network = get_model(name, weights=None, **plain).eval()
+    state = network.state_dict()
+    shapes = {key: tuple(value.shape) for key, value in state.items()}
+    network.load_state_dict({**state, **draw(2, [key for key in shapes if state[key].is_floating_point()], shapes)})
+    layers = list(spec.layers)[:: max(1, len(spec.layers) // 20)]
+    cut = load_extractor(spec, layers, open_weights("random:2", spec), CPU, torch.float32)
+    torch.manual_seed(0)
+    images = torch.randn(1, 3, size, size)
+    with torch.inference_mode():
+        expected = hooked(network, {layer: layer for layer in layers}, images)
+        got = cut(images)
+    for layer in layers:
+        assert far(got[layer].numpy(), expected[layer].numpy()) < 1e-4, layer
+
+
+@pytest.mark.parametrize("name", ["convnext_tiny", "efficientnet_b0", "vit_h_14", "resnet50@IMAGENET1K_V1"])
+@pytest.mark.parametrize("size", [(301, 200), (97, 131), (64, 64)])
+def test_the_recipe_is_that_of_the_weights(name: str, size: tuple[int, int]) -> None:
+    model, _, chosen = name.partition("@")
+    entry = get_model_weights(model)[chosen or "DEFAULT"]
+    rgb = np.random.default_rng(0).integers(0, 256, (*size, 3), np.uint8)
+    expected = entry.transforms()(Image.fromarray(rgb))
+    recipe = get_backbone(f"torchvision:{name}").own_recipe()
+    got = recipe.normalise(torch.from_numpy(recipe.pixels(rgb)[None].copy()))[0]
+    assert got.shape == expected.shape
+    assert float((got - expected).abs().max()) < 1e-5
+
+
+def test_all_networks_of_torchvision_have_layers() -> None:
+    names = torchvision.models.list_models(module=torchvision.models)
+    assert len(names) >= 70
+    for name in names[::9]:
+        assert len(get_backbone(f"torchvision:{name}").layers) > 10, name
+
+
+def test_unknown_names() -> None:
+    with pytest.raises(FeatureStoreError, match=r"no network 'resnet51'. Did you mean .*resnet50"):
+        get_backbone("torchvision:resnet51")
+    with pytest.raises(FeatureStoreError, match="no weights 'V1'"):
+        get_backbone("torchvision:resnet50@V1")
+    with pytest.raises(FeatureStoreError, match="no module 'nowhere'"):
+        get_backbone("nowhere:build")
+
+
+def test_a_pass_of_torchvision_and_of_a_face_network_in_one_store(photographs: Path, tmp_path: Path) -> None:
+    store = tmp_path / "both.zarr"
+    run_pass(photographs, store, ["features.3"], backbone="torchvision:squeezenet1_1")
+    run_pass(photographs, store, ["conv2d_1a"], backbone="inception_resnet_v1")
+    opened = FeatureStore.open(store)
+    assert [name.rpartition("-")[0] for name in opened.sources] == ["inception_resnet_v1", "torchvision-squeezenet1_1"]
+    source = opened.source("torchvision-squeezenet1_1")
+    assert source.attributes["backbone"] == "torchvision:squeezenet1_1"
+    network = get_model("squeezenet1_1", weights=None).eval()
+    shapes = {key: tuple(value.shape) for key, value in network.state_dict().items()}
+    network.load_state_dict(draw(0, shapes, shapes))
+    transform = get_model_weights("squeezenet1_1").DEFAULT.transforms()
+    with torch.inference_mode():
+        for i, path in enumerate(source.items["path"]):
+            expected = network.features[:4](transform(Image.open(path))[None])[0]
+            assert far(source.rows("features.3").gather([i])[0].numpy(), expected.numpy()) < 1e-4
+
+
+def test_tokens_are_a_layer_too(photographs: Path, tmp_path: Path) -> None:
+    run_pass(photographs, tmp_path / "vit.zarr", ["encoder.dropout"], backbone="torchvision:vit_b_32")
+    source = FeatureStore.open(tmp_path / "vit.zarr").source()
+    assert source.rows("encoder.dropout").shape == (10, 50, 768)
+    assert source.xarray()["encoder.dropout"].dims == ("item", "token_50", "feature_768")
+
+
+def test_a_network_of_the_users_own(own: Path, photographs: Path) -> None:
+    name = f"{module_of(own)}:build_model"
+    store = own / "own.zarr"
+    run_pass(photographs, store, ["body.0", "body.2", "pool"], backbone=name, weights="built", recipe="mine.toml")
+    source = FeatureStore.open(store).source()
+    assert source.attributes["recipe"]["name"] == "mine"
+    network = get_backbone(name).build().eval()
+    with torch.inference_mode():
+        for i, path in enumerate(source.items["path"]):
+            rgb = Image.fromarray(decode(Path(path).read_bytes())).resize((32, 32), Image.Resampling.BILINEAR)
+            x = (torch.from_numpy(np.array(rgb)).permute(2, 0, 1)[None].float() - 127.5) / 128
+            body = network.body(x)
+            assert torch.allclose(source.rows("body.2").gather([i]), body, atol=1e-5)
+            assert torch.allclose(source.rows("pool").gather([i]), network.pool(body + network.offset), atol=1e-5)
+            before_relu = source.rows("body.0").gather([i])
+            assert torch.allclose(before_relu, network.body[0](x), atol=1e-5)
+            assert float(before_relu.min()) < 0
+
+
+def test_changed_code_is_another_source(own: Path, photographs: Path) -> None:
+    module = own / f"{module_of(own)}.py"
+    arguments = ("--images", photographs, "--store", "own.zarr", "--recipe", "mine.toml", "--weights", "random:1")
+    network = ("--layers", "pool", "--backbone", f"{module.stem}:build_model")
+    assert command("cache_layers", *network, *arguments, cwd=own).returncode == 0
+    module.write_text(MODULE.replace("STRIDE", "1"))  # the same keys and shapes
+    assert command("cache_layers", *network, *arguments, cwd=own).returncode == 0
+    assert len(FeatureStore.open(own / "own.zarr").sources) == 2
+
+
+def test_a_store_does_not_name_code_to_run(own: Path, photographs: Path) -> None:
+    """verify_store imports a network only because the user says so, never because a store does."""
+    name = f"{module_of(own)}:build_model"
+    run_pass(photographs, own / "own.zarr", ["pool"], backbone=name, weights="random:1", recipe="mine.toml")
+    module = own / f"{module_of(own)}.py"
+    module.write_text(module.read_text() + "\nopen('imported', 'w').close()\n")
+    checked = command("verify_store", "own.zarr", cwd=own)
+    assert checked.returncode == 0, checked.stdout + checked.stderr
+    assert "To run it, if you trust it: --backbone" in checked.stdout
+    assert not (own / "imported").exists()
+    checked = command("verify_store", "own.zarr", "--backbone", name, cwd=own)
+    assert checked.returncode == 0, checked.stdout + checked.stderr
+    assert "recomputed rows agree" in checked.stdout
+    assert (own / "imported").exists()
+
+
+@pytest.mark.parametrize(
+    ("function", "message"),
+    [
+        ("buld_model", "has no function 'buld_model'. Did you mean build_model"),
+        ("not_a_network", "returned a int, not a torch.nn.Module"),
+        ("broken", "RuntimeError: no such file: weights.bin"),
+        ("branching", "cannot be traced by torch.fx"),
+    ],
+)
+def test_what_can_be_wrong_with_it(own: Path, function: str, message: str) -> None:
+    with pytest.raises(FeatureStoreError, match=message):
+        get_backbone(f"{module_of(own)}:{function}")
+
+
+def test_it_needs_a_recipe(own: Path, photographs: Path) -> None:
+    name = f"{module_of(own)}:build_model"
+    with pytest.raises(FeatureStoreError, match=r"--recipe FILE\.toml"):
+        run_pass(photographs, own / "own.zarr", ["pool"], backbone=name, weights="built")
+
+
+@pytest.mark.parametrize(
+    ("values", "message"),
+    [
+        ({"size": 0}, "size 0 is not a whole number of pixels"),
+        ({"size": 10**9}, "size 1000000000 is not"),
+        ({"resize": "nearest"}, "resize 'nearest' is not one of cv2, pil, pil-crop"),
+        ({"mean": [1, 2]}, "mean .* is not three numbers"),
+        ({"scale": 0}, "scale 0 is not a number"),
+        ({"scale": [1, 0, 1]}, "scale .* other than 0"),
+        ({"short_side": 10}, "belongs to pil-crop"),
+        ({"box_margin": -1}, "box_margin -1 is not a share"),
+        ({"colour": "RGB"}, "no field 'colour'"),
+        ({"channels": None}, "lacks channels"),
+        ({"name": "facenet"}, "has the name 'facenet' of a published one"),
+    ],
+)
+def test_a_recipe_that_is_none(tmp_path: Path, values: dict, message: str) -> None:
+    sound = {"size": 32, "resize": "pil", "channels": "RGB", "mean": [0, 0, 0]}
+    (tmp_path / "r.json").write_text(json.dumps({**sound, **values}))
+    with pytest.raises(FeatureStoreError, match=message):
+        get_recipe(str(tmp_path / "r.json"))
+    (tmp_path / "r.json").write_text(json.dumps(sound))
+    assert get_recipe(str(tmp_path / "r.json")).name == "r"
+
+
+def test_a_size_that_a_network_does_not_take(photographs: Path, tmp_path: Path) -> None:
+    (tmp_path / "small.toml").write_text(RECIPE)
+    with pytest.raises(FeatureStoreError, match="cannot be run on 32 × 32 pixels"):
+        run_pass(
+            photographs,
+            tmp_path / "s.zarr",
+            ["encoder"],
+            backbone="torchvision:vit_b_32",
+            recipe=str(tmp_path / "small.toml"),
+        )
+
+
+def test_in_place_functions_of_others(tmp_path: Path) -> None:
+    class Positional(torch.nn.Module):
+        def __init__(self) -> None:
+            super().__init__()
+            self.one = torch.nn.Linear(4, 4)
+
+        def forward(self, x: torch.Tensor) -> torch.Tensor:
+            return torch.nn.functional.relu(self.one(x), True)
+
+    class Named(Positional):
+        def forward(self, x: torch.Tensor) -> torch.Tensor:
+            return torch.relu_(self.one(x))
+
+    network, x = Positional(), torch.randn(3, 4)
+    with torch.no_grad():
+        expected = network.one(x)
+        assert torch.equal(extractor(network, {"one": "one"})(x)["one"], expected)
+    with pytest.raises(ValueError, match="works in place"):
+        extractor(torch.nn.Sequential(Named(), torch.nn.Linear(4, 4)), {"last": "1"})
+
+
+def test_nothing_is_left_of_a_run_that_was_refused(own: Path, photographs: Path) -> None:
+    with pytest.raises(FeatureStoreError):
+        run_pass(photographs, own / "new.zarr", ["nowhere"], backbone="torchvision:resnet18")
+    assert not (own / "new.zarr").exists()
