@@ -3,6 +3,8 @@
 import difflib
 from collections.abc import Iterable
 
+_MOST_NAMES = 50
+
 
 class FeatureStoreError(Exception):
     """Something the user can put right: the message says what, why and what to do.
@@ -17,7 +19,7 @@ def near_matches(name: str, known: Iterable[str]) -> str:
     close = difflib.get_close_matches(name, known, n=3, cutoff=0.6)
     if close:
         return f"Did you mean {', '.join(close)}?"
-    return f"It is one of: {', '.join(known)}."
+    return f"It is one of: {listing(known, _MOST_NAMES)}."
 
 
 def listing(things: Iterable[object], most: int = 5) -> str:

@@ -153,9 +153,12 @@ def make_plan(job: Job, progress: Progress = lambda n: None) -> Plan:
     Photographs that the store knows already are hashed, to notice a changed one; ``progress`` counts them.
     """
     request = job.request
-    clash = [name for name in request.faces.table.columns if name in job.spec.layers]
+    clash = [name for name in [*request.faces.table.columns, "image_sha256", "item"] if name in job.layers]
     if clash:
-        raise FeatureStoreError(f"the column {clash[0]!r} of the CSV has the name of a layer. Rename it.")
+        raise FeatureStoreError(
+            f"{clash[0]!r} is the name of a column of the photographs' table and of a layer of {job.spec.name}. "
+            "Rename the column of the CSV, or the module of the network."
+        )
     source = _existing_source(request.store, job.source_name)
     if source:
         source.refuse_twins()

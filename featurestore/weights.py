@@ -14,7 +14,7 @@ from pathlib import Path
 import numpy as np
 import torch
 
-from featurestore.backbones import BACKBONES, BackboneSpec, Shapes, get_backbone
+from featurestore.backbones import BACKBONES, TORCHVISION, BackboneSpec, Shapes, get_backbone
 from featurestore.errors import FeatureStoreError, listing
 from featurestore.layouts import Reading, readings
 from featurestore.tensor_files import TensorFile, open_tensors
@@ -107,6 +107,8 @@ def _from_file(path: Path, spec: BackboneSpec) -> Weights:
             "Check --backbone, or give --weights the file that belongs to it."
         )
     tensors = fit.reading.tensors
+    digest = sha256_of_file(path)
+    _refuse_other_transforms(path, digest, spec)
 
     def read(keys: Iterable[str]) -> dict[str, torch.Tensor]:
         # A counter that is left out of the file has no effect in eval mode.
@@ -114,7 +116,7 @@ def _from_file(path: Path, spec: BackboneSpec) -> Weights:
 
     return Weights(
         path.name,
-        sha256_of_file(path),
+        digest,
         fit.spec,
         read,
         frozenset(key for key in fit.spec.weight_shapes() if key not in fit.absent),
@@ -122,6 +124,18 @@ def _from_file(path: Path, spec: BackboneSpec) -> Weights:
         fit.reading.layout,
         fit.reading.notes + _notes(spec, fit.spec),
     )
+
+
+def _refuse_other_transforms(path: Path, digest: str, spec: BackboneSpec) -> None:
+    """torchvision's weights of one network differ in how pictures are made their input, and the files look alike."""
+    own, *others = spec.files or [""]
+    known = [name for name in others if spec.files[name].sha256 and digest.startswith(spec.files[name].sha256)]
+    if spec.name.startswith(TORCHVISION) and known:
+        network = spec.name.partition("@")[0]
+        raise FeatureStoreError(
+            f"{path} is torchvision's {known[0]}, which has transforms of its own, not those of {own}. "
+            f"Say so: --backbone {network}@{known[0]}"
+        )
 
 
 def _as_used(values: torch.Tensor) -> torch.Tensor:

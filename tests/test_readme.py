@@ -42,7 +42,9 @@ def test_the_main_job_keeps_keys_and_metadata(folder: Path) -> None:
 
 
 def test_the_commands_run(folder: Path) -> None:
-    lines = [line for block in blocks("") for line in block.replace("\\\n", " ").splitlines() if line.startswith("python ")]
+    lines = [
+        line for block in blocks("") for line in block.replace("\\\n", " ").splitlines() if line.startswith("python ")
+    ]
     runnable = [line for line in lines if "photos" not in line and "VGG_FACE" not in line]  # nobody's files are here
     assert len(runnable) >= 9
     for line in runnable:

@@ -89,10 +89,12 @@ class BackboneSpec:
                 return self.build()
         except NotImplementedError:  # a constructor that computes with tensors, which have no values on that device
             pass
+
+        def to_meta(module: nn.Module, name: str, parameter: nn.Parameter) -> nn.Parameter:
+            return nn.Parameter(parameter.to("meta"), parameter.requires_grad)
+
         # One parameter after the other, then: each is dropped when it is registered.
-        hook = nn.modules.module.register_module_parameter_registration_hook(
-            lambda module, name, parameter: nn.Parameter(parameter.to("meta"), parameter.requires_grad)
-        )
+        hook = nn.modules.module.register_module_parameter_registration_hook(to_meta)  # type: ignore[arg-type]
         try:
             return self.build().to("meta")
         finally:

@@ -33,9 +33,13 @@ def torchvision_backbone(full: str) -> BackboneSpec:
         recipe=_recipe(name, entry),
         licence=f"torchvision's {entry}: {entry.meta.get('license') or 'see the terms of the data it was trained on'}.",
         builder=partial(get_model, name, weights=None, **_as_published(name, entry)),
-        files={entry.name: PublishedFile(entry.url, sha256=Path(entry.url).stem.rpartition("-")[2])},
+        files={other.name: _file(other) for other in sorted(entries, key=lambda other: other is not entry)},
     )
     return _with_layers(spec)
+
+
+def _file(entry: WeightsEnum) -> PublishedFile:
+    return PublishedFile(entry.url, sha256=Path(entry.url).stem.rpartition("-")[2])  # its first digits end the name
 
 
 def _near(name: str, names: list[str]) -> str:

@@ -25,11 +25,11 @@ from tests.conftest import SHARED
 
 # Layers of each network: two on the way and its descriptor, or what stands for one; and photographs for a round of seconds.
 NETWORKS = {
-    "vggface": (["maxp_5_3", "fc7-relu", "descriptor"], 96),
-    "inception_resnet_v1": (["repeat_1", "mixed_7a", "descriptor"], 480),
-    "resnet50_ft": (["layer2", "layer4", "descriptor"], 160),
-    "senet50_ft": (["layer2", "layer4", "descriptor"], 160),
-    "torchvision:convnext_tiny": (["features.3", "features.7", "avgpool"], 160),
+    "vggface": (["maxp_5_3", "fc7-relu", "descriptor"], 64),
+    "inception_resnet_v1": (["repeat_1", "mixed_7a", "descriptor"], 320),
+    "resnet50_ft": (["layer2", "layer4", "descriptor"], 128),
+    "senet50_ft": (["layer2", "layer4", "descriptor"], 128),
+    "torchvision:convnext_tiny": (["features.3", "features.7", "avgpool"], 128),
 }
 HELD_OUT = ["8", "9", "10"]
 

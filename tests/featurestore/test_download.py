@@ -10,10 +10,14 @@ from pathlib import Path
 
 import numpy as np
 import pytest
+import torch
+from click.testing import CliRunner
 
+from featurestore import FeatureStore, download
 from featurestore.backbones import BACKBONES, PublishedFile, get_backbone
 from featurestore.download import fetch, published_file
 from featurestore.errors import FeatureStoreError
+from pipelines.cache_layers import main as cache_layers
 from tests.conftest import command
 
 CONTENT = np.random.default_rng(0).bytes(3 << 20)
@@ -150,6 +154,30 @@ def test_what_is_published() -> None:
         with pytest.raises(FeatureStoreError, match=f"Google Drive.*--weights {name}_weight.pkl"):
             published_file(get_backbone(name))
     assert all("non-commercial" in spec.licence for spec in BACKBONES.values())
+
+
+def test_the_command_fetches_and_caches(
+    server: Server, tmp_path: Path, photographs: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    state = get_backbone("torchvision:squeezenet1_1").build().state_dict()
+    torch.save(state, tmp_path / "published.pth")
+    server.content = (tmp_path / "published.pth").read_bytes()
+    monkeypatch.setattr(download, "published_file", lambda spec, which: PublishedFile(server.url))
+    monkeypatch.setenv("FEATURESTORE_WEIGHTS", str(tmp_path / "weights"))
+    arguments = ["--layers", "features.1", "--images", photographs, "--store", tmp_path / "s.zarr"]
+    arguments = [*map(str, arguments), "--backbone", "torchvision:squeezenet1_1", "--weights", "download"]
+    planned = CliRunner().invoke(cache_layers, [*arguments, "--dry-run"])
+    assert planned.exit_code == 1
+    assert "Leave --dry-run out to fetch them" in planned.output
+    assert not (tmp_path / "weights").exists()
+    done = CliRunner().invoke(cache_layers, arguments)
+    assert done.exit_code == 0, done.output
+    assert "SqueezeNet1_1_Weights.IMAGENET1K_V1" in done.output  # whose licence it is, before anything is fetched
+    source = FeatureStore.open(tmp_path / "s.zarr").source()
+    assert source.attributes["weights"] == hashlib.sha256(server.content).hexdigest()
+    again = CliRunner().invoke(cache_layers, [*arguments, "--dry-run"])
+    assert "everything is cached" in again.output
+    assert len(server.ranges) == 1
 
 
 def test_the_command_says_where_else_to_look(tmp_path: Path, photographs: Path) -> None:

@@ -3,9 +3,11 @@
 import io
 from pathlib import Path
 
+import cv2
 import numpy as np
 import pytest
 import torch
+import torchvision
 from PIL import Image
 
 from featurestore.errors import FeatureStoreError
@@ -31,6 +33,32 @@ def test_pixels_equal_the_originals(parity: Path, recipe: str, original: str, im
     if recipe == "vggface2":  # the original's numbers are from before it turns RGB to BGR
         pixels = pixels[:, :, ::-1]
     assert np.array_equal(pixels, expected)
+
+
+SIZES = [(480, 640), (640, 480), (301, 299), (97, 500), (224, 224), (256, 256), (31, 17), (112, 92), (1, 3)]
+
+
+@pytest.mark.parametrize("size", SIZES)
+@pytest.mark.parametrize("mode", ["RGB", "L"])
+def test_odd_sizes_and_grey_pictures_as_the_original_pipelines_make_them(tmp_path: Path, size, mode: str) -> None:
+    """uint8 for uint8, against the libraries' own calls, as the published code strings them together."""
+    rgb = np.random.default_rng(1).integers(0, 256, (*size, 3), np.uint8)
+    path = tmp_path / "face.png"
+    image = Image.fromarray(rgb if mode == "RGB" else rgb[:, :, 0])
+    image.save(path)
+    pixels = {
+        name: RECIPES[name].pixels(decode(path.read_bytes())) for name in ("vggface-published", "facenet", "vggface2")
+    }
+
+    assert np.array_equal(pixels["vggface-published"], cv2.resize(cv2.imread(str(path)), (224, 224)))
+
+    image = Image.open(path).convert("RGB")
+    assert np.array_equal(pixels["facenet"], np.asarray(image.resize((160, 160), Image.Resampling.BILINEAR)))
+
+    resized = torchvision.transforms.Resize(256)(image)
+    assert size != (480, 640) or resized.size == (341, 256)
+    cropped = np.asarray(torchvision.transforms.CenterCrop(224)(resized))
+    assert np.array_equal(pixels["vggface2"], cropped[:, :, ::-1])
 
 
 @pytest.mark.parametrize("name", RECIPES)

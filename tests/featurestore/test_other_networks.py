@@ -1,6 +1,8 @@
 """torchvision's networks and the user's own: layers by module path, their own transforms, and nobody's word taken for code."""
 
+import hashlib
 import json
+from dataclasses import replace
 from pathlib import Path
 
 import numpy as np
@@ -11,7 +13,7 @@ from PIL import Image
 from torchvision.models import get_model, get_model_weights
 
 from featurestore import FeatureStore
-from featurestore.backbones import get_backbone
+from featurestore.backbones import PublishedFile, get_backbone
 from featurestore.capture import extractor, load_extractor, settle
 from featurestore.errors import FeatureStoreError
 from featurestore.images import decode, get_recipe
@@ -139,6 +141,30 @@ def test_a_pass_of_torchvision_and_of_a_face_network_in_one_store(photographs: P
         for i, path in enumerate(source.items["path"]):
             expected = network.features[:4](transform(Image.open(path))[None])[0]
             assert far(source.rows("features.3").gather([i])[0].numpy(), expected.numpy()) < 1e-4
+
+
+def test_weights_with_other_transforms_are_noticed(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """ResNet-50's two published files differ in nothing but numbers and in how pictures are to be resized."""
+    spec = get_backbone("torchvision:resnet18")
+    state = spec.build_meta().state_dict()
+    torch.save({key: torch.zeros(value.shape) for key, value in state.items()}, tmp_path / "v1.pth")
+    digest = hashlib.sha256((tmp_path / "v1.pth").read_bytes()).hexdigest()
+    files = {
+        "V2": PublishedFile("https://x/r-00000000.pth", "00000000"),
+        "V1": PublishedFile("https://x/r.pth", digest[:8]),
+    }
+    with pytest.raises(FeatureStoreError, match=r"is torchvision's V1.*--backbone torchvision:resnet18@V1"):
+        open_weights(str(tmp_path / "v1.pth"), replace(spec, files=files))
+    own_first = dict(reversed(files.items()))
+    assert open_weights(str(tmp_path / "v1.pth"), replace(spec, files=own_first)).identity == digest
+
+
+def test_a_module_named_like_a_coordinate(own: Path, photographs: Path) -> None:
+    module = own / f"{module_of(own)}.py"
+    module.write_text(module.read_text().replace("self.pool", "self.view"))
+    name = f"{module.stem}:build_model"
+    with pytest.raises(FeatureStoreError, match="'view' is the name of a column"):
+        run_pass(photographs, own / "own.zarr", ["view"], backbone=name, weights="built", recipe="mine.toml")
 
 
 def test_tokens_are_a_layer_too(photographs: Path, tmp_path: Path) -> None:

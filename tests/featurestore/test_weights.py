@@ -134,30 +134,28 @@ def test_the_number_of_classes_is_the_files(tmp_path: Path) -> None:
         load_extractor(spec, ["descriptor", "logits"], weights, CPU, torch.float32)
 
 
+CUTS = [
+    (("features.",), "maxp_5_3", "fc6"),
+    (("features.", "fc.fc6."), "fc6-relu", "fc7"),
+    (("features.", "fc.fc6.", "fc.fc7."), "fc7-relu", "fc8"),
+]
+
+
 @pytest.mark.parametrize(
-    ("kept", "gives", "lacks"),
-    [
-        (("features.",), "maxp_5_3", "fc6"),
-        (("features.", "fc.fc6."), "fc6-relu", "fc7"),
-        (("features.", "fc.fc6.", "fc.fc7."), "fc7-relu", "fc8"),
-    ],
+    ("layout", "cut"),
+    [*((layout, cut) for layout in ("keys", "t7", "end-to-end") for cut in CUTS), ("without prefix", CUTS[0])],
 )
-@pytest.mark.parametrize("layout", ["keys", "without prefix", "t7", "end-to-end"])
-def test_a_file_that_was_cut_gives_the_layers_before(
-    tmp_path: Path, state, kept, gives: str, lacks: str, layout: str
-) -> None:
+def test_a_file_that_was_cut_gives_the_layers_before(tmp_path: Path, state, layout: str, cut: tuple) -> None:
+    kept, gives, lacks = cut
     part = {key: value for key, value in state.items() if key.startswith(kept)}
     path = tmp_path / "cut"
     if layout == "t7":
         write_luatorch(path, part)
     elif layout == "without prefix":
-        if len(kept) > 1:
-            pytest.skip("such files hold convolutions alone")
         torch.save({key.removeprefix("features."): value for key, value in part.items()}, path)
     else:
-        torch.save(
-            {("vgg_core.vgg_core." if layout == "end-to-end" else "") + key: value for key, value in part.items()}, path
-        )
+        prefix = "vgg_core.vgg_core." if layout == "end-to-end" else ""
+        torch.save({prefix + key: value for key, value in part.items()}, path)
     whole = tmp_path / "whole"
     torch.save(state, whole)
     assert torch.equal(activations(path, layers=(gives,))[gives], activations(whole, layers=(gives,))[gives])
