@@ -18,6 +18,7 @@ lint: .venv/ready
 
 benchmark: .venv/ready
 	$(BIN)/python -m tests.benchmarks.bench_store
+	$(BIN)/python -m tests.benchmarks.bench_networks
 	$(BIN)/python -m tests.benchmarks.bench_heads
 
 # Exact versions, so that a wheel lying on the machine cannot slip in beside a torchvision that was not built for it.

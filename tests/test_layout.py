@@ -39,6 +39,7 @@ def test_imports_run_one_way(package: str) -> None:
         "featurestore.backbones",
         "heads",
         "pipelines.cache_layers",
+        "pipelines.convert_weights",
         "pipelines.train_heads",
         "pipelines.verify_store",
     ],
@@ -47,3 +48,14 @@ def test_naming_things_loads_nothing_heavy(module: str) -> None:
     code = f"import sys, {module}; print([name for name in ('torch', 'pandas', 'zarr', 'dask', 'cv2') if name in sys.modules])"
     done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=True, cwd=ROOT)
     assert done.stdout.strip() == "[]"
+
+
+def test_a_list_of_layers_builds_no_weights() -> None:
+    """VGG-Face's are 553 MiB; on the meta device they have shapes and nothing else."""
+    code = (
+        "import torch, resource; from featurestore.backbones import get_backbone; from featurestore.capture import layer_shapes\n"
+        "peak = lambda: resource.getrusage(resource.RUSAGE_SELF).ru_maxrss\n"
+        "layer_shapes(get_backbone('resnet50_ft')); before = peak(); layer_shapes(get_backbone('vggface')); print(peak() - before)"
+    )
+    done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=True, cwd=ROOT)
+    assert int(done.stdout) < 100 * 1024  # KiB

@@ -73,7 +73,7 @@ class LuaTorch:
     """Writes values as torch7's File.lua does, binary, little endian, 64-bit longs."""
 
     def __init__(self) -> None:
-        self.content = b""
+        self.content = bytearray()
         self.index = 0
 
     def integer(self, value: int) -> None:
