@@ -17,7 +17,7 @@ from torch import fx, nn
 
 from featurestore.backbones import BackboneSpec
 from featurestore.errors import FeatureStoreError, listing
-from featurestore.weights import Weights
+from featurestore.weights import Weights, bytes_of
 
 _FRESH = (nn.Conv2d, nn.Linear, nn.BatchNorm1d, nn.BatchNorm2d)  # modules whose output is always a new tensor
 _IN_PLACE_OPERATORS = {
@@ -129,11 +129,21 @@ def module_paths(network: nn.Module) -> list[str]:
 
 
 def graph_digest(spec: BackboneSpec) -> str:
-    """sha256 (hex) of a network's operations and of its modules' settings, such as strides: not of its weights."""
+    """sha256 (hex) of what a network does beside its weights: operations, modules' settings, and constants.
+
+    Settings are such as strides. Constants are tensors that its constructor makes and no state dict holds.
+    """
     network = spec.build_meta().eval()
     graph = _PathTracer().trace(network)
     settings = [f"{path} {type(module).__name__}({module.extra_repr()})" for path, module in network.named_modules()]
-    return hashlib.sha256("\n".join([str(graph), *settings]).encode()).hexdigest()
+    digest = hashlib.sha256("\n".join([str(graph), *settings]).encode())
+    weights = network.state_dict().keys()
+    if any(name not in weights for name in _tensors(extractor(network, spec.layers))):
+        whole = extractor(spec.build(), spec.layers)
+        for name, value in [*whole.named_parameters(), *whole.named_buffers()]:
+            if name not in weights:
+                digest.update(f"\n{name} {value.dtype} {tuple(value.shape)} ".encode() + bytes_of(value))
+    return digest.hexdigest()
 
 
 def layer_shapes(spec: BackboneSpec, layers: Iterable[str] | None = None) -> dict[str, tuple[int, ...]]:

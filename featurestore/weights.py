@@ -88,7 +88,7 @@ def _built(spec: BackboneSpec) -> Weights:
     digest = hashlib.sha256()
     for key, value in state.items():
         digest.update(f"{key} {value.dtype} {tuple(value.shape)}\0".encode())
-        digest.update(value.detach().cpu().contiguous().flatten().view(torch.uint8).numpy())
+        digest.update(bytes_of(value))
     return Weights(
         f"built by {spec.name}",
         digest.hexdigest(),
@@ -96,6 +96,11 @@ def _built(spec: BackboneSpec) -> Weights:
         lambda keys: {key: _as_used(state[key].detach().cpu()) for key in keys},
         frozenset(state),
     )
+
+
+def bytes_of(value: torch.Tensor) -> bytes:
+    """A tensor's numbers in C order, as they lie in memory."""
+    return value.detach().cpu().contiguous().flatten().view(torch.uint8).numpy().tobytes()
 
 
 def _from_file(path: Path, spec: BackboneSpec) -> Weights:

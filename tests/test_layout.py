@@ -55,7 +55,8 @@ def test_a_list_of_layers_builds_no_weights() -> None:
     code = (
         "import torch, resource; from featurestore.backbones import get_backbone; from featurestore.capture import layer_shapes\n"
         "peak = lambda: resource.getrusage(resource.RUSAGE_SELF).ru_maxrss\n"
-        "layer_shapes(get_backbone('resnet50_ft')); before = peak(); layer_shapes(get_backbone('vggface')); print(peak() - before)"
+        "layer_shapes(get_backbone('resnet50_ft')); before = peak()\n"
+        "layer_shapes(get_backbone('vggface')); print(peak() - before)"
     )
     done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=True, cwd=ROOT)
     assert int(done.stdout) < 100 * 1024  # KiB

@@ -193,12 +193,14 @@ def test_a_network_of_the_users_own(own: Path, photographs: Path) -> None:
             assert float(before_relu.min()) < 0
 
 
-def test_changed_code_is_another_source(own: Path, photographs: Path) -> None:
+@pytest.mark.parametrize("change", [("STRIDE", "1"), ("torch.arange(6.0)", "torch.ones(6)")])
+def test_changed_code_is_another_source(own: Path, photographs: Path, change: tuple[str, str]) -> None:
+    """A stride, or a constant: the keys and shapes of the weights stay the same."""
     module = own / f"{module_of(own)}.py"
     arguments = ("--images", photographs, "--store", "own.zarr", "--recipe", "mine.toml", "--weights", "random:1")
     network = ("--layers", "pool", "--backbone", f"{module.stem}:build_model")
     assert command("cache_layers", *network, *arguments, cwd=own).returncode == 0
-    module.write_text(MODULE.replace("STRIDE", "1"))  # the same keys and shapes
+    module.write_text(MODULE.replace(*change).replace("STRIDE", "2"))
     assert command("cache_layers", *network, *arguments, cwd=own).returncode == 0
     assert len(FeatureStore.open(own / "own.zarr").sources) == 2
 
