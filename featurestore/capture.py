@@ -180,7 +180,7 @@ def settle(spec: BackboneSpec, recipe_size: int) -> BackboneSpec:
         shapes = layer_shapes(sized)
     except (RuntimeError, AssertionError, ValueError, IndexError, TypeError) as error:
         raise FeatureStoreError(
-            f"{spec.name} cannot be run on {recipe_size} × {recipe_size} pixels: {str(error).splitlines()[0]}. "
+            f"{spec.name} cannot be run on {recipe_size} × {recipe_size} pixels: {str(error).splitlines()[0].rstrip('.')}. "
             "If it was trained on another size, give --recipe that one."
         ) from error
     return replace(sized, layers={name: spec.layers[name] for name in spec.layers if name in shapes})

@@ -36,6 +36,10 @@ def convert(path: Path, spec: BackboneSpec, out: Path, overwrite: bool = False) 
     ``library_versions``. Nothing is left of ``out`` if it cannot be finished. Raises FeatureStoreError for a file that does not
     fit, and for one that would be overwritten.
     """
+    if out.suffix != ".safetensors":
+        raise FeatureStoreError(f"--out {out} has to end in .safetensors, which is what is written.")
+    if out.resolve() == path.resolve():
+        raise FeatureStoreError(f"{path} cannot be converted into itself. Choose another --out.")
     weights = open_weights(str(path), spec)
     if out.exists() and not overwrite:
         raise FeatureStoreError(f"{out} exists. Choose another --out, or add --overwrite.")

@@ -18,6 +18,7 @@ from featurestore.errors import FeatureStoreError, listing, near_matches
 IMAGE_SUFFIXES = frozenset({".png", ".jpg", ".jpeg", ".pgm", ".ppm", ".bmp", ".tif", ".tiff", ".webp"})
 KEY = ["face_id", "view"]
 BOX = ["box_x", "box_y", "box_w", "box_h"]  # where the face is: left, top, width, height in pixels
+_ENDINGS = re.compile(rf"({'|'.join(map(re.escape, sorted(IMAGE_SUFFIXES)))})$", re.IGNORECASE)
 _BOX_FILE = ["NAME_ID", "X", "Y", "W", "H"]  # VGGFace2's loose_bb_*.csv
 RESERVED = re.compile(r"item|image_sha256|zarr\.json|.*\.partial|(channel|y|x|feature|token)_[0-9]+")
 
@@ -210,8 +211,9 @@ def with_boxes(found: FoundFaces, boxes: str | os.PathLike) -> FoundFaces:
     lacking = names[~names.isin(table.index)]
     if len(lacking):
         raise FeatureStoreError(
-            f"{len(lacking)} of {len(names)} photographs have no box in {path}: {listing(lacking, 3)}. "
-            "Its NAME_ID has to be face/view, such as n000129/0003_01; leave the others out of --images."
+            f"{len(lacking)} of {len(names)} photographs have no box in {path}: {listing(lacking, 3)}. Its NAME_ID are such as "
+            f"{listing(table.index[:1])}, and have to be face/view. Add boxes, or give --images a CSV (face_id, view, path) "
+            "of those that have one."
         )
     cut = table.loc[names].reset_index(drop=True)
     return replace(found, table=pd.concat([found.table.reset_index(drop=True), cut], axis=1), boxed=True)
@@ -220,7 +222,7 @@ def with_boxes(found: FoundFaces, boxes: str | os.PathLike) -> FoundFaces:
 def _read_boxes(path: Path) -> pd.DataFrame:
     """Columns ``BOX`` (float64) by NAME_ID."""
     if not path.is_file():
-        raise FeatureStoreError(f"there is no file {path}. Check the path given with --boxes.")
+        raise FeatureStoreError(f"there is no file {path} (or it is a folder). Check the path given with --boxes.")
     try:
         _check_lines(path)
         table = pd.read_csv(path, index_col=False, dtype={"NAME_ID": str}, keep_default_na=False, skipinitialspace=True)
@@ -237,7 +239,7 @@ def _read_boxes(path: Path) -> pd.DataFrame:
     if len(bad):
         given = ", ".join(f"{name}={table[name].iloc[bad[0]]}" for name in _BOX_FILE)
         raise FeatureStoreError(f"{path} line {bad[0] + 2} is no box: {given}. W and H are pixels, more than 0.")
-    names = table["NAME_ID"].str.strip().str.removesuffix(".jpg")
+    names = table["NAME_ID"].str.strip().str.replace(_ENDINGS, "", regex=True)
     if names.duplicated().any():
         raise FeatureStoreError(f"{path} has two boxes for {names[names.duplicated()].iloc[0]}. Remove one.")
     return pd.DataFrame(values, columns=BOX, index=names)

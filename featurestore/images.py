@@ -117,7 +117,7 @@ class Recipe:
             f"interpolation {self.interpolation!r} is not one of {', '.join(_INTERPOLATION)}": (
                 self.interpolation in _INTERPOLATION and (self.resize != "cv2" or self.interpolation == "bilinear")
             ),
-            f"mean {self.mean!r} is not three numbers": _is_triple(self.mean),
+            f"mean {self.mean!r} is not a number, or three": _is_triple(self.mean),
             f"scale {self.scale!r} is not a number, or three, other than 0": _is_triple(scales) and all(scales),
             f"short_side {self.short_side!r} belongs to pil-crop, and is at least the size {self.size!r}": (
                 _is_side(self.short_side) and self.short_side >= self.size if crops else self.short_side is None  # type: ignore[operator]
@@ -182,7 +182,10 @@ def recipe_from_dict(values: Any) -> Recipe:
     ]
     if missing:
         raise FeatureStoreError(f"recipe {values['name']!r} lacks {', '.join(missing)}.")
-    return Recipe(**{name: _tuples(value) for name, value in values.items()})
+    fields = {name: _tuples(value) for name, value in values.items()}
+    if _is_number(fields["mean"]):
+        fields["mean"] = (fields["mean"],) * 3
+    return Recipe(**fields)
 
 
 def _tuples(value: Any) -> Any:

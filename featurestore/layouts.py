@@ -40,7 +40,7 @@ def readings(file: TensorFile) -> Iterator[Reading]:
     plain = file.tensors
     if plain and all(key.startswith("module.") for key in plain):  # saved from torch's DataParallel
         plain = {key.removeprefix("module."): stored for key, stored in plain.items()}
-    yield Reading(f"{file.kind}, published keys", plain)
+    yield Reading(f"{file.kind}, keys as they stand", plain)
     for layout, understand in _LAYOUTS.items():
         reading = understand(plain)
         if reading:

@@ -22,7 +22,7 @@ from featurestore.pump import Photo, batches, box_of
 from featurestore.rows import open_shard
 from featurestore.shards import CRC_BYTES, DamagedShard, thread_pool
 from featurestore.store import FeatureStore, Source
-from featurestore.weights import Weights, open_weights
+from featurestore.weights import BUILT, BUILT_BY, Weights, open_weights
 from featurestore.writing import free_bytes
 from featurestore.zarr_format import Layer
 
@@ -48,7 +48,11 @@ class Damage:
 
 @dataclass
 class Report:
-    """What a check found in one source. ``absent`` counts rows per layer that were never cached."""
+    """What a check found in one source.
+
+    ``absent`` counts rows per layer that were never cached, ``differing`` those in ``damage`` whose checksum is right but
+    whose numbers are not those of a new computation.
+    """
 
     source: str
     records: int = 0
@@ -56,6 +60,7 @@ class Report:
     absent: dict[str, int] = field(default_factory=dict)
     suspicious: list[str] = field(default_factory=list)
     recomputed: dict[str, float] = field(default_factory=dict)
+    differing: int = 0
     notes: list[str] = field(default_factory=list)
 
     @property
@@ -188,6 +193,8 @@ def weights_of(source: Source, given: str | None, trusted: str | None = None) ->
     identity, name = source.attributes["weights"], source.attributes.get("weights_name", "")
     if identity.startswith("seed:") and given is None:
         given = f"random:{identity.partition(':')[2]}"
+    if name.startswith(BUILT_BY) and given is None:
+        given = BUILT
     if given is None:
         raise FeatureStoreError(
             f"recomputing needs the weights file {name} (sha256 {identity[:12]}…). Give it with --weights."
@@ -278,6 +285,7 @@ def _compare(
         item = f"({source.keys[row][0]!r}, {source.keys[row][1]!r})"
         problem = f"differs from a new computation by {difference:.1e} of its largest value (allowed: {most:.0e})"
         report.damage.append(Damage(name, row // layer.slots, row, item, problem))
+        report.differing += 1
 
 
 def _photo(source: Source, row: int) -> Photo:

@@ -6,6 +6,7 @@ before anything is computed.
 
 import hashlib
 import math
+import re
 import zlib
 from collections.abc import Callable, Iterable, Mapping
 from dataclasses import dataclass
@@ -21,7 +22,9 @@ from featurestore.tensor_files import TensorFile, open_tensors
 
 _DRAW = 1 << 22  # values drawn at a time, to bound the float64 scratch
 _COUNTER = "num_batches_tracked"  # kept by batch norm, used by nobody in eval mode, and left out of some files
+Gains = tuple[tuple[str, float], ...]
 BUILT = "built"  # --weights: those that the user's own function gives its network
+BUILT_BY = "built by "  # begins the name of such weights
 _ALSO_KNOWN = ("torchvision:vgg16", "torchvision:resnet50")  # for which a file is easily taken
 
 
@@ -63,6 +66,8 @@ def open_weights(given: str, spec: BackboneSpec) -> Weights:
     if given == BUILT:
         return _built(spec)
     path = Path(given).expanduser()
+    if path.is_dir():
+        raise FeatureStoreError(f"--weights {path} is a folder. Give a file in it.")
     if not path.is_file():
         raise FeatureStoreError(
             f"there is no weights file {path}. Give --weights a checkpoint, download to fetch the published one, or "
@@ -76,7 +81,9 @@ def _random(seed: int, spec: BackboneSpec) -> Weights:
     shapes = {key: tuple(value.shape) for key, value in state.items()}
     # Whole numbers are tables, such as the places of a window's pixels, that the constructor makes.
     drawn = [key for key, value in state.items() if value.is_floating_point() or key.endswith(_COUNTER)]
-    return Weights(f"random:{seed}", f"seed:{seed}", spec, lambda keys: draw(seed, keys, shapes), frozenset(drawn))
+    return Weights(
+        f"random:{seed}", f"seed:{seed}", spec, lambda keys: draw(seed, keys, shapes, spec.gains), frozenset(drawn)
+    )
 
 
 def _built(spec: BackboneSpec) -> Weights:
@@ -85,17 +92,27 @@ def _built(spec: BackboneSpec) -> Weights:
             f"--weights {BUILT} is for networks of your own (my_module:build_model), which bring theirs; {spec.name} does not."
         )
     state = spec.build().state_dict()
-    digest = hashlib.sha256()
-    for key, value in state.items():
-        digest.update(f"{key} {value.dtype} {tuple(value.shape)}\0".encode())
-        digest.update(bytes_of(value))
+    digest = _digest(state)
+    if _digest(spec.build().state_dict()) != digest:
+        raise FeatureStoreError(
+            f"{spec.name} returns other numbers each time it is called, so its rows could never be computed again. Let it load "
+            "its weights (or call torch.manual_seed), or give --weights FILE or random:SEED."
+        )
     return Weights(
-        f"built by {spec.name}",
-        digest.hexdigest(),
+        BUILT_BY + spec.name,
+        digest,
         spec,
         lambda keys: {key: _as_used(state[key].detach().cpu()) for key in keys},
         frozenset(state),
     )
+
+
+def _digest(state: Mapping[str, torch.Tensor]) -> str:
+    digest = hashlib.sha256()
+    for key, value in state.items():
+        digest.update(f"{key} {value.dtype} {tuple(value.shape)}\0".encode())
+        digest.update(bytes_of(value))
+    return digest.hexdigest()
 
 
 def bytes_of(value: torch.Tensor) -> bytes:
@@ -108,7 +125,7 @@ def _from_file(path: Path, spec: BackboneSpec) -> Weights:
     fit = best_fit(file, spec)
     if fit.problems:
         raise FeatureStoreError(
-            f"{path} ({file.kind}) is not a checkpoint of {spec.name}. {fit.problems}. {looks_like(file, spec)}"
+            f"{path} ({file.kind}) is not a checkpoint of {spec.name}. {fit.problems}. {looks_like(file)}"
             "Check --backbone, or give --weights the file that belongs to it."
         )
     tensors = fit.reading.tensors
@@ -200,17 +217,17 @@ def _cut_short(missing: set[str], wanted: Shapes, spec: BackboneSpec) -> frozens
     return frozenset()
 
 
-def looks_like(file: TensorFile, but: BackboneSpec | None = None) -> str:
+def looks_like(file: TensorFile) -> str:
     """Which known network's keys and shapes a file has, as a sentence; empty if it is like none of them."""
-    shares: dict[str, float] = {}
-    for name in [*BACKBONES, *_ALSO_KNOWN]:
-        if but is None or name != but.name:
-            shares[name] = max(_share(reading, get_backbone(name)) for reading in readings(file))
+    shares = {
+        name: max(_share(reading, get_backbone(name)) for reading in readings(file))
+        for name in [*BACKBONES, *_ALSO_KNOWN]
+    }
     best = max(shares.values())
     if best < 0.5:
         return ""
     names = " or ".join(name for name, share in shares.items() if share == best)
-    return f"It looks like {names} ({best:.0%} of the keys and shapes agree). "
+    return f"It looks like {names} ({math.floor(100 * best)} % of the keys and shapes agree). "
 
 
 def _share(reading: Reading, spec: BackboneSpec) -> float:
@@ -220,28 +237,35 @@ def _share(reading: Reading, spec: BackboneSpec) -> float:
     return same / len(found.keys() | wanted.keys())
 
 
-def draw(seed: int, keys: Iterable[str], shapes: Mapping[str, tuple[int, ...]]) -> dict[str, torch.Tensor]:
+def draw(
+    seed: int, keys: Iterable[str], shapes: Mapping[str, tuple[int, ...]], gains: Gains = ()
+) -> dict[str, torch.Tensor]:
     """Random float32 weights that depend on (seed, key, shape) alone, so on no machine, order or torch version.
 
     He-scaled normal weights, small normal biases, batch-norm statistics near the identity; drawn in float64 by
-    ``numpy.random.default_rng(crc32("seed:key"))``, scaled, then cast.
+    ``numpy.random.default_rng(crc32("seed:key"))``, scaled (also by the first of ``gains`` whose expression is the key's),
+    then cast.
     """
-    return {key: torch.from_numpy(_draw_one(seed, key, shapes)) for key in keys}
+    return {key: torch.from_numpy(_draw_one(seed, key, shapes, _gain(key, gains))) for key in keys}
 
 
-def _draw_one(seed: int, key: str, shapes: Mapping[str, tuple[int, ...]]) -> np.ndarray:
+def _gain(key: str, gains: Gains) -> float:
+    return next((factor for expression, factor in gains if re.fullmatch(expression, key)), 1.0)
+
+
+def _draw_one(seed: int, key: str, shapes: Mapping[str, tuple[int, ...]], gain: float) -> np.ndarray:
     shape = shapes[key]
     module, _, leaf = key.rpartition(".")
     rng = np.random.default_rng(zlib.crc32(f"{seed}:{key}".encode()))
     if leaf == "num_batches_tracked":
         return np.array(1, np.int64)
     if leaf == "running_var" or (leaf == "weight" and len(shape) == 1):
-        return rng.uniform(0.5, 1.5, shape).astype(np.float32)
+        return (rng.uniform(0.5, 1.5, shape) * gain).astype(np.float32)
     if leaf == "weight":
-        std = math.sqrt(2 / math.prod(shape[1:]))
+        std = math.sqrt(2 / math.prod(shape[1:])) * gain
     else:
         batch_norm = f"{module}.running_mean" in shapes
-        std = 0.1 if batch_norm else 0.05
+        std = (0.1 if batch_norm else 0.05) * gain
     values = np.empty(math.prod(shape), np.float32)
     for start in range(0, values.size, _DRAW):
         stop = min(start + _DRAW, values.size)
@@ -261,7 +285,7 @@ def compare_keys(found: Mapping[str, tuple[int, ...]], wanted: Mapping[str, tupl
         ],
     }
     parts = [f"{len(keys)} {what}: {listing(keys, 4)}" for what, keys in kinds.items() if keys]
-    return f"Keys {'; '.join(parts)}" if parts else ""
+    return f"Keys: {'; '.join(parts)}" if parts else ""
 
 
 def sha256_of_file(path: Path) -> str:

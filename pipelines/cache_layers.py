@@ -189,7 +189,10 @@ def _request(
     from featurestore.backbones import get_backbone
 
     if not layers:
-        raise click.UsageError("--layers is missing. For example: --layers maxp_5_3 fc7-relu. See --list-layers.")
+        raise click.UsageError(
+            "--layers is missing. For example: --layers descriptor. "
+            f"All there are: --list-layers --backbone {rest['backbone']}"
+        )
     get_backbone(rest["backbone"]).check_layers(list(layers))  # before demo faces are rendered or photographs are read
     if images is None:
         click.echo(

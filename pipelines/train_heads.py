@@ -332,7 +332,7 @@ def _request(
 def _plan(grid: "Grid", jobs: int) -> str:
     lines = []
     for task, _ in grid.parts:
-        kind = f"{len(task.classes)} faces to tell apart" if task.classes else "odd-one-out trials"
+        kind = f"photographs of {len(task.classes)} faces to tell apart," if task.classes else "odd-one-out trials"
         sizes = ", ".join(f"{name} {len(task.split.indices(name))}" for name in ("train", "validation", "test"))
         left_out = int((task.split.part < 0).sum())
         lines.append(f"  {len(task.items)} {kind} from {' + '.join(task.sources)} in {task.store}")

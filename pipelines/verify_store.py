@@ -29,7 +29,9 @@ Examples:
 )
 @click.option("--source", metavar="NAME", help="Only this source. [default: all]")
 @click.option(
-    "--weights", metavar="FILE", help="The weights file a source was made with, to recompute (seeded ones need none)."
+    "--weights",
+    metavar="FILE",
+    help="The weights file a source was made with, to recompute (seeded and built ones need none).",
 )
 @click.option(
     "--recompute",
@@ -52,9 +54,13 @@ def main(
     device: str,
 ) -> None:
     """Check the checksum, keys, NaN and infinity of every record of STORE; exit status 1 if anything is wrong."""
+    from featurestore.errors import FeatureStoreError
     from featurestore.store import FeatureStore
 
     opened = FeatureStore.open(store)
+    if backbone and all(found.attributes["backbone"] != backbone for found in opened.sources.values()):
+        names = sorted({found.attributes["backbone"] for found in opened.sources.values()})
+        raise FeatureStoreError(f"no source of {store} was computed by {backbone!r}, but by {', '.join(names)}.")
     sound = True
     for found in [opened.source(source)] if source else opened.sources.values():
         sound &= _verify(opened, found, weights, backbone, n_recompute, repair, device)
@@ -86,7 +92,7 @@ def _verify(
                 source, verify.weights_of(source, weights, backbone), choose_device(device), report, n
             )
         except FeatureStoreError as error:
-            if weights or repair:
+            if weights or repair or backbone == source.attributes["backbone"]:
                 raise
             report.notes.append(f"nothing recomputed: {error}")
     _print(report)
@@ -114,7 +120,9 @@ def _repair(store: "FeatureStore", source: "Source", report: "Report", weights: 
 
 
 def _print(report: "Report") -> None:
-    click.echo(f"  {report.records} records read, {len(report.damage)} damaged")
+    click.echo(f"  {report.records} records read, {len(report.damage) - report.differing} damaged")
+    if report.differing:
+        click.echo(f"  {report.differing} rows do not match a new computation")
     for name, count in report.absent.items():
         click.echo(f"  layer {name}: {count} rows not cached yet")
     if report.recomputed:

@@ -46,7 +46,8 @@ class BackboneSpec:
     has them. ``input_size`` is the side of the square input in pixels; None leaves it to the recipe. ``same`` holds pairs
     of layers that are equal in eval mode by construction; None if that is not known. ``ends`` names the key
     prefixes, last first, that a file may lack because it was cut there. ``files`` are the downloads, the usual one first;
-    ``elsewhere`` says where to look if there is none. ``imported`` networks are the user's own code.
+    ``elsewhere`` says where to look if there is none. ``imported`` networks are the user's own code. ``gains`` are
+    (regular expression of keys, factor) for seeded random weights, where without them a network is chaotic.
     """
 
     name: str
@@ -62,6 +63,7 @@ class BackboneSpec:
     files: dict[str, PublishedFile] = field(default_factory=dict)
     elsewhere: str = ""
     imported: bool = False
+    gains: tuple[tuple[str, float], ...] = ()
 
     def check_layers(self, names: Iterable[str]) -> list[str]:
         """``names`` in network order without repeats, ``all`` resolved; FeatureStoreError if one is unknown."""
@@ -71,7 +73,8 @@ class BackboneSpec:
         for name in names:
             if name not in self.layers:
                 raise FeatureStoreError(
-                    f"{self.name} has no layer {name!r}. {near_matches(name, self.layers)} See --list-layers."
+                    f"{self.name} has no layer {name!r}. {_near_layers(name, list(self.layers))} "
+                    f"All: --list-layers --backbone {self.name}"
                 )
         return [name for name in self.layers if name in names]
 
@@ -121,6 +124,12 @@ class BackboneSpec:
         return get_recipe(self.recipe) if isinstance(self.recipe, str) else self.recipe
 
 
+def _near_layers(name: str, layers: list[str]) -> str:
+    """The layers closest to a name, or the network's last ones, which are asked for most."""
+    near = near_matches(name, layers)
+    return near if near.startswith("Did") else f"The last of its {len(layers)} are {', '.join(layers[-6:])}."
+
+
 def _build_vggface() -> "nn.Module":
     from featurestore.backbones.vggface import VGGFace  # torch is loaded when a network is built, not when named
 
@@ -145,6 +154,8 @@ def _build_senet50() -> "nn.Module":
     return ResNet50(squeeze=True)
 
 
+# With plain random weights the squeeze's gates saturate, and rounding alone turns late layers into something else.
+_SENET_GAINS = ((r"bn1\.running_var", 8000.0), (r"layer\d\.\d+\.bn3\.weight", 0.3))
 _FACENET_FILES = "https://github.com/timesler/facenet-pytorch/releases/download/v2.2.9/"
 
 
@@ -157,6 +168,7 @@ def _vggface2(name: str, squeeze: bool) -> BackboneSpec:
         builder=_build_senet50 if squeeze else _build_resnet50,
         input_size=224,
         same=RESNET50_SAME,
+        gains=_SENET_GAINS if squeeze else (),
         elsewhere=(
             f"{name}_weight.pkl is on its authors' Google Drive, linked from github.com/cydonia999/VGGFace2-pytorch, which "
             f"serves no plain download. Fetch it with a browser and give --weights {name}_weight.pkl."
@@ -219,12 +231,13 @@ def get_backbone(name: str) -> BackboneSpec:
     """
     if name in BACKBONES:
         return BACKBONES[name]
-    if ":" not in name:
-        raise FeatureStoreError(
-            f"there is no backbone {name!r}. {near_matches(name, BACKBONES)} Or torchvision:NAME, or my_module:build_model."
-        )
     from featurestore.backbones import others
 
+    if ":" not in name:
+        also = f"{TORCHVISION}{name}" if others.in_torchvision(name) else f"{TORCHVISION}NAME"
+        raise FeatureStoreError(
+            f"there is no backbone {name!r}. {near_matches(name, BACKBONES)} Or {also}, or my_module:build_model of your own."
+        )
     return others.torchvision_backbone(name) if name.startswith(TORCHVISION) else others.imported_backbone(name)
 
 

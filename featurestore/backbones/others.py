@@ -17,12 +17,19 @@ from featurestore.errors import FeatureStoreError, near_matches
 from featurestore.images import Recipe, recipe_from_dict
 
 
+def in_torchvision(name: str) -> bool:
+    """Whether torchvision has a classifier of that name."""
+    return name.partition("@")[0] in list_models(module=torchvision.models)
+
+
 def torchvision_backbone(full: str) -> BackboneSpec:
     """``torchvision:resnet50`` with the transforms of its default weights, ``torchvision:resnet50@IMAGENET1K_V1`` with those."""
     name, _, chosen = full.removeprefix(TORCHVISION).partition("@")
     names = list_models(module=torchvision.models)  # those that classify; detectors give no single tensor
     if name not in names:
-        raise FeatureStoreError(f"torchvision {torchvision.__version__} has no network {name!r}. {_near(name, names)}")
+        raise FeatureStoreError(
+            f"torchvision {torchvision.__version__} has no classifier {name!r}. {_near(name, names)}"
+        )
     entries = get_model_weights(name)
     if chosen and chosen not in entries.__members__:
         raise FeatureStoreError(f"{name} has no weights {chosen!r}. {near_matches(chosen, entries.__members__)}")
@@ -93,7 +100,8 @@ def imported_backbone(full: str) -> BackboneSpec:
                 f"--backbone {full}: {module_name} needs {error.name}, which is missing."
             ) from error
         raise FeatureStoreError(
-            f"--backbone {full}: there is no module {module_name!r}. Stand in its folder, or put that on PYTHONPATH."
+            f"--backbone {full}: there is no module {module_name!r}. Give its name without folder and ending "
+            "(my_net:build_model), and cd to the folder of my_net.py, or put that on PYTHONPATH."
         ) from None
     except Exception as error:  # anything may go wrong in a module that is not ours
         raise FeatureStoreError(f"--backbone {full}: importing {module_name} failed: {error!r}.") from error
@@ -126,7 +134,9 @@ def _call(full: str, build: Any) -> nn.Module:
             "device, where weights have shapes and no values."
         ) from error
     if not isinstance(network, nn.Module):
-        raise FeatureStoreError(f"--backbone {full} returned a {type(network).__name__}, not a torch.nn.Module.")
+        raise FeatureStoreError(
+            f"--backbone {full} returned an object of type {type(network).__name__}, not a torch.nn.Module."
+        )
     return network
 
 

@@ -58,18 +58,21 @@ def open_tensors(path: Path) -> TensorFile:
         return luatorch.open_luatorch(path)
     if len(head) > 9 and head[8:9] == b"{" and 2 <= struct.unpack("<Q", head[:8])[0] < path.stat().st_size:
         return pytorch.open_safetensors(path)
+    if not head:
+        raise FeatureStoreError(f"{path} is empty (0 bytes). Fetch it again.")
     raise FeatureStoreError(
-        f"{path} is no weights file that is known here: it begins with {head[:8]!r}{_guess(head)}. Known are PyTorch .pth, "
-        ".safetensors, LuaTorch .t7 (binary), HDF5 and VGGFace2's .pkl. If it was downloaded, check that it is complete."
+        f"{path} is no weights file that is known here{_guess(head)}. It begins with the bytes {head[:8].hex(' ')}. "
+        "Known are PyTorch .pth, .safetensors, LuaTorch .t7 (binary), HDF5 and VGGFace2's .pkl. If it was downloaded, check "
+        "that it is complete."
     )
 
 
 def _guess(head: bytes) -> str:
     guesses = {
-        b"\x1f\x8b": " like an archive that has to be unpacked first",
-        b"MATLAB": " like a MATLAB file",
-        b"<": " like a web page",
-        b"4\n": " like a LuaTorch file in ASCII; save it in binary",
+        b"\x1f\x8b": ": it looks like an archive that has to be unpacked first",
+        b"MATLAB": ": it looks like a MATLAB file",
+        b"<": ": it looks like a web page",
+        b"4\n": ": it looks like a LuaTorch file in ASCII; save it in binary",
     }
     return next((guess for start, guess in guesses.items() if head.startswith(start)), "")
 

@@ -2,6 +2,7 @@
 
 import json
 import pickle
+import re
 import zipfile
 from functools import partial
 from pathlib import Path
@@ -22,7 +23,7 @@ def open_pth(path: Path) -> TensorFile:
         # weights_only: a checkpoint is a stranger's pickle, and a pickle can run code.
         content = torch.load(path, map_location="cpu", weights_only=True, mmap=zipfile.is_zipfile(path))
     except pickle.UnpicklingError as error:
-        raise runs_code(path, str(error).splitlines()[0]) from None
+        raise runs_code(path, _asked_for(str(error))) from None
     except (RuntimeError, EOFError, OSError, ValueError, KeyError, zipfile.BadZipFile) as error:
         raise damaged(path, error) from None
     tensors = unwrap(path, content, torch.Tensor)
@@ -35,6 +36,12 @@ def open_pth(path: Path) -> TensorFile:
     return TensorFile(
         path, "PyTorch", {key: Stored(tuple(value.shape), partial(_itself, value)) for key, value in tensors.items()}
     )
+
+
+def _asked_for(message: str) -> str:
+    """Torch names what it refused in the middle of its advice to load the file all the same."""
+    named = re.search(r"GLOBAL ([\w.]+)|global ([\w.]+)", message)
+    return f"it asks for {named[1] or named[2]}." if named else "it is no plain pickle of tensors."
 
 
 def _itself(value: torch.Tensor) -> torch.Tensor:

@@ -12,7 +12,7 @@ from featurestore.backbones import BACKBONES, get_backbone
 from featurestore.capture import extractor, layer_shapes
 from featurestore.errors import FeatureStoreError
 from featurestore.images import decode
-from featurestore.weights import draw
+from featurestore.weights import draw, open_weights
 from tests.conftest import command
 from tests.featurestore.test_capture import far
 
@@ -120,13 +120,7 @@ def plain_vggface2(state: dict[str, torch.Tensor], x: torch.Tensor, squeeze: boo
 def test_every_layer_equals_plain_operations(parity: Path, name: str, most: float) -> None:
     spec = get_backbone(name)
     shapes = spec.weight_shapes()
-    state = draw(7, shapes, shapes)
-    if name.startswith(
-        "senet"
-    ):  # seeded_weights.py's GAINS: without them its gates saturate and the network is chaotic
-        state["bn1.running_var"] = (state["bn1.running_var"].double() * 8000).float()
-        for key in [key for key in state if key.endswith("bn3.weight")]:
-            state[key] = (state[key].double() * 0.3).float()
+    state = open_weights("random:7", spec).read(shapes)
     network = extractor(with_weights(name, state), spec.layers)
     images = pictures(parity, name)
     with torch.inference_mode():

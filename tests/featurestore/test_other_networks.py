@@ -117,7 +117,7 @@ def test_all_networks_of_torchvision_have_layers() -> None:
 
 
 def test_unknown_names() -> None:
-    with pytest.raises(FeatureStoreError, match=r"no network 'resnet51'. Did you mean .*resnet50"):
+    with pytest.raises(FeatureStoreError, match=r"no classifier 'resnet51'. Did you mean .*resnet50"):
         get_backbone("torchvision:resnet51")
     with pytest.raises(FeatureStoreError, match="no weights 'V1'"):
         get_backbone("torchvision:resnet50@V1")
@@ -225,7 +225,7 @@ def test_a_store_does_not_name_code_to_run(own: Path, photographs: Path) -> None
     ("function", "message"),
     [
         ("buld_model", "has no function 'buld_model'. Did you mean build_model"),
-        ("not_a_network", "returned a int, not a torch.nn.Module"),
+        ("not_a_network", "returned an object of type int, not a torch.nn.Module"),
         ("broken", "RuntimeError: no such file: weights.bin"),
         ("branching", "cannot be traced by torch.fx"),
     ],
@@ -247,7 +247,7 @@ def test_it_needs_a_recipe(own: Path, photographs: Path) -> None:
         ({"size": 0}, "size 0 is not a whole number of pixels"),
         ({"size": 10**9}, "size 1000000000 is not"),
         ({"resize": "nearest"}, "resize 'nearest' is not one of cv2, pil, pil-crop"),
-        ({"mean": [1, 2]}, "mean .* is not three numbers"),
+        ({"mean": [1, 2]}, "mean .* is not a number, or three"),
         ({"scale": 0}, "scale 0 is not a number"),
         ({"scale": [1, 0, 1]}, "scale .* other than 0"),
         ({"short_side": 10}, "belongs to pil-crop"),

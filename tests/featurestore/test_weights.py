@@ -80,7 +80,7 @@ def test_the_layout_is_named(files: dict[str, Path]) -> None:
         "t7": "LuaTorch, modules in network order",
         "torchvision": "PyTorch, torchvision's VGG16 keys",
         "multi-view": "PyTorch, a trained system",
-        "pkl-2": "pickle, published keys",
+        "pkl-2": "pickle, keys as they stand",
     }
     (note,) = open_weights(str(files["hdf5-HWIO-in-out"]), MINI).notes
     assert "y, x, channel order" in note  # what shapes cannot tell is said
@@ -186,9 +186,9 @@ def test_a_damaged_state_dict_says_which_keys(tmp_path: Path, state, change, mes
 @pytest.mark.parametrize(
     ("holds", "asked", "message"),
     [
-        ("senet50_ft", "resnet50_ft", r"64 unexpected.*It looks like senet50_ft or senet50_scratch \(100%"),
-        ("resnet50_scratch", "inception_resnet_v1", r"It looks like resnet50_ft or resnet50_scratch \(100%"),
-        ("inception_resnet_v1", "vggface", r"It looks like inception_resnet_v1 \(100%"),
+        ("senet50_ft", "resnet50_ft", r"64 unexpected.*It looks like senet50_ft or senet50_scratch \(100 %"),
+        ("resnet50_scratch", "inception_resnet_v1", r"It looks like resnet50_ft or resnet50_scratch \(100 %"),
+        ("inception_resnet_v1", "vggface", r"It looks like inception_resnet_v1 \(100 %"),
         (
             "torchvision:resnet50",
             "resnet50_ft",
@@ -323,7 +323,7 @@ def test_damage_anywhere_is_an_error_of_ours(files: dict[str, Path], tmp_path: P
 
 def test_files_that_are_no_weights(tmp_path: Path) -> None:
     (tmp_path / "page.pth").write_text("<html>404</html>")
-    with pytest.raises(FeatureStoreError, match=r"no weights file that is known here.*like a web page"):
+    with pytest.raises(FeatureStoreError, match=r"no weights file that is known here: it looks like a web page"):
         open_weights(str(tmp_path / "page.pth"), MINI)
     with pytest.raises(FeatureStoreError, match="there is no weights file"):
         open_weights(str(tmp_path / "gone.pth"), MINI)
@@ -346,3 +346,8 @@ def test_random_weights_depend_on_seed_and_key_alone(parity: Path) -> None:
     for key in shapes:
         assert np.array_equal(got[key].numpy(), expected[key]), key
     assert open_weights("random:11", MINI).identity == "seed:11"
+    senet = get_backbone("senet50_ft")
+    keys = ["bn1.running_var", "bn1.weight", "layer3.2.bn3.weight", "layer3.2.conv4.bias", "layer1.0.conv2.weight"]
+    expected = seeded.fill(senet.weight_shapes(), 7, seeded.GAINS["vggface2_senet50_pkl"])
+    for key, values in open_weights("random:7", senet).read(keys).items():
+        assert np.array_equal(values.numpy(), expected[key]), key
