@@ -17,6 +17,7 @@ from torch import fx, nn
 
 from featurestore.backbones import BackboneSpec
 from featurestore.errors import FeatureStoreError, listing
+from featurestore.proof import prove
 from featurestore.weights import Weights, bytes_of
 
 _FRESH = (nn.Conv2d, nn.Linear, nn.BatchNorm1d, nn.BatchNorm2d)  # modules whose output is always a new tensor
@@ -98,6 +99,8 @@ def _protect_from_in_place(module: nn.Module, graph: fx.Graph) -> None:
 def _call_out_of_place(node: fx.Node) -> None:
     """Turn ``relu(x, inplace=True)`` into a new tensor; ValueError for functions that only work in place."""
     name = getattr(node.target, "__name__", "")
+    if getattr(node.target, "__module__", "") == "_operator":  # and_, or_ and not_ are called so for Python's sake
+        return
     if _name_says_in_place(name) or node.kwargs.get("out") is not None:
         raise _works_in_place(node, name)
     if node.kwargs.get("inplace"):
@@ -135,8 +138,9 @@ def graph_digest(spec: BackboneSpec) -> str:
     """
     network = spec.build_meta().eval()
     graph = _PathTracer().trace(network)
-    settings = [f"{path} {type(module).__name__}({module.extra_repr()})" for path, module in network.named_modules()]
-    digest = hashlib.sha256("\n".join([str(graph), *settings]).encode())
+    settings = [f"{path} {type(module).__name__} {_settings(module)}" for path, module in network.named_modules()]
+    functions = [_source(node.target) for node in graph.nodes if node.op == "call_function"]
+    digest = hashlib.sha256("\n".join([str(graph), *settings, *functions]).encode())
     weights = network.state_dict().keys()
     if any(name not in weights for name in _tensors(extractor(network, spec.layers))):
         whole = extractor(spec.build(), spec.layers)
@@ -144,6 +148,34 @@ def graph_digest(spec: BackboneSpec) -> str:
             if name not in weights:
                 digest.update(f"\n{name} {value.dtype} {tuple(value.shape)} ".encode() + bytes_of(value))
     return digest.hexdigest()
+
+
+def _settings(module: nn.Module) -> str:
+    """A module's attributes that are plain values, such as strides, or functions, by name."""
+    plain: dict[str, object] = {}
+    for name, value in sorted(vars(module).items()):
+        if isinstance(value, (bool, int, float, str, tuple, list, torch.dtype)) or value is None:
+            plain[name] = value
+        elif callable(value) and hasattr(value, "__qualname__"):
+            plain[name] = value.__qualname__
+    plain.pop("training", None)
+    return repr(plain)
+
+
+def _source(function: Any) -> str:
+    """The text of a function of the user's own (one that torch.fx was told to call as a whole)."""
+    if getattr(function, "__module__", "").partition(".")[0] in (
+        "torch",
+        "torchvision",
+        "_operator",
+        "builtins",
+        "math",
+    ):
+        return ""
+    try:
+        return inspect.getsource(function)
+    except (OSError, TypeError):
+        return ""
 
 
 def layer_shapes(spec: BackboneSpec, layers: Iterable[str] | None = None) -> dict[str, tuple[int, ...]]:
@@ -179,10 +211,13 @@ def settle(spec: BackboneSpec, recipe_size: int) -> BackboneSpec:
     try:
         shapes = layer_shapes(sized)
     except (RuntimeError, AssertionError, ValueError, IndexError, TypeError) as error:
+        reason = next(iter(str(error).splitlines()), type(error).__name__).rstrip(".")
         raise FeatureStoreError(
-            f"{spec.name} cannot be run on {recipe_size} × {recipe_size} pixels: {str(error).splitlines()[0].rstrip('.')}. "
+            f"{spec.name} cannot be run on {recipe_size} × {recipe_size} pixels: {reason}. "
             "If it was trained on another size, give --recipe that one."
         ) from error
+    if not shapes:
+        raise FeatureStoreError(f"{spec.name} has no module whose output is a tensor with a row for each picture.")
     return replace(sized, layers={name: spec.layers[name] for name in spec.layers if name in shapes})
 
 
@@ -214,6 +249,8 @@ def load_extractor(
     cut.load_state_dict(
         weights.read([key for key in cut.state_dict() if key in weights.keys]), strict=False, assign=True
     )
+    if spec.same is None:  # a network that is not ours
+        prove(cut, spec, paths, weights)
     return cut.requires_grad_(False).to(device=device, dtype=dtype).to(memory_format=torch.channels_last)
 
 

@@ -5,6 +5,7 @@ import os
 from pathlib import Path
 
 import torch
+from safetensors import SafetensorError
 from safetensors.torch import save_file
 
 from featurestore.backbones import BACKBONES, BackboneSpec
@@ -62,7 +63,9 @@ def convert(path: Path, spec: BackboneSpec, out: Path, overwrite: bool = False) 
         out.parent.mkdir(parents=True, exist_ok=True)
         save_file(tensors, partial, metadata)
         os.replace(partial, out)
-    except BaseException:
+    except BaseException as error:
         partial.unlink(missing_ok=True)
+        if isinstance(error, (SafetensorError, OSError)):
+            raise FeatureStoreError(f"{out} cannot be written: {error}") from None
         raise
     return weights

@@ -1,15 +1,19 @@
 """Fetch a network's published weights: resumed where it broke off, checked, and kept beside others of its kind."""
 
+import gzip
 import json
 import os
 import shutil
 import tarfile
 import urllib.error
 import urllib.request
+import zlib
 from collections.abc import Callable
 from http.client import HTTPException
 from pathlib import Path
 from typing import Any
+
+from filelock import FileLock
 
 from featurestore.backbones import BackboneSpec, PublishedFile
 from featurestore.errors import FeatureStoreError, near_matches
@@ -59,27 +63,37 @@ def fetch(published: PublishedFile, folder: Path, progress: Progress = lambda do
     wanted = kept(published, folder)
     if wanted.exists():
         return wanted
-    if not archive.exists():
-        _download(published.url, archive, progress)
-        _check(archive, published)
-    if published.member:
-        _unpack(archive, published.member, wanted)
+    with FileLock(folder / f"{archive.name}.lock"):  # two processes would append to one file
+        if wanted.exists():
+            return wanted
+        if not archive.exists():
+            partial = archive.with_name(archive.name + _PARTIAL)
+            _download(published.url, partial, progress)
+            _check(partial, published)
+            os.replace(partial, archive)
+        if published.member:
+            _unpack(archive, published.member, wanted)
     return wanted
 
 
-def _download(url: str, path: Path, progress: Progress) -> None:
-    partial, about = path.with_name(path.name + _PARTIAL), path.with_name(path.name + _PARTIAL + ".json")
+def _download(url: str, partial: Path, progress: Progress) -> None:
+    """All of the file into ``partial``, from where it broke off."""
+    about = partial.with_name(partial.name + ".json")
     validator = _validator(about)
     done = partial.stat().st_size if partial.exists() and validator else 0
     # If-Range: the rest of the same file, or all of another one.
     headers = {"Range": f"bytes={done}-", "If-Range": validator} if done else {}
     try:
         with urllib.request.urlopen(urllib.request.Request(url, headers=headers), timeout=_TIMEOUT) as response:
-            resumed = response.status == 206 and _starts_at(response) == done
+            # A server may pass over If-Range and send the rest of another file.
+            resumed = response.status == 206 and _starts_at(response) == done and _validator_of(response) == validator
+            if response.status == 206 and not resumed:
+                partial.unlink(missing_ok=True)
+                raise ConnectionError("the file has changed since its first part came; the next try begins anew")
             done = done if resumed else 0
             length = response.headers.get("Content-Length")
             total = done + int(length) if length else None
-            _refuse_if_full(path.parent, total, done)
+            _refuse_if_full(partial.parent, total, done)
             about.write_text(json.dumps({"validator": _validator_of(response)}), "utf-8")
             with partial.open("ab" if resumed else "wb") as file:
                 progress(done, total)
@@ -91,6 +105,8 @@ def _download(url: str, path: Path, progress: Progress) -> None:
             raise ConnectionError(f"{done} of {total} bytes came")
     except urllib.error.HTTPError as error:
         if error.code == 416:  # nothing is left to send: what is there is whole, or belongs to another file
+            if error.headers.get("Content-Range", "") == f"bytes */{done}":
+                return
             partial.unlink(missing_ok=True)
         raise FeatureStoreError(f"{url} answers {error.code} {error.reason}. {_BY_HAND}") from None
     except (OSError, HTTPException) as error:
@@ -101,7 +117,6 @@ def _download(url: str, path: Path, progress: Progress) -> None:
             else ""
         )
         raise FeatureStoreError(f"{url} cannot be reached or broke off: {reason}. {kept}{_BY_HAND}") from None
-    os.replace(partial, path)
     about.unlink(missing_ok=True)
 
 
@@ -149,6 +164,9 @@ def _unpack(archive: Path, member: str, wanted: Path) -> None:
     """One file out of an archive; nothing else is written, whatever names are in it."""
     partial = wanted.with_name(wanted.name + _PARTIAL)
     try:
+        with gzip.open(archive) as whole:  # to its end, where its checksum stands
+            while whole.read(_BLOCK):
+                pass
         with tarfile.open(archive) as packed:
             found = next((entry for entry in packed if entry.isfile() and Path(entry.name).name == member), None)
             content = packed.extractfile(found) if found else None
@@ -156,7 +174,7 @@ def _unpack(archive: Path, member: str, wanted: Path) -> None:
                 raise FeatureStoreError(f"{archive} has no {member} in it. Remove it and download it again.")
             with content, partial.open("wb") as file:
                 shutil.copyfileobj(content, file, _BLOCK)
-    except (tarfile.TarError, EOFError, OSError) as error:
+    except (tarfile.TarError, EOFError, OSError, zlib.error) as error:
         raise FeatureStoreError(f"{archive} cannot be unpacked: {error}. Remove it and download it again.") from None
     os.replace(partial, wanted)
     archive.unlink()

@@ -235,7 +235,7 @@ def _read_boxes(path: Path) -> pd.DataFrame:
             "Boxes are read as in VGGFace2's loose_bb_*.csv: NAME_ID, X, Y, W, H."
         )
     values = table[_BOX_FILE[1:]].apply(pd.to_numeric, errors="coerce").to_numpy(float)
-    bad = np.flatnonzero(~np.isfinite(values).all(axis=1) | (values[:, 2:] <= 0).any(axis=1))
+    bad = np.flatnonzero(~(np.abs(values) < 1e9).all(axis=1) | (values[:, 2:] <= 0).any(axis=1))
     if len(bad):
         given = ", ".join(f"{name}={table[name].iloc[bad[0]]}" for name in _BOX_FILE)
         raise FeatureStoreError(f"{path} line {bad[0] + 2} is no box: {given}. W and H are pixels, more than 0.")

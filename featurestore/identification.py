@@ -1,5 +1,6 @@
 """How well each layer tells people apart: the nearest neighbour of a view that was held out, by cosine."""
 
+import math
 from collections.abc import Iterable
 
 import numpy as np
@@ -84,7 +85,8 @@ def _row(source: Source, layer: str, probes: np.ndarray, gallery: np.ndarray) ->
 
 def nearest(rows: Rows, probes: np.ndarray, gallery: np.ndarray) -> np.ndarray:
     """Of each probe (row numbers, int64), the row number of the gallery's item with the highest cosine."""
-    block = max(1, _BLOCK_BYTES // (4 * int(np.prod(rows.shape[1:]))))
+    features = int(np.prod(rows.shape[1:]))
+    block = max(1, min(_BLOCK_BYTES // (4 * features), math.isqrt(_BLOCK_BYTES // 4)))  # rows; and their cosines
     best = torch.full((len(probes),), -torch.inf)
     which = torch.zeros(len(probes), dtype=torch.int64)
     for start in range(0, len(probes), block):

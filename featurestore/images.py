@@ -7,7 +7,6 @@ and two recipes never share a group: the sources of these numbers disagree with 
 import dataclasses
 import io
 import json
-import math
 import tomllib
 from collections.abc import Callable
 from dataclasses import asdict, dataclass
@@ -109,24 +108,28 @@ class Recipe:
 
     def _problem(self) -> str:
         scales = self.scale if isinstance(self.scale, tuple) else (self.scale,) * 3
-        crops = self.resize == "pil-crop"
         rules = {
             f"size {self.size!r} is not a whole number of pixels from 1 to {_MOST_PIXELS}": _is_side(self.size),
-            f"resize {self.resize!r} is not one of {', '.join(_RESIZERS)}": self.resize in _RESIZERS,
+            f"resize {self.resize!r} is not one of {', '.join(_RESIZERS)}": self.resize in tuple(_RESIZERS),
             f"channels {self.channels!r} is not RGB or BGR": self.channels in ("RGB", "BGR"),
             f"interpolation {self.interpolation!r} is not one of {', '.join(_INTERPOLATION)}": (
-                self.interpolation in _INTERPOLATION and (self.resize != "cv2" or self.interpolation == "bilinear")
+                self.interpolation in tuple(_INTERPOLATION)
+                and (self.resize != "cv2" or self.interpolation == "bilinear")
             ),
             f"mean {self.mean!r} is not a number, or three": _is_triple(self.mean),
             f"scale {self.scale!r} is not a number, or three, other than 0": _is_triple(scales) and all(scales),
             f"short_side {self.short_side!r} belongs to pil-crop, and is at least the size {self.size!r}": (
-                _is_side(self.short_side) and self.short_side >= self.size if crops else self.short_side is None  # type: ignore[operator]
+                self._crops_within() if self.resize == "pil-crop" else self.short_side is None
             ),
             f"box_margin {self.box_margin!r} is not a share from 0 to 1": (
                 self.box_margin is None or (_is_number(self.box_margin) and 0 <= self.box_margin <= 1)
             ),
         }
         return next((problem for problem, holds in rules.items() if not holds), "")
+
+    def _crops_within(self) -> bool:
+        sides = self.size, self.short_side
+        return all(map(_is_side, sides)) and self.size <= (self.short_side or 0)
 
     def pixels(self, rgb: np.ndarray, box: Box | None = None) -> np.ndarray:
         """uint8 (height, width, 3) RGB to uint8 (size, size, 3) in the recipe's channel order.
@@ -158,9 +161,8 @@ class Recipe:
         """
         fields = asdict(self)
         fields.pop("note")
-        fields["mean"] = list(self.mean)
-        if isinstance(self.scale, tuple):
-            fields["scale"] = list(self.scale)
+        fields["mean"] = [float(value) for value in self.mean]  # 128 and 128.0 are one recipe
+        fields["scale"] = [float(value) for value in self.scale] if isinstance(self.scale, tuple) else float(self.scale)
         for name, unused in (("interpolation", "bilinear"), ("box_margin", None)):
             if fields[name] == unused:
                 fields.pop(name)
@@ -193,7 +195,7 @@ def _tuples(value: Any) -> Any:
 
 
 def _is_number(value: object) -> bool:
-    return isinstance(value, (int, float)) and not isinstance(value, bool) and math.isfinite(value)
+    return isinstance(value, (int, float)) and not isinstance(value, bool) and abs(value) < 1e9  # nor NaN
 
 
 def _is_side(value: object) -> bool:
@@ -291,7 +293,7 @@ def _recipe_from_file(path: Path) -> Recipe:
         values = _READERS[path.suffix.lower()](path.read_text("utf-8"))
     except OSError as error:
         raise FeatureStoreError(f"the recipe {path} cannot be read: {error.strerror or error}.") from None
-    except ValueError as error:
+    except (ValueError, RecursionError) as error:
         raise FeatureStoreError(f"the recipe {path} is not {path.suffix[1:].upper()}: {error}.") from None
     if not isinstance(values, dict):
         raise FeatureStoreError(f"the recipe {path} is not a table of fields but a {type(values).__name__}.")

@@ -113,8 +113,10 @@ def prepare(request: Request) -> Job:
             f"recipe {recipe.name!r} makes {recipe.size}-pixel inputs, {spec.name} takes {spec.input_size}. "
             f"Its own recipe is {spec.own_recipe().name!r}."
         )
-    if request.faces.boxed:
+    if request.faces.boxed and recipe.box_margin is None:
         recipe = replace(recipe, box_margin=BOX_MARGIN)
+    if recipe.box_margin is not None and not request.faces.boxed:
+        raise FeatureStoreError(f"recipe {recipe.name!r} cuts faces out by their boxes. Give them with --boxes FILE.")
     spec = settle(spec, recipe.size)
     layers = spec.check_layers(request.layers)
     device = choose_device(request.device)

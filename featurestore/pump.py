@@ -1,6 +1,7 @@
 """Photographs in, batches of pixels out: read, hash, decode and resize in threads, ahead of the network."""
 
 import hashlib
+import stat
 from collections import deque
 from collections.abc import Generator, Iterable, Iterator, Mapping
 from concurrent.futures import Future, ThreadPoolExecutor
@@ -81,6 +82,8 @@ def box_of(item: Mapping[str, Any]) -> Box:
 
 def _load(photo: Photo, recipe: Recipe) -> _Decoded | Failure:
     try:
+        if not stat.S_ISREG(Path(photo.path).stat().st_mode):  # a pipe would hang, a device never end
+            raise ImageError("it is no file")
         content = Path(photo.path).read_bytes()
         digest = hashlib.sha256(content).hexdigest()
         if photo.sha256 is not None and digest != photo.sha256:

@@ -209,6 +209,9 @@ def _problem(attributes: dict[str, Any], arrays: dict[str, dict], coordinates: d
     missing = [name for name in ("backbone", "weights", "recipe", "precision") if name not in attributes]
     if missing:
         return f"it has no attribute {listing(missing)}"
+    texts = [name for name in ("backbone", "weights", "precision") if not isinstance(attributes[name], str)]
+    if texts or not isinstance(attributes["recipe"], dict):
+        return f"its attribute {(texts or ['recipe'])[0]} is of another type"
     unsafe = [name for name in arrays if not safe_name(name)]
     if unsafe:
         return f"{unsafe[0]!r} cannot name an array"

@@ -12,7 +12,7 @@ import torch
 
 from featurestore import cache
 from featurestore.backbones import BackboneSpec, get_backbone, known_backbone
-from featurestore.capture import graph_digest, load_extractor, settle
+from featurestore.capture import graph_digest, layer_shapes, load_extractor, settle
 from featurestore.errors import FeatureStoreError, listing
 from featurestore.faces import KEY, FoundFaces
 from featurestore.images import Recipe, recipe_from_dict
@@ -182,7 +182,10 @@ def backbone_of(source: Source, trusted: str | None = None) -> BackboneSpec:
             f"{source.name} was computed by {name!r}, which is code outside of this program. To run it, if you trust it: "
             f"--backbone {name}"
         )
-    return settle(spec, recipe_of(source).size)
+    recipe = recipe_of(source)
+    if spec.input_size not in (None, recipe.size):
+        raise FeatureStoreError(f"{source.name} says {recipe.size}-pixel inputs, {name} takes {spec.input_size}.")
+    return settle(spec, recipe.size)
 
 
 def weights_of(source: Source, given: str | None, trusted: str | None = None) -> Weights:
@@ -231,6 +234,12 @@ def recompute_some(source: Source, weights: Weights, device: torch.device, repor
     broken = {(damage.layer, damage.shard) for damage in report.damage if damage.row < 0}
     spec = weights.backbone
     layers = [name for name in spec.layers if name in source.layers]
+    shapes = layer_shapes(spec, layers) if layers else {}
+    others = [name for name, layer in source.layers.items() if shapes.get(name) != layer.shape]
+    if others:
+        raise FeatureStoreError(
+            f"{listing(others)} of {source.name} cannot be a layer of {spec.name}, going by its shape."
+        )
     rows = np.unique(np.linspace(0, source.n_items - 1, n).astype(int)) if source.n_items else np.empty(0, int)
     photos = [_photo(source, int(row)) for row in rows]
     failures: list = []

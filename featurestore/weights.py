@@ -25,6 +25,8 @@ _COUNTER = "num_batches_tracked"  # kept by batch norm, used by nobody in eval m
 Gains = tuple[tuple[str, float], ...]
 BUILT = "built"  # --weights: those that the user's own function gives its network
 BUILT_BY = "built by "  # begins the name of such weights
+_MOST_DIGITS = 18  # of a seed
+_MOST_CLASSES = 1 << 20
 _ALSO_KNOWN = ("torchvision:vgg16", "torchvision:resnet50")  # for which a file is easily taken
 
 
@@ -60,7 +62,7 @@ def open_weights(given: str, spec: BackboneSpec) -> Weights:
     """
     kind, _, seed = given.partition(":")
     if kind == "random":
-        if not seed.isdecimal():
+        if not seed.isdecimal() or len(seed) > _MOST_DIGITS:
             raise FeatureStoreError(f"--weights {given!r}: the seed must be a whole number, such as random:0.")
         return _random(int(seed), spec)
     if given == BUILT:
@@ -132,16 +134,24 @@ def _from_file(path: Path, spec: BackboneSpec) -> Weights:
     digest = sha256_of_file(path)
     _refuse_other_transforms(path, digest, spec)
 
+    state = fit.spec.build_meta().state_dict()
+
     def read(keys: Iterable[str]) -> dict[str, torch.Tensor]:
         # A counter that is left out of the file has no effect in eval mode.
-        return {key: _as_used(tensors[key].read()) if key in tensors else torch.tensor(0) for key in keys}
+        return {key: read_one(key) if key in tensors else torch.tensor(0) for key in keys}
+
+    def read_one(key: str) -> torch.Tensor:
+        values = tensors[key].read()
+        if values.is_floating_point() != state[key].is_floating_point() and not key.endswith(_COUNTER):
+            raise FeatureStoreError(f"{path}: {key} holds {values.dtype}, the network has {state[key].dtype}.")
+        return _as_used(values)
 
     return Weights(
         path.name,
         digest,
         fit.spec,
         read,
-        frozenset(key for key in fit.spec.weight_shapes() if key not in fit.absent),
+        frozenset(state.keys() - fit.absent),
         fit.absent,
         fit.reading.layout,
         fit.reading.notes + _notes(spec, fit.spec),
@@ -206,7 +216,7 @@ def _fit(reading: Reading, spec: BackboneSpec) -> Fit:
 def _with_classes_of(found: Mapping[str, tuple[int, ...]], spec: BackboneSpec) -> BackboneSpec:
     """The network with as many classes as the file, where that is what published files differ in."""
     shape = found.get(f"{spec.classifier}.weight", ())
-    return spec.with_classes(shape[0]) if spec.classifier and len(shape) == 2 and shape[0] > 0 else spec
+    return spec.with_classes(shape[0]) if spec.classifier and len(shape) == 2 and 0 < shape[0] < _MOST_CLASSES else spec
 
 
 def _cut_short(missing: set[str], wanted: Shapes, spec: BackboneSpec) -> frozenset[str]:

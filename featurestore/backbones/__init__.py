@@ -90,7 +90,7 @@ class BackboneSpec:
         try:
             with torch.device("meta"):
                 return self.build()
-        except NotImplementedError:  # a constructor that computes with tensors, which have no values on that device
+        except Exception:  # a constructor that computes with tensors, which have no values there; or that really fails
             pass
 
         def to_meta(module: nn.Module, name: str, parameter: nn.Parameter) -> nn.Parameter:

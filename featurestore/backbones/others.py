@@ -15,6 +15,7 @@ from featurestore.backbones import TORCHVISION, BackboneSpec, PublishedFile
 from featurestore.capture import module_paths
 from featurestore.errors import FeatureStoreError, near_matches
 from featurestore.images import Recipe, recipe_from_dict
+from featurestore.zarr_format import safe_name
 
 
 def in_torchvision(name: str) -> bool:
@@ -126,12 +127,9 @@ def imported_backbone(full: str) -> BackboneSpec:
 def _call(full: str, build: Any) -> nn.Module:
     try:
         network = build()
-    except NotImplementedError:  # of the meta device, for ``build_meta``
-        raise
     except Exception as error:
         raise FeatureStoreError(
-            f"--backbone {full}: {type(error).__name__}: {error}. It is called without arguments, and also on torch's meta "
-            "device, where weights have shapes and no values."
+            f"--backbone {full}: {type(error).__name__}: {error}. It is called without arguments."
         ) from error
     if not isinstance(network, nn.Module):
         raise FeatureStoreError(
@@ -150,4 +148,5 @@ def _with_layers(spec: BackboneSpec) -> BackboneSpec:
             f"{spec.name} cannot be traced by torch.fx ({type(error).__name__}: {error}), so its layers cannot be captured. "
             "Its forward may not branch on the values of tensors; wrap such parts with torch.fx.wrap."
         ) from error
-    return replace(spec, layers={path: path for path in paths})
+    # A module may have a name that no folder can have.
+    return replace(spec, layers={path: path for path in paths if safe_name(path)})

@@ -16,7 +16,9 @@ def open_hdf5(path: Path) -> TensorFile:
     datasets: dict[str, h5py.Dataset] = {}
 
     def note(name: str, found: object) -> None:
-        if isinstance(found, h5py.Dataset) and found.dtype.kind in "fiu":
+        if not isinstance(found, h5py.Dataset) or not isinstance(name, str) or found.shape is None:
+            return
+        if found.dtype.kind in "fiu" and found.dtype.itemsize <= 8:
             datasets[name] = found
 
     try:

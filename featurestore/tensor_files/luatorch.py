@@ -53,7 +53,7 @@ class _Tensor:
     def check(self) -> None:
         """ValueError if it reaches beyond its storage."""
         last = self.offset + sum((size - 1) * stride for size, stride in zip(self.sizes, self.strides, strict=True))
-        held = 0 if self.storage is None else len(self.storage)
+        held = len(self.storage) if isinstance(self.storage, np.ndarray) else 0
         if min(self.strides) < 0 or not 0 <= self.offset <= last < held or math.prod(self.sizes) > held:
             raise ValueError(f"a tensor of sizes {self.sizes}, strides {self.strides} in a storage of {held} numbers")
 

@@ -21,6 +21,7 @@ from featurestore.tensor_files import Stored, TensorFile, damaged, runs_code
 from featurestore.tensor_files.pytorch import unwrap
 
 _DTYPES = ("f2", "f4", "f8", "i1", "i2", "i4", "i8", "u1", "u2", "u4", "u8", "b1")
+_MOST_OPERATIONS = 1 << 20  # an array takes about thirty
 _MOST_MEMOS = 1 << 20  # a memo number costs its own size in memory, and can be written in five bytes
 
 
@@ -128,7 +129,7 @@ def open_pickle(path: Path) -> TensorFile:
     """
     content = path.read_bytes()
     try:
-        _refuse_large_memos(content)
+        _refuse_bombs(content)
         arrays = unwrap(path, _Unpickler(content).load(), _Array)
         for array in arrays.values():
             array.check()
@@ -143,7 +144,10 @@ def open_pickle(path: Path) -> TensorFile:
     )
 
 
-def _refuse_large_memos(content: bytes) -> None:
-    for opcode, argument, _ in pickletools.genops(content):
+def _refuse_bombs(content: bytes) -> None:
+    """ValueError for a pickle that would take far more memory than its own size."""
+    for count, (opcode, argument, _) in enumerate(pickletools.genops(content)):
+        if count > _MOST_OPERATIONS:
+            raise ValueError(f"more than {_MOST_OPERATIONS} operations")
         if opcode.name in ("LONG_BINPUT", "PUT") and int(argument or 0) > _MOST_MEMOS:
             raise ValueError(f"memo number {argument}")

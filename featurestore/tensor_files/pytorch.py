@@ -1,6 +1,7 @@
 """PyTorch's ``.pth`` and ``.pt`` (zipped, and the older kind), and ``.safetensors``."""
 
 import json
+import mmap
 import pickle
 import re
 import zipfile
@@ -19,15 +20,18 @@ WRAPPERS = ("state_dict", "model_state_dict", "model", "net")  # under which tra
 
 def open_pth(path: Path) -> TensorFile:
     """A state dict, alone or in a training script's checkpoint. Code in it is never run."""
+    _refuse_bombs(path)
     try:
         # weights_only: a checkpoint is a stranger's pickle, and a pickle can run code.
         content = torch.load(path, map_location="cpu", weights_only=True, mmap=zipfile.is_zipfile(path))
     except pickle.UnpicklingError as error:
         raise runs_code(path, _asked_for(str(error))) from None
-    except (RuntimeError, EOFError, OSError, ValueError, KeyError, zipfile.BadZipFile) as error:
+    except Exception as error:  # a damaged pickle raises anything, also where memory for it is not to be had
         raise damaged(path, error) from None
     tensors = unwrap(path, content, torch.Tensor)
     for key, value in tensors.items():
+        if value.layout != torch.strided or value.is_meta or value.is_quantized:
+            raise FeatureStoreError(f"{path}: {key} is not a plain tensor with numbers. Save it as one.")
         if value.numel() * value.element_size() > value.untyped_storage().nbytes():
             # A few bytes, seen with stride 0, can pass for more numbers than there is memory.
             raise FeatureStoreError(
@@ -36,6 +40,24 @@ def open_pth(path: Path) -> TensorFile:
     return TensorFile(
         path, "PyTorch", {key: Stored(tuple(value.shape), partial(_itself, value)) for key, value in tensors.items()}
     )
+
+
+def _refuse_bombs(path: Path) -> None:
+    """A small file may ask for much memory: by packed entries, which torch never writes, or for a bytearray of any length."""
+    if zipfile.is_zipfile(path):
+        try:
+            with zipfile.ZipFile(path) as packed:
+                entries = packed.infolist()
+                if any(entry.compress_type != zipfile.ZIP_STORED for entry in entries):
+                    raise FeatureStoreError(f"{path} is a packed archive and not a PyTorch file. Unpack it first.")
+                asks = any(b"bytearray" in packed.read(entry) for entry in entries if entry.filename.endswith(".pkl"))
+        except (zipfile.BadZipFile, OSError, RuntimeError, NotImplementedError, ValueError, EOFError) as error:
+            raise damaged(path, error) from None
+    else:
+        with path.open("rb") as file, mmap.mmap(file.fileno(), 0, access=mmap.ACCESS_READ) as content:
+            asks = content.find(b"bytearray") >= 0
+    if asks:
+        raise runs_code(path, "it asks for bytearray.")
 
 
 def _asked_for(message: str) -> str:
@@ -65,5 +87,12 @@ def open_safetensors(path: Path) -> TensorFile:
         metadata = dict(file.metadata() or {})
     except (SafetensorError, json.JSONDecodeError, OSError) as error:
         raise damaged(path, error) from None
-    tensors = {key: Stored(shape, partial(file.get_tensor, key)) for key, shape in shapes.items()}
+
+    def read(key: str) -> torch.Tensor:
+        try:
+            return file.get_tensor(key)
+        except SafetensorError as error:
+            raise FeatureStoreError(f"{path}: {key} cannot be read: {error}.") from None
+
+    tensors = {key: Stored(shape, partial(read, key)) for key, shape in shapes.items()}
     return TensorFile(path, "safetensors", tensors, metadata)

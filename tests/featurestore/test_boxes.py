@@ -123,6 +123,22 @@ def test_a_box_beside_the_picture_names_the_photograph(faces: Path, tmp_path: Pa
     assert FeatureStore.open(tmp_path / "boxed.zarr").source().n_items == 3
 
 
+def test_a_recipe_with_a_margin_of_its_own(faces: Path, tmp_path: Path) -> None:
+    (tmp_path / "wide.toml").write_text('size = 224\nresize = "pil"\nchannels = "BGR"\nmean = 100\nbox_margin = 0.5\n')
+    cache(faces, tmp_path / "wide.zarr", recipe=str(tmp_path / "wide.toml"))
+    assert FeatureStore.open(tmp_path / "wide.zarr").source().attributes["recipe"]["box_margin"] == 0.5
+    request = Request(
+        tmp_path / "no.zarr",
+        find_faces(faces),
+        ["conv1"],
+        "random:0",
+        backbone="resnet50_ft",
+        recipe=str(tmp_path / "wide.toml"),
+    )
+    with pytest.raises(FeatureStoreError, match="Give them with --boxes"):
+        prepare(request)
+
+
 def test_the_command_takes_boxes(faces: Path, tmp_path: Path) -> None:
     done = command(
         "cache_layers", "--layers", "maxpool", "--backbone", "senet50_scratch", "--images", faces, "--weights", "random:0",

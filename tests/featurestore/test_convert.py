@@ -64,3 +64,7 @@ def test_files_of_no_known_network(pkl: Path, tmp_path: Path) -> None:
         convert(pkl, get_backbone("resnet50_ft"), tmp_path / "out.safetensors")
     assert not (tmp_path / "out.safetensors").exists()
     assert recognise(pkl) == ["senet50_ft", "senet50_scratch"]
+    with pytest.raises(FeatureStoreError, match=r"has to end in \.safetensors"):
+        convert(pkl, get_backbone("senet50_ft"), tmp_path / "out.pth")
+    with pytest.raises(FeatureStoreError, match="cannot be written"):
+        convert(pkl, get_backbone("senet50_ft"), Path("/proc/out.safetensors"))

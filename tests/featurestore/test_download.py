@@ -80,7 +80,7 @@ def test_a_file_comes_once_with_progress(server: Server, tmp_path: Path) -> None
     assert [done for done, _ in seen] == sorted(done for done, _ in seen)
     assert fetch(published, tmp_path / "weights") == path
     assert len(server.ranges) == 1
-    assert [file.name for file in path.parent.iterdir()] == ["file.bin"]
+    assert sorted(file.name for file in path.parent.iterdir()) == ["file.bin", "file.bin.lock"]
 
 
 def test_a_download_that_broke_off_goes_on(server: Server, tmp_path: Path) -> None:
@@ -109,11 +109,42 @@ def test_another_file_under_the_same_name_is_not_mixed_in(server: Server, tmp_pa
     assert fetch(published, tmp_path).read_bytes() == CONTENT[::-1]
 
 
+def test_a_server_that_passes_over_if_range(server: Server, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    server.breaks_after = 1 << 20
+    with pytest.raises(FeatureStoreError):
+        fetch(PublishedFile(server.url), tmp_path)
+    server.breaks_after, server.content, server.etag = None, CONTENT[::-1], '"two"'
+    original = Handler.do_GET
+
+    def careless(self: Handler) -> None:
+        if self.headers["Range"]:
+            self.headers.replace_header("If-Range", server.etag)
+        original(self)
+
+    monkeypatch.setattr(Handler, "do_GET", careless)
+    with pytest.raises(FeatureStoreError, match="has changed since its first part came"):
+        fetch(PublishedFile(server.url), tmp_path)
+    assert fetch(PublishedFile(server.url), tmp_path).read_bytes() == CONTENT[::-1]
+
+
+def test_a_check_that_was_interrupted_is_made_again(
+    server: Server, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    def interrupted(path: Path) -> str:
+        raise KeyboardInterrupt
+
+    with monkeypatch.context() as patch, pytest.raises(KeyboardInterrupt):
+        patch.setattr(download, "sha256_of_file", interrupted)
+        fetch(PublishedFile(server.url, "0" * 64), tmp_path)
+    with pytest.raises(FeatureStoreError, match="has the sha256"):
+        fetch(PublishedFile(server.url, "0" * 64), tmp_path)
+
+
 def test_a_wrong_checksum_leaves_nothing(server: Server, tmp_path: Path) -> None:
     server.content = CONTENT[:-1] + b"x"
     with pytest.raises(FeatureStoreError, match=r"has the sha256 .* as published: it was changed"):
         fetch(PublishedFile(server.url, SHA256[:8]), tmp_path)
-    assert not list(tmp_path.iterdir())
+    assert [file.suffix for file in tmp_path.iterdir()] == [".lock"]
 
 
 def test_one_file_out_of_an_archive(server: Server, tmp_path: Path) -> None:
@@ -127,10 +158,15 @@ def test_one_file_out_of_an_archive(server: Server, tmp_path: Path) -> None:
     path = fetch(PublishedFile(server.url, member="VGG_FACE.t7"), tmp_path / "weights")
     assert path.name == "VGG_FACE.t7"
     assert path.read_bytes() == CONTENT
-    assert [file.name for file in tmp_path.rglob("*") if file.is_file()] == ["VGG_FACE.t7"]
+    assert sorted(file.name for file in tmp_path.rglob("*") if file.is_file()) == ["VGG_FACE.t7", "file.bin.lock"]
     server.content = packed.getvalue()[:1000]
     with pytest.raises(FeatureStoreError, match="cannot be unpacked"):
         fetch(PublishedFile(server.url, member="VGG_FACE.t7"), tmp_path / "cut")
+    changed = bytearray(packed.getvalue())
+    changed[len(changed) // 2] ^= 1  # gzip's checksum stands at the end, where unpacking one member does not look
+    server.content = bytes(changed)
+    with pytest.raises(FeatureStoreError, match="cannot be unpacked"):
+        fetch(PublishedFile(server.url, member="VGG_FACE.t7"), tmp_path / "changed")
 
 
 def test_without_a_network(tmp_path: Path) -> None:

@@ -14,7 +14,7 @@ from torchvision.models import get_model, get_model_weights
 
 from featurestore import FeatureStore
 from featurestore.backbones import PublishedFile, get_backbone
-from featurestore.capture import extractor, load_extractor, settle
+from featurestore.capture import extractor, graph_digest, load_extractor, settle
 from featurestore.errors import FeatureStoreError
 from featurestore.images import decode, get_recipe
 from featurestore.weights import draw, open_weights
@@ -47,6 +47,72 @@ def not_a_network():
 
 def broken():
     raise RuntimeError("no such file: weights.bin")
+
+class Small(nn.Module):
+    def __init__(self):
+        super().__init__()
+        self.one, self.two = nn.Conv2d(3, 4, 3, padding=1), nn.Conv2d(4, 4, 3, padding=1)
+        self.relu = nn.ReLU(inplace=True)
+
+def small(forward, **attributes):
+    class Network(Small):
+        def __init__(self):
+            torch.manual_seed(0)
+            super().__init__()
+            for name, value in attributes.items():
+                setattr(self, name, value() if isinstance(value, type(lambda: 0)) else value)
+    Network.forward = forward
+    return Network()
+
+def dropped_result():
+    def forward(self, x):
+        out = self.one(x)
+        self.relu(out)  # in place: two is given what is left of out
+        return self.two(out)
+    return small(forward)
+
+def aliased_residual():
+    def forward(self, x):
+        out = self.one(x)
+        before = out
+        out += self.two(out)
+        return self.two2(out + 3 * before)
+    return small(forward, two2=lambda: nn.Conv2d(4, 4, 1))
+
+def through_a_view():
+    def forward(self, x):
+        out = self.one(x)
+        part = out[:, :2]
+        part += 1
+        return self.two(out)
+    return small(forward)
+
+def noise():
+    return small(lambda self, x: self.two(nn.functional.dropout(self.one(x), 0.5)))
+
+def hooked():
+    network = small(lambda self, x: self.two(self.one(x)))
+    network.register_forward_pre_hook(lambda module, inputs: (inputs[0] * 5,))
+    return network
+
+def over_the_batch():
+    return small(lambda self, x: self.two(self.norm(self.one(x))), norm=lambda: nn.BatchNorm2d(4, track_running_stats=False))
+
+def other_constants():
+    network = small(lambda self, x: self.two(self.one(x) + self.noise))
+    torch.seed()
+    network.register_buffer("noise", torch.randn(1, 4, 1, 1), persistent=False)
+    return network
+
+def slash():
+    network = Small()
+    network.add_module("two/2", nn.ReLU())
+    Small.forward = lambda self, x: getattr(self, "two/2")(self.two(self.one(x)))
+    return network
+
+def computes():
+    scales = [value.item() for value in torch.linspace(1, 2, 2)]
+    return small(lambda self, x: self.two(scales[1] * self.one(x)) * ((x.mean() > 0) & (x.mean() > 1)))
 
 def branching():
     class Branching(nn.Module):
@@ -233,6 +299,65 @@ def test_a_store_does_not_name_code_to_run(own: Path, photographs: Path) -> None
 def test_what_can_be_wrong_with_it(own: Path, function: str, message: str) -> None:
     with pytest.raises(FeatureStoreError, match=message):
         get_backbone(f"{module_of(own)}:{function}")
+
+
+@pytest.mark.parametrize(
+    ("function", "message"),
+    [
+        ("dropped_result", "layer 'two' .* does not come out as in the whole network"),
+        ("aliased_residual", "layer 'two2' .* does not come out"),
+        ("through_a_view", "layer 'two' .* does not come out"),
+        ("noise", "gives other numbers each time"),
+        ("hooked", "does not come out"),
+        ("over_the_batch", "depend on the batch"),
+        ("other_constants", "does not come out|other numbers"),
+    ],
+)
+def test_what_cannot_be_captured_faithfully_is_refused(
+    own: Path, photographs: Path, function: str, message: str
+) -> None:
+    """Each of these would fill the store with rows that are not the network's, and nothing would look wrong."""
+    name = f"{module_of(own)}:{function}"
+    options = {"backbone": name, "weights": "random:1", "recipe": "mine.toml"}
+    with pytest.raises(FeatureStoreError, match=message):
+        run_pass(photographs, own / "own.zarr", ["all"], **options)
+
+
+def test_what_can_be_captured_though_it_looks_odd(own: Path, photographs: Path) -> None:
+    """A constructor that computes with tensors, operators that end in an underscore; names that no folder can have stay out."""
+    options = {"weights": "random:1", "recipe": "mine.toml"}
+    run_pass(photographs, own / "odd.zarr", ["two"], backbone=f"{module_of(own)}:computes", **options)
+    assert set(get_backbone(f"{module_of(own)}:slash").layers) == {"one", "two"}
+
+
+def test_weights_that_are_drawn_at_each_call_are_refused(own: Path) -> None:
+    module = own / f"{module_of(own)}.py"
+    module.write_text(
+        module.read_text().replace(
+            "def build_model():\n    torch.manual_seed(0)", "def build_model():\n    torch.seed()"
+        )
+    )
+    with pytest.raises(FeatureStoreError, match="returns other numbers each time it is called"):
+        open_weights("built", get_backbone(f"{module.stem}:build_model"))
+
+
+@pytest.mark.parametrize(
+    ("before", "after"),
+    [("nhead=2", "nhead=4"), ("norm_first=False", "norm_first=True"), ("nn.functional.relu", "nn.functional.gelu")],
+)
+def test_settings_that_a_module_does_not_print(own: Path, before: str, after: str) -> None:
+    code = """
+from torch import nn
+def build():
+    block = nn.TransformerEncoderLayer(8, nhead=2, norm_first=False, activation=nn.functional.relu, batch_first=True)
+    return nn.Sequential(nn.Flatten(2), nn.Linear(1024, 8), block)
+"""
+    digests = []
+    for i, text in enumerate((code, code.replace(before, after))):
+        name = f"{module_of(own)}_{i}"
+        (own / f"{name}.py").write_text(text)
+        digests.append(graph_digest(settle(get_backbone(f"{name}:build"), 32)))
+    assert digests[0] != digests[1]
 
 
 def test_it_needs_a_recipe(own: Path, photographs: Path) -> None:

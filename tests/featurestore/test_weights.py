@@ -4,6 +4,7 @@ import importlib.util
 import json
 import os
 import pickle
+import zipfile
 from pathlib import Path
 
 import h5py
@@ -223,6 +224,36 @@ def test_a_hostile_pth_never_runs(tmp_path: Path, state, zipped: bool) -> None:
     assert not (tmp_path / "owned").exists()
 
 
+@pytest.mark.parametrize("kind", ["bytearray", "bytearray, old", "packed", "sparse", "whole numbers", "complex"])
+def test_a_pth_that_is_not_what_it_seems(tmp_path: Path, state, kind: str) -> None:
+    """A kilobyte that asks for gigabytes; tensors that are no floats."""
+    path = tmp_path / "w.pth"
+
+    class Bomb:
+        def __reduce__(self):
+            return bytearray, (4 << 30,)
+
+    whole = dict(state)
+    key = "features.conv_1_1.bias"
+    whole[key] = {
+        "sparse": torch.zeros(4).to_sparse(),
+        "whole numbers": torch.zeros(4, dtype=torch.int8),
+        "complex": torch.zeros(4, dtype=torch.complex64),
+    }.get(kind, whole[key])
+    if kind.startswith("bytearray"):
+        whole = {"state_dict": whole, "x": Bomb()}
+    torch.save(whole, path, _use_new_zipfile_serialization=not kind.endswith("old"))
+    if kind == "packed":
+        with zipfile.ZipFile(path) as plain, zipfile.ZipFile(tmp_path / "p.pth", "w", zipfile.ZIP_DEFLATED) as packed:
+            for entry in plain.infolist():
+                packed.writestr(entry.filename, plain.read(entry))
+        path = tmp_path / "p.pth"
+    with pytest.raises(
+        FeatureStoreError, match=r"bytearray|packed archive|not a plain tensor|the network has torch.float32"
+    ):
+        open_weights(str(path), MINI).read(SHAPES)
+
+
 def hostile_pickles(folder: Path) -> dict[str, bytes]:
     target = str(folder / "owned").encode()
     array = np.zeros(3, np.float32)
@@ -286,6 +317,15 @@ def test_a_t7_whose_tables_hold_themselves(tmp_path: Path) -> None:
     lua.module("nn.Sequential", [("modules", lambda: lua.table([(1.0, again), (2.0, again)]))])
     (tmp_path / "w.t7").write_bytes(lua.content)
     assert open_tensors(tmp_path / "w.t7").tensors == {}
+
+
+def test_hdf5_of_other_kinds(tmp_path: Path, state) -> None:
+    path = write_hdf5(tmp_path / "w.h5", state, "OIHW", "out in")
+    with h5py.File(path, "a") as file:
+        file["data/empty"] = h5py.Empty("f4")
+        file["data/text"] = "x"
+        file["data/long"] = np.zeros(3, np.longdouble)
+    assert open_weights(str(path), MINI).keys == SHAPES.keys()  # what are no numbers is passed over
 
 
 def test_hdf5_reads_no_other_file(tmp_path: Path, state) -> None:
