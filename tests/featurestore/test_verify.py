@@ -6,10 +6,12 @@ from pathlib import Path
 
 import numpy as np
 import pytest
+from click.testing import CliRunner
 
 from featurestore import FeatureStore, FeatureStoreError, verify
 from featurestore.job import choose_device
 from featurestore.writing import SourceWriter, store_lock
+from pipelines.verify_store import main as verify_store
 from tests.conftest import LAYERS, command, run_pass, write_photographs
 
 
@@ -149,3 +151,28 @@ def test_a_twin_key_is_reported(store: Path) -> None:
     assert verify.check(FeatureStore.open(store).source()).suspicious == ["key ('f1', '1') is there twice"]
     with pytest.raises(FeatureStoreError, match="twice, so its rows cannot be told apart"):
         FeatureStore.open(store).find([("f1", "1")])
+
+
+@pytest.mark.parametrize(
+    "changed",
+    [
+        {"backbone": ["vggface"]},
+        {"backbone": "torchvision:alexnet"},
+        {"backbone": "inception_resnet_v1"},
+        {"weights": 3},
+        {"weights": "seed:" + "9" * 5000},
+        {"precision": ["fp32"]},
+        {"recipe": {"name": "x", "size": 4096, "resize": "pil", "channels": "RGB", "mean": [0, 0, 0]}},
+        {"recipe": {"name": "x", "size": 224, "resize": {"a": 1}, "channels": "RGB", "mean": [10**400, 0, 0]}},
+        {"recipe": {"name": "x", "box_margin": 0.15, "size": 224, "resize": "cv2", "channels": "BGR", "mean": [0, 0, 0]}},
+    ],
+)  # fmt: skip
+def test_attributes_that_a_stranger_made_up(small_store: Path, tmp_path: Path, changed: dict) -> None:
+    shutil.copytree(small_store, tmp_path / "s.zarr")
+    (document,) = tmp_path.glob("s.zarr/*/zarr.json")
+    content = json.loads(document.read_text())
+    content["attributes"].update(changed)
+    document.write_text(json.dumps(content))
+    done = CliRunner().invoke(verify_store, [str(tmp_path / "s.zarr")])
+    assert done.exception is None or isinstance(done.exception, SystemExit), done.exception
+    assert "nothing recomputed: " in done.output or "is of another type" in done.output
