@@ -25,6 +25,7 @@ _IN_PLACE_OPERATORS = {
     getattr(operator, f"i{name}"): getattr(operator, name)
     for name in ("add", "sub", "mul", "truediv", "floordiv", "pow", "matmul", "mod")
 }
+_LIBRARIES = ("torch", "torchvision", "_operator", "builtins", "math")
 _IMAGE_DIMENSIONS = (1, 2, 3)  # of a layer that the store can hold: (feature,), (token, feature), (channel, y, x)
 
 
@@ -154,23 +155,18 @@ def _settings(module: nn.Module) -> str:
     """A module's attributes that are plain values, such as strides, or functions, by name."""
     plain: dict[str, object] = {}
     for name, value in sorted(vars(module).items()):
+        if name.startswith("_") or name == "training":  # torch's own book-keeping
+            continue
         if isinstance(value, (bool, int, float, str, tuple, list, torch.dtype)) or value is None:
             plain[name] = value
         elif callable(value) and hasattr(value, "__qualname__"):
             plain[name] = value.__qualname__
-    plain.pop("training", None)
     return repr(plain)
 
 
 def _source(function: Any) -> str:
     """The text of a function of the user's own (one that torch.fx was told to call as a whole)."""
-    if getattr(function, "__module__", "").partition(".")[0] in (
-        "torch",
-        "torchvision",
-        "_operator",
-        "builtins",
-        "math",
-    ):
+    if (getattr(function, "__module__", None) or "").partition(".")[0] in _LIBRARIES:
         return ""
     try:
         return inspect.getsource(function)
