@@ -81,9 +81,8 @@ def _network_order(tensors: Tensors) -> tuple[Tensors] | None:
     LuaTorch keeps a convolution's weight as a matrix, out × (in · y · x).
     """
     places = list(dict.fromkeys(key.rpartition(".")[0] for key in tensors))
-    if not all(re.fullmatch(r"[\w.]*\d", place) for place in places) or not len(_CONVOLUTIONS) <= len(places) <= len(
-        _MODULES
-    ):
+    whole_or_cut = len(_CONVOLUTIONS) <= len(places) <= len(_MODULES)
+    if not whole_or_cut or not all(re.fullmatch(r"[\w.]*\d", place) for place in places):
         return None
     named: Tensors = {}
     width_in = 3
