@@ -153,7 +153,9 @@ def make_plan(job: Job, progress: Progress = lambda n: None) -> Plan:
     Photographs that the store knows already are hashed, to notice a changed one; ``progress`` counts them.
     """
     request = job.request
-    clash = [name for name in [*request.faces.table.columns, "image_sha256", "item"] if name in job.layers]
+    ours = [*KEY, "path", "image_sha256", "item", *BOX]
+    theirs = [name for name in request.faces.table.columns if name not in ours]
+    clash = [name for name in theirs if name in job.spec.layers] + [name for name in ours if name in job.layers]
     if clash:
         raise FeatureStoreError(
             f"{clash[0]!r} is the name of a column of the photographs' table and of a layer of {job.spec.name}. "

@@ -425,6 +425,6 @@ def test_a_link_to_a_store_is_the_same_store(tmp_path: Path) -> None:
 
 def test_a_column_with_a_layers_name_is_refused(tmp_path: Path) -> None:
     images = write_photographs(tmp_path / "p", 4, 1)
-    with pytest.raises(FeatureStoreError, match="'maxp_1_2' of the CSV has the name of a layer"):
+    with pytest.raises(FeatureStoreError, match=r"'maxp_1_2' is the name of a column .* and of a layer"):
         run_pass(write_table(images, maxp_1_2=1), tmp_path / "s.zarr", LAYERS)
     assert not (tmp_path / "s.zarr").exists()

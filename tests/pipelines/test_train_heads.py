@@ -124,7 +124,7 @@ def test_a_head_is_drawn(folder: Path) -> None:
 
 def test_tables_of_layers_and_heads() -> None:
     table = layer_table()
-    assert len(table) == 38
+    assert len(table) == 39
     assert table.loc["maxp_5_3", ["features", "bridge", "conv"]].tolist() == [25088, 4096, 102_766_397]
     text = summary(build_head("conv", (4096,)))
     assert "1,230,757" in text
