@@ -64,7 +64,7 @@ def _speed(folder: Path, name: str, layers: list[str], n: int) -> Line:
         with torch.inference_mode():
             return rate(lambda: cut(inputs), BATCH, n // BATCH)
 
-    return compare(f"the pass of {name}, 3 layers, against its bare forward loop", ours, bare, 0.95, "images/s", 5)
+    return compare(f"the pass of {name}, 3 layers, against its bare forward loop", ours, bare, 0.95, "images/s", 3)
 
 
 def identify(folder: Path) -> list[Line]:
