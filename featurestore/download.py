@@ -17,7 +17,7 @@ from filelock import FileLock
 
 from featurestore.backbones import BackboneSpec, PublishedFile
 from featurestore.errors import FeatureStoreError, near_matches
-from featurestore.weights import sha256_of_file
+from featurestore.files import sha256_of
 
 _BLOCK = 1 << 20
 _TIMEOUT = 30.0  # seconds without a byte
@@ -106,17 +106,18 @@ def _download(url: str, partial: Path, progress: Progress) -> None:
     except urllib.error.HTTPError as error:
         if error.code == 416:  # nothing is left to send: what is there is whole, or belongs to another file
             if error.headers.get("Content-Range", "") == f"bytes */{done}":
+                about.unlink(missing_ok=True)
                 return
             partial.unlink(missing_ok=True)
         raise FeatureStoreError(f"{url} answers {error.code} {error.reason}. {_BY_HAND}") from None
     except (OSError, HTTPException) as error:
         reason = getattr(error, "reason", error)
-        kept = (
+        rest = (
             f"{partial.stat().st_size} bytes are kept: the same command goes on from there. "
             if partial.exists()
             else ""
         )
-        raise FeatureStoreError(f"{url} cannot be reached or broke off: {reason}. {kept}{_BY_HAND}") from None
+        raise FeatureStoreError(f"{url} cannot be reached or broke off: {reason}. {rest}{_BY_HAND}") from None
     about.unlink(missing_ok=True)
 
 
@@ -151,7 +152,7 @@ def _refuse_if_full(folder: Path, total: int | None, done: int) -> None:
 
 
 def _check(path: Path, published: PublishedFile) -> None:
-    found = sha256_of_file(path) if published.sha256 else ""
+    found = sha256_of(path) if published.sha256 else ""
     if not found.startswith(published.sha256):
         path.unlink()
         raise FeatureStoreError(

@@ -134,8 +134,11 @@ class Recipe:
     def pixels(self, rgb: np.ndarray, box: Box | None = None) -> np.ndarray:
         """uint8 (height, width, 3) RGB to uint8 (size, size, 3) in the recipe's channel order.
 
-        ``box`` goes with a recipe that has a ``box_margin``. Raises ImageError for a box that is empty or not in the picture.
+        ``box`` goes with a recipe that has a ``box_margin``, and ValueError says so if it does not. Raises ImageError for a
+        box that is empty or not in the picture.
         """
+        if (self.box_margin is None) != (box is None):
+            raise ValueError(f"recipe {self.name!r} has box_margin {self.box_margin}, the box is {box}")
         if self.box_margin is not None and box is not None:
             rgb = crop(rgb, box, self.box_margin)
         resized = _RESIZERS[self.resize](rgb, self)

@@ -10,9 +10,10 @@ import pandas as pd
 
 from featurestore.errors import FeatureStoreError, listing
 from featurestore.faces import BOX
+from featurestore.files import sha256_of
 from featurestore.images import decode
 from featurestore.job import Job, Request, library_versions
-from featurestore.pump import Failure, Photo, sha256_of
+from featurestore.pump import Failure, Photo
 from featurestore.rows import present_rows
 from featurestore.shards import DamagedShard, index_bytes, thread_pool
 from featurestore.store import FeatureStore, Source

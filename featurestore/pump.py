@@ -64,12 +64,6 @@ class _Decoded:
     sha256: str
 
 
-def sha256_of(path: str) -> str:
-    """A file's sha256 in hex."""
-    with Path(path).open("rb") as file:
-        return hashlib.file_digest(file, "sha256").hexdigest()
-
-
 def box_of(item: Mapping[str, Any]) -> Box:
     """The box among an item's coordinates; FeatureStoreError if it has none."""
     if not all(name in item for name in BOX):

@@ -17,6 +17,7 @@ import torch
 
 from featurestore.backbones import BACKBONES, TORCHVISION, BackboneSpec, Shapes, get_backbone
 from featurestore.errors import FeatureStoreError, listing
+from featurestore.files import sha256_of
 from featurestore.layouts import Reading, readings
 from featurestore.tensor_files import TensorFile, open_tensors
 
@@ -131,7 +132,7 @@ def _from_file(path: Path, spec: BackboneSpec) -> Weights:
             "Check --backbone, or give --weights the file that belongs to it."
         )
     tensors = fit.reading.tensors
-    digest = sha256_of_file(path)
+    digest = sha256_of(path)
     _refuse_other_transforms(path, digest, spec)
 
     state = fit.spec.build_meta().state_dict()
@@ -296,9 +297,3 @@ def compare_keys(found: Mapping[str, tuple[int, ...]], wanted: Mapping[str, tupl
     }
     parts = [f"{len(keys)} {what}: {listing(keys, 4)}" for what, keys in kinds.items() if keys]
     return f"Keys: {'; '.join(parts)}" if parts else ""
-
-
-def sha256_of_file(path: Path) -> str:
-    """A file's sha256, hex."""
-    with path.open("rb") as file:
-        return hashlib.file_digest(file, "sha256").hexdigest()

@@ -32,10 +32,7 @@ def main(file: Path, backbone: str | None, out: Path | None, overwrite: bool) ->
     """Read the checkpoint FILE (.pth, LuaTorch .t7, HDF5, VGGFace2 .pkl …) and write it as .safetensors."""
     from featurestore.backbones import get_backbone
     from featurestore.convert import convert, recognise
-    from featurestore.errors import FeatureStoreError
 
-    if not file.is_file():
-        raise FeatureStoreError(f"{file} is a folder." if file.is_dir() else f"there is no weights file {file}.")
     fitting = [backbone] if backbone else recognise(file)
     spec = get_backbone(fitting[0])
     target = out or file.with_suffix(".safetensors")

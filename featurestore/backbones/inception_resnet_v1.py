@@ -29,27 +29,7 @@ class Unit(nn.Sequential):
         )
 
 
-class Residual(nn.Module):
-    """relu(x + scale × conv2d(branches of x, concatenated)); the last block of the network has no ReLU."""
-
-    def __init__(
-        self, width: int, branches: Sequence[nn.Module], width_out: int, scale: float, relu: bool = True
-    ) -> None:
-        super().__init__()
-        self.scale = scale
-        self.n_branches = len(branches)
-        for i, branch in enumerate(branches):
-            self.add_module(f"branch{i}", branch)
-        self.conv2d = nn.Conv2d(width_out, width, kernel_size=1)
-        self.relu = nn.ReLU() if relu else nn.Identity()
-
-    def forward(self, x: torch.Tensor) -> torch.Tensor:
-        """(n, width, y, x) to the same shape."""
-        out = torch.cat([getattr(self, f"branch{i}")(x) for i in range(self.n_branches)], 1)
-        return self.relu(self.conv2d(out) * self.scale + x)
-
-
-class Reduction(nn.Module):
+class Branches(nn.Module):
     """Branches of x, concatenated."""
 
     def __init__(self, branches: Sequence[nn.Module]) -> None:
@@ -59,8 +39,24 @@ class Reduction(nn.Module):
             self.add_module(f"branch{i}", branch)
 
     def forward(self, x: torch.Tensor) -> torch.Tensor:
-        """(n, width, y, x) to about half the size and more channels."""
+        """(n, width, y, x) to as many channels as the branches have together."""
         return torch.cat([getattr(self, f"branch{i}")(x) for i in range(self.n_branches)], 1)
+
+
+class Residual(Branches):
+    """relu(x + scale × conv2d(branches of x, concatenated)); the last block of the network has no ReLU."""
+
+    def __init__(
+        self, width: int, branches: Sequence[nn.Module], width_out: int, scale: float, relu: bool = True
+    ) -> None:
+        super().__init__(branches)
+        self.scale = scale
+        self.conv2d = nn.Conv2d(width_out, width, kernel_size=1)
+        self.relu = nn.ReLU() if relu else nn.Identity()
+
+    def forward(self, x: torch.Tensor) -> torch.Tensor:
+        """(n, width, y, x) to the same shape."""
+        return self.relu(self.conv2d(super().forward(x)) * self.scale + x)
 
 
 def block35(scale: float = 0.17) -> Residual:
@@ -89,13 +85,13 @@ def block8(scale: float = 0.20, relu: bool = True) -> Residual:
     return Residual(1792, [Unit(1792, 192, 1), long], 384, scale, relu)
 
 
-def mixed_6a() -> Reduction:
+def mixed_6a() -> Branches:
     """256 × 17 × 17 to 896 × 8 × 8."""
     long = nn.Sequential(Unit(256, 192, 1), Unit(192, 192, 3, padding=1), Unit(192, 256, 3, stride=2))
-    return Reduction([Unit(256, 384, 3, stride=2), long, nn.MaxPool2d(3, stride=2)])
+    return Branches([Unit(256, 384, 3, stride=2), long, nn.MaxPool2d(3, stride=2)])
 
 
-def mixed_7a() -> Reduction:
+def mixed_7a() -> Branches:
     """896 × 8 × 8 to 1,792 × 3 × 3."""
     branches = [
         nn.Sequential(Unit(896, 256, 1), Unit(256, 384, 3, stride=2)),
@@ -103,7 +99,7 @@ def mixed_7a() -> Reduction:
         nn.Sequential(Unit(896, 256, 1), Unit(256, 256, 3, padding=1), Unit(256, 256, 3, stride=2)),
         nn.MaxPool2d(3, stride=2),
     ]
-    return Reduction(branches)
+    return Branches(branches)
 
 
 class InceptionResnetV1(nn.Module):

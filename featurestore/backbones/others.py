@@ -14,7 +14,7 @@ from torchvision.models import WeightsEnum, get_model, get_model_weights, list_m
 from featurestore.backbones import TORCHVISION, BackboneSpec, PublishedFile
 from featurestore.capture import module_paths
 from featurestore.errors import FeatureStoreError, near_matches
-from featurestore.images import Recipe, recipe_from_dict
+from featurestore.images import Recipe
 from featurestore.zarr_format import safe_name
 
 
@@ -86,8 +86,7 @@ def _recipe(name: str, entry: WeightsEnum) -> Recipe:
 def imported_backbone(full: str) -> BackboneSpec:
     """``my_module:build_model``: a function of the user's, without arguments, that returns the network.
 
-    The module is looked for in the current folder, too. An attribute ``recipe`` of the function (a dict of a recipe's
-    fields) spares the recipe file.
+    The module is looked for in the current folder, too.
     """
     module_name, _, attribute = full.partition(":")
     here = str(Path.cwd())
@@ -112,11 +111,10 @@ def imported_backbone(full: str) -> BackboneSpec:
         raise FeatureStoreError(
             f"--backbone {full}: {module_name} has no function {attribute!r}. {near_matches(attribute, there)}"
         )
-    recipe = getattr(build, "recipe", None)
     spec = BackboneSpec(
         name=full,
         layers={},
-        recipe=recipe_from_dict({"name": full, **recipe}) if isinstance(recipe, dict) else None,
+        recipe=None,
         licence="a network of the user's own: see the terms of its weights.",
         builder=partial(_call, full, build),
         imported=True,

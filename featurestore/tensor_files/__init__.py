@@ -46,6 +46,8 @@ def open_tensors(path: Path) -> TensorFile:
     """
     from featurestore.tensor_files import hdf5, luatorch, pickles, pytorch  # each knows one library
 
+    if not path.is_file():
+        raise FeatureStoreError(f"{path} is a folder, not a file." if path.is_dir() else f"there is no file {path}.")
     with path.open("rb") as file:
         head = file.read(16)
     if head.startswith(b"\x89HDF\r\n\x1a\n"):

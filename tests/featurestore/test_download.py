@@ -134,7 +134,7 @@ def test_a_check_that_was_interrupted_is_made_again(
         raise KeyboardInterrupt
 
     with monkeypatch.context() as patch, pytest.raises(KeyboardInterrupt):
-        patch.setattr(download, "sha256_of_file", interrupted)
+        patch.setattr(download, "sha256_of", interrupted)
         fetch(PublishedFile(server.url, "0" * 64), tmp_path)
     with pytest.raises(FeatureStoreError, match="has the sha256"):
         fetch(PublishedFile(server.url, "0" * 64), tmp_path)
