@@ -5,8 +5,8 @@ from typing import TYPE_CHECKING, Any
 from featurestore.errors import FeatureStoreError
 
 if TYPE_CHECKING:
-    from featurestore.identification import identification_table
-    from featurestore.store import FeatureStore, Source
+    from featurestore.queries.identification import identification_table
+    from featurestore.store.reader import FeatureStore, Source
 
 __all__ = ["FeatureStore", "FeatureStoreError", "Source", "identification_table"]
 
@@ -14,11 +14,11 @@ __all__ = ["FeatureStore", "FeatureStoreError", "Source", "identification_table"
 def __getattr__(name: str) -> Any:
     """Load pandas only for those who open a store: commands print their help without it."""
     if name == "identification_table":
-        from featurestore.identification import identification_table
+        from featurestore.queries.identification import identification_table
 
         return identification_table
     if name in __all__:
-        from featurestore import store
+        from featurestore.store import reader
 
-        return getattr(store, name)
+        return getattr(reader, name)
     raise AttributeError(f"module {__name__!r} has no attribute {name!r}")

@@ -14,10 +14,10 @@ import torch
 from safetensors import SafetensorError, safe_open
 from safetensors.torch import save_file
 
-from featurestore.backbones import get_backbone
+from featurestore.checkpoints.formats.base import open_tensors
+from featurestore.checkpoints.weights import compare_keys
 from featurestore.errors import FeatureStoreError, listing
-from featurestore.tensor_files import open_tensors
-from featurestore.weights import compare_keys
+from featurestore.networks.registry import get_backbone
 from heads.models import BUILDERS, ConvDecision, FcDecision, Head, IdentityHead, TripletHead, build_head
 
 FORMAT = "face-featurestore-head"
@@ -201,7 +201,9 @@ def _read_metadata(path: Path) -> dict[str, Any] | None:
 
 
 def _layer_shape(layer: str) -> tuple[int, ...]:
-    from featurestore.capture import layer_shapes  # builds a network without storage; only published files need it
+    from featurestore.networks.tracing import (
+        layer_shapes,  # builds a network without storage; only published files need it
+    )
 
     backbone = get_backbone("vggface")
     backbone.check_layers([layer])

@@ -6,7 +6,7 @@ import numpy as np
 import torch
 
 from featurestore.errors import FeatureStoreError
-from featurestore.rows import Rows
+from featurestore.store.rows import Rows
 
 _BATCH = 256  # rows at a time, where all of them are looked at once
 

@@ -24,7 +24,7 @@ from filelock import FileLock, Timeout
 
 from featurestore import FeatureStore
 from featurestore.errors import FeatureStoreError
-from featurestore.store import Source
+from featurestore.store.reader import Source
 from heads.checkpoints import save_head
 from heads.evaluate import (
     CHANCE,

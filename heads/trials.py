@@ -14,7 +14,7 @@ import numpy as np
 import pandas as pd
 
 from featurestore.errors import FeatureStoreError, listing, near_matches
-from featurestore.store import FeatureStore, Source
+from featurestore.store.reader import FeatureStore, Source
 
 FACES = ("face_1", "face_2", "face_3")
 VIEWS = ("view_1", "view_2", "view_3")

@@ -70,8 +70,8 @@ def weights_file(given: str, backbone: str, dry_run: bool = False) -> str:
         return given
     from tqdm import tqdm
 
-    from featurestore.backbones import get_backbone
-    from featurestore.download import fetch, kept, published_file, weights_folder
+    from featurestore.checkpoints.download import fetch, kept, published_file, weights_folder
+    from featurestore.networks.registry import get_backbone
 
     spec = get_backbone(backbone)
     published = published_file(spec, which)
@@ -91,7 +91,7 @@ def weights_file(given: str, backbone: str, dry_run: bool = False) -> str:
 
 def complete_backbones(ctx: click.Context, param: click.Parameter, incomplete: str) -> list[CompletionItem]:
     """The face networks, and how others are named."""
-    from featurestore.backbones import BACKBONES, TORCHVISION
+    from featurestore.networks.registry import BACKBONES, TORCHVISION
 
     return [CompletionItem(name) for name in [*BACKBONES, TORCHVISION] if name.startswith(incomplete)]
 

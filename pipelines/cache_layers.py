@@ -19,9 +19,9 @@ from pipelines._cli import (
 )
 
 if TYPE_CHECKING:
-    from featurestore.cache import Summary
-    from featurestore.job import Job, Request
-    from featurestore.plan import Plan
+    from featurestore.caching.job import Job, Request
+    from featurestore.caching.plan import Plan
+    from featurestore.caching.run import Summary
 
 DEMO_WEIGHTS = "random:0"
 
@@ -50,7 +50,7 @@ Run it again after an interruption, with more photographs, or with other layers:
 
 
 def _complete_layers(ctx: click.Context, param: click.Parameter, incomplete: str) -> list[CompletionItem]:
-    from featurestore.backbones import BACKBONES
+    from featurestore.networks.registry import BACKBONES
 
     spec = BACKBONES.get(ctx.params.get("backbone") or "vggface")
     names = ["all", *(spec.layers if spec else [])]
@@ -58,7 +58,7 @@ def _complete_layers(ctx: click.Context, param: click.Parameter, incomplete: str
 
 
 def _complete_recipes(ctx: click.Context, param: click.Parameter, incomplete: str) -> list[CompletionItem]:
-    from featurestore.images import RECIPES
+    from featurestore.photos.recipes import RECIPES
 
     return [CompletionItem(name, help=recipe.note) for name, recipe in RECIPES.items() if name.startswith(incomplete)]
 
@@ -157,9 +157,9 @@ def main(list_layers: bool, dry_run: bool, **options: Any) -> None:
         _list_layers(options["backbone"], options["recipe"])
         return
     request = _request(dry_run=dry_run, **options)
-    from featurestore.cache import run
-    from featurestore.job import prepare
-    from featurestore.writing import store_lock
+    from featurestore.caching.job import prepare
+    from featurestore.caching.run import run
+    from featurestore.store.writer import store_lock
 
     job = prepare(request)
     if dry_run:
@@ -186,7 +186,7 @@ def _request(
     dry_run: bool,
     **rest: Any,
 ) -> "Request":
-    from featurestore.backbones import get_backbone
+    from featurestore.networks.registry import get_backbone
 
     if not layers:
         raise click.UsageError(
@@ -206,8 +206,8 @@ def _request(
             "--weights is missing: photographs of your own need a checkpoint FILE, or download for the published one. "
             "To try things out without one, ask for random numbers by name: --weights random:0."
         )
-    from featurestore.faces import find_faces, with_boxes
-    from featurestore.job import Request
+    from featurestore.caching.job import Request
+    from featurestore.photos.keys import find_faces, with_boxes
 
     faces = find_faces(images, pattern)
     return Request(
@@ -220,7 +220,7 @@ def _request(
 
 
 def _demo_faces() -> Path:
-    from featurestore.demo_faces import make_faces
+    from featurestore.demo.faces import make_faces
 
     table = DEMO_IMAGES / "faces.csv"
     if not table.exists():
@@ -230,17 +230,17 @@ def _demo_faces() -> Path:
 
 
 def _plan(job: "Job") -> "Plan":
-    from featurestore.plan import make_plan
+    from featurestore.caching.plan import make_plan
 
     with progress_bar(None, "checking cached photographs") as bar:
         return make_plan(job, bar.update)
 
 
 def _list_layers(backbone: str, recipe: str | None) -> None:
-    from featurestore.backbones import get_backbone
-    from featurestore.capture import layer_shapes, settle
-    from featurestore.images import get_recipe
-    from featurestore.plan import human_bytes
+    from featurestore.caching.plan import human_bytes
+    from featurestore.networks.registry import get_backbone
+    from featurestore.networks.tracing import layer_shapes, settle
+    from featurestore.photos.recipes import get_recipe
 
     spec = get_backbone(backbone)
     chosen = get_recipe(recipe) if recipe else spec.own_recipe()
@@ -256,7 +256,7 @@ def _list_layers(backbone: str, recipe: str | None) -> None:
 
 
 def _report(plan: "Plan", summary: "Summary") -> None:
-    from featurestore.plan import human_bytes
+    from featurestore.caching.plan import human_bytes
 
     rate = summary.computed / summary.seconds if summary.seconds else 0.0
     state = "Stopped" if summary.interrupted else "Done"

@@ -30,8 +30,8 @@ The file is recognised by its content. Its origin, sha256 and licence are writte
 @click.option("--overwrite", is_flag=True, help="Replace --out if it is there.")
 def main(file: Path, backbone: str | None, out: Path | None, overwrite: bool) -> None:
     """Read the checkpoint FILE (.pth, LuaTorch .t7, HDF5, VGGFace2 .pkl …) and write it as .safetensors."""
-    from featurestore.backbones import get_backbone
-    from featurestore.convert import convert, recognise
+    from featurestore.checkpoints.convert import convert, recognise
+    from featurestore.networks.registry import get_backbone
 
     fitting = [backbone] if backbone else recognise(file)
     spec = get_backbone(fitting[0])

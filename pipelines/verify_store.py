@@ -8,9 +8,9 @@ import click
 from pipelines._cli import Command, note_left_out, progress_bar
 
 if TYPE_CHECKING:
-    from featurestore.store import FeatureStore, Source
-    from featurestore.verify import Report
-    from featurestore.weights import Weights
+    from featurestore.caching.verify import Report
+    from featurestore.checkpoints.weights import Weights
+    from featurestore.store.reader import FeatureStore, Source
 
 EPILOG = r"""
 Examples:
@@ -55,7 +55,7 @@ def main(
 ) -> None:
     """Check the checksum, keys, NaN and infinity of every record of STORE; exit status 1 if anything is wrong."""
     from featurestore.errors import FeatureStoreError
-    from featurestore.store import FeatureStore
+    from featurestore.store.reader import FeatureStore
 
     opened = FeatureStore.open(store)
     if backbone and all(found.attributes["backbone"] != backbone for found in opened.sources.values()):
@@ -79,9 +79,9 @@ def _verify(
     repair: bool,
     device: str,
 ) -> bool:
-    from featurestore import verify
+    from featurestore.caching import verify
+    from featurestore.caching.job import choose_device
     from featurestore.errors import FeatureStoreError
-    from featurestore.job import choose_device
 
     click.echo(f"{source.name}: {source.n_items} items, layers {', '.join(source.layers) or 'none'}")
     with progress_bar(source.n_items * len(source.layers), "checking", " rows") as bar:
@@ -102,9 +102,10 @@ def _verify(
 
 
 def _repair(store: "FeatureStore", source: "Source", report: "Report", weights: "Weights", device: str) -> bool:
-    from featurestore import cache, verify
-    from featurestore.store import FeatureStore
-    from featurestore.writing import store_lock
+    from featurestore.caching import run as cache
+    from featurestore.caching import verify
+    from featurestore.store.reader import FeatureStore
+    from featurestore.store.writer import store_lock
 
     job = verify.repair_job(store, source, weights, device)
     with store_lock(store.path, "pipelines/verify_store.py --repair"):

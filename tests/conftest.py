@@ -10,11 +10,12 @@ import numpy as np
 import pytest
 import torch
 
-from featurestore import FeatureStore, cache
-from featurestore.faces import find_faces
-from featurestore.job import Request, prepare
-from featurestore.plan import make_plan
-from featurestore.writing import store_lock
+from featurestore import FeatureStore
+from featurestore.caching import run as cache
+from featurestore.caching.job import Request, prepare
+from featurestore.caching.plan import make_plan
+from featurestore.photos.keys import find_faces
+from featurestore.store.writer import store_lock
 
 ROOT = Path(__file__).resolve().parents[1]
 SHARED = Path(os.environ.get("FEATURESTORE_SHARED", ROOT.parent / "shared"))
@@ -88,9 +89,9 @@ def small_store(tmp_path_factory: pytest.TempPathFactory) -> Path:
 @pytest.fixture(scope="session")
 def small_rows(small_store: Path) -> dict[str, np.ndarray]:
     """The small store's rows, computed anew by a plain loop over the network's modules: no capture, no store."""
-    from featurestore.backbones import get_backbone
-    from featurestore.images import RECIPES, decode
-    from featurestore.weights import draw
+    from featurestore.checkpoints.weights import draw
+    from featurestore.networks.registry import get_backbone
+    from featurestore.photos.recipes import RECIPES, decode
 
     source = FeatureStore.open(small_store).source()
     network = get_backbone("vggface").build().eval()

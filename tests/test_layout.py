@@ -36,7 +36,7 @@ def test_imports_run_one_way(package: str) -> None:
     "module",
     [
         "featurestore",
-        "featurestore.backbones",
+        "featurestore.networks.registry",
         "heads",
         "pipelines.cache_layers",
         "pipelines.convert_weights",
@@ -53,7 +53,8 @@ def test_naming_things_loads_nothing_heavy(module: str) -> None:
 def test_a_list_of_layers_builds_no_weights() -> None:
     """VGG-Face's are 553 MiB; on the meta device they have shapes and nothing else."""
     code = (
-        "import torch, resource; from featurestore.backbones import get_backbone; from featurestore.capture import layer_shapes\n"
+        "import torch, resource; from featurestore.networks.registry import get_backbone\n"
+        "from featurestore.networks.tracing import layer_shapes\n"
         "peak = lambda: resource.getrusage(resource.RUSAGE_SELF).ru_maxrss\n"
         "layer_shapes(get_backbone('resnet50_ft')); before = peak()\n"
         "layer_shapes(get_backbone('vggface')); print(peak() - before)"

@@ -10,7 +10,7 @@ from pathlib import Path
 import pytest
 
 from featurestore import FeatureStore
-from featurestore.images import recipe_from_dict
+from featurestore.photos.recipes import recipe_from_dict
 from tests.conftest import ROOT, command
 
 README = (ROOT / "README.md").read_text("utf-8")

@@ -22,17 +22,18 @@ import torch
 import torch.nn.functional as F
 from torch.utils.data import DataLoader, Dataset
 
-from featurestore import FeatureStore, cache
-from featurestore.backbones import get_backbone
-from featurestore.capture import load_extractor
-from featurestore.demo_faces import make_faces
-from featurestore.faces import find_faces
-from featurestore.images import RECIPES, decode
-from featurestore.job import Request as PassRequest
-from featurestore.job import prepare as prepare_pass
-from featurestore.plan import make_plan
-from featurestore.weights import open_weights
-from featurestore.writing import store_lock
+from featurestore import FeatureStore
+from featurestore.caching import run as cache
+from featurestore.caching.job import Request as PassRequest
+from featurestore.caching.job import prepare as prepare_pass
+from featurestore.caching.plan import make_plan
+from featurestore.checkpoints.weights import open_weights
+from featurestore.demo.faces import make_faces
+from featurestore.networks.registry import get_backbone
+from featurestore.networks.tracing import load_extractor
+from featurestore.photos.keys import find_faces
+from featurestore.photos.recipes import RECIPES, decode
+from featurestore.store.writer import store_lock
 from heads.checkpoints import export, load_head
 from heads.evaluate import noise_ceiling
 from heads.features import Features

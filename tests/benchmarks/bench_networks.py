@@ -11,14 +11,15 @@ from pathlib import Path
 import click
 import torch
 
-from featurestore import FeatureStore, cache, identification_table
-from featurestore.backbones import get_backbone
-from featurestore.capture import load_extractor, settle
-from featurestore.faces import find_faces
-from featurestore.job import Request, prepare
-from featurestore.plan import make_plan
-from featurestore.weights import open_weights
-from featurestore.writing import store_lock
+from featurestore import FeatureStore, identification_table
+from featurestore.caching import run as cache
+from featurestore.caching.job import Request, prepare
+from featurestore.caching.plan import make_plan
+from featurestore.checkpoints.weights import open_weights
+from featurestore.networks.registry import get_backbone
+from featurestore.networks.tracing import load_extractor, settle
+from featurestore.photos.keys import find_faces
+from featurestore.store.writer import store_lock
 from tests.benchmarks.bench_store import BATCH, make_photographs
 from tests.benchmarks.measure import Line, compare, rate, run_sections
 from tests.conftest import SHARED

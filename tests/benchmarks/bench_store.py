@@ -23,16 +23,17 @@ import tensorstore
 import torch
 import zarr
 
-from featurestore import FeatureStore, cache
-from featurestore.backbones import get_backbone
-from featurestore.capture import load_extractor
-from featurestore.faces import find_faces
-from featurestore.images import RECIPES, decode
-from featurestore.job import Request, prepare
-from featurestore.plan import make_plan
-from featurestore.rows import Rows
-from featurestore.weights import draw, open_weights
-from featurestore.writing import SourceWriter, store_lock
+from featurestore import FeatureStore
+from featurestore.caching import run as cache
+from featurestore.caching.job import Request, prepare
+from featurestore.caching.plan import make_plan
+from featurestore.checkpoints.weights import draw, open_weights
+from featurestore.networks.registry import get_backbone
+from featurestore.networks.tracing import load_extractor
+from featurestore.photos.keys import find_faces
+from featurestore.photos.recipes import RECIPES, decode
+from featurestore.store.rows import Rows
+from featurestore.store.writer import SourceWriter, store_lock
 from tests.benchmarks.measure import (
     MAXP_5_3,
     ROOT,

@@ -18,7 +18,7 @@ import numpy as np
 import pandas as pd
 import torch
 
-from featurestore.writing import SourceWriter, store_lock
+from featurestore.store.writer import SourceWriter, store_lock
 
 ROOT = Path(__file__).resolve().parents[2]
 MAXP_5_3 = (512, 7, 7)

@@ -12,8 +12,8 @@ import torch
 from safetensors.torch import save_file
 from torch import nn
 
-from featurestore.backbones import BackboneSpec
-from featurestore.backbones.layer_names import BLOCKS, VGGFACE_LAYERS
+from featurestore.networks.layer_names import BLOCKS, VGGFACE_LAYERS
+from featurestore.networks.registry import BackboneSpec
 
 WIDTHS = (4, 5, 6, 7, 8)
 FC = 10  # fc6 and fc7, so that fc7 is square, as in the real one

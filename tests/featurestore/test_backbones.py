@@ -8,11 +8,11 @@ import pytest
 import torch
 from torch.nn import functional as F
 
-from featurestore.backbones import BACKBONES, get_backbone
-from featurestore.capture import extractor, layer_shapes, load_extractor
+from featurestore.checkpoints.weights import draw, open_weights
 from featurestore.errors import FeatureStoreError
-from featurestore.images import decode
-from featurestore.weights import draw, open_weights
+from featurestore.networks.registry import BACKBONES, get_backbone
+from featurestore.networks.tracing import extractor, layer_shapes, load_extractor
+from featurestore.photos.recipes import decode
 from tests.conftest import command
 from tests.featurestore.test_capture import far
 

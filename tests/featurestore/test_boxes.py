@@ -7,14 +7,14 @@ import pytest
 from PIL import Image
 
 from featurestore import FeatureStore
-from featurestore.backbones import get_backbone
-from featurestore.cache import run
+from featurestore.caching.job import Request, prepare
+from featurestore.caching.plan import make_plan
+from featurestore.caching.run import run
 from featurestore.errors import FeatureStoreError
-from featurestore.faces import find_faces, with_boxes
-from featurestore.images import ImageError, crop, decode
-from featurestore.job import Request, prepare
-from featurestore.plan import make_plan
-from featurestore.writing import store_lock
+from featurestore.networks.registry import get_backbone
+from featurestore.photos.keys import find_faces, with_boxes
+from featurestore.photos.recipes import ImageError, crop, decode
+from featurestore.store.writer import store_lock
 from tests.conftest import command, write_photographs
 
 HEADER = "NAME_ID,X,Y,W,H\n"

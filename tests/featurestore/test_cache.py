@@ -10,12 +10,13 @@ import pytest
 import torch
 from safetensors.torch import save_file
 
-from featurestore import FeatureStore, FeatureStoreError, cache
-from featurestore.backbones import get_backbone
-from featurestore.job import prepare
-from featurestore.plan import make_plan
-from featurestore.weights import draw
-from featurestore.writing import store_lock
+from featurestore import FeatureStore, FeatureStoreError
+from featurestore.caching import run as cache
+from featurestore.caching.job import prepare
+from featurestore.caching.plan import make_plan
+from featurestore.checkpoints.weights import draw
+from featurestore.networks.registry import get_backbone
+from featurestore.store.writer import store_lock
 from tests.conftest import LAYERS, request_for, run_pass, write_photographs
 
 
@@ -353,7 +354,7 @@ def test_a_column_that_changes_its_type_is_never_read_as_the_other(
 
     table = write_table(images, age=[30.5, 31, 32, 33])
     with monkeypatch.context() as patch, pytest.raises(Killed):
-        patch.setattr("featurestore.writing.source_document", kill)
+        patch.setattr("featurestore.store.writer.source_document", kill)
         run_pass(table, store, LAYERS[:1])
     assert early.items["age"].tolist() == [30, 31, 32, 33]
     assert FeatureStore.open(store).items["age"].tolist() == [30, 31, 32, 33]

@@ -9,11 +9,11 @@ import torch
 import torchvision
 from torch import nn
 
-from featurestore.backbones import get_backbone
-from featurestore.capture import extractor, layer_shapes, load_extractor
+from featurestore.checkpoints.weights import open_weights
 from featurestore.errors import FeatureStoreError
-from featurestore.images import RECIPES, decode
-from featurestore.weights import open_weights
+from featurestore.networks.registry import get_backbone
+from featurestore.networks.tracing import extractor, layer_shapes, load_extractor
+from featurestore.photos.recipes import RECIPES, decode
 
 SPEC = get_backbone("vggface")
 

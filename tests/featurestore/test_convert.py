@@ -8,10 +8,10 @@ import pytest
 import torch
 from safetensors import safe_open
 
-from featurestore.backbones import get_backbone
-from featurestore.convert import convert, recognise
+from featurestore.checkpoints.convert import convert, recognise
+from featurestore.checkpoints.weights import draw, open_weights
 from featurestore.errors import FeatureStoreError
-from featurestore.weights import draw, open_weights
+from featurestore.networks.registry import get_backbone
 from tests.conftest import command
 from tests.featurestore.checkpoints import MINI, write_luatorch
 

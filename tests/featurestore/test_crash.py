@@ -36,7 +36,7 @@ def start(images: Path, store: Path, layers: list[str]) -> subprocess.Popen:
 
 # Forked from a process that has imported everything, a pass begins in a moment instead of in five seconds.
 forks = multiprocessing.get_context("forkserver")
-forks.set_forkserver_preload(["featurestore.cache", "featurestore.plan", "pipelines.cache_layers"])
+forks.set_forkserver_preload(["featurestore.caching.run", "featurestore.caching.plan", "pipelines.cache_layers"])
 
 
 def run_command(line: list[str]) -> None:

@@ -8,8 +8,8 @@ import cv2
 import numpy as np
 import pytest
 
-from featurestore.demo_faces import TRAITS, draw_faces, make_faces, yaw_angles
-from featurestore.faces import find_faces
+from featurestore.demo.faces import TRAITS, draw_faces, make_faces, yaw_angles
+from featurestore.photos.keys import find_faces
 
 
 @pytest.fixture(scope="module")

@@ -13,10 +13,11 @@ import pytest
 import torch
 from click.testing import CliRunner
 
-from featurestore import FeatureStore, download
-from featurestore.backbones import BACKBONES, PublishedFile, get_backbone
-from featurestore.download import fetch, published_file
+from featurestore import FeatureStore
+from featurestore.checkpoints import download
+from featurestore.checkpoints.download import fetch, published_file
 from featurestore.errors import FeatureStoreError
+from featurestore.networks.registry import BACKBONES, PublishedFile, get_backbone
 from pipelines.cache_layers import main as cache_layers
 from tests.conftest import command
 

@@ -7,7 +7,7 @@ from pathlib import Path
 import pytest
 
 from featurestore.errors import FeatureStoreError
-from featurestore.faces import find_faces, natural
+from featurestore.photos.keys import find_faces, natural
 
 
 def touch(root: Path, *names: str) -> Path:

@@ -6,8 +6,8 @@ import numpy as np
 import pytest
 
 from featurestore import FeatureStore, identification_table
-from featurestore import identification as module
 from featurestore.errors import FeatureStoreError
+from featurestore.queries import identification as module
 from tests.conftest import run_pass, write_photographs
 
 NETWORKS = {

@@ -13,11 +13,11 @@ from PIL import Image
 from torchvision.models import get_model, get_model_weights
 
 from featurestore import FeatureStore
-from featurestore.backbones import PublishedFile, get_backbone
-from featurestore.capture import extractor, graph_digest, load_extractor, settle
+from featurestore.checkpoints.weights import draw, open_weights
 from featurestore.errors import FeatureStoreError
-from featurestore.images import decode, get_recipe
-from featurestore.weights import draw, open_weights
+from featurestore.networks.registry import PublishedFile, get_backbone
+from featurestore.networks.tracing import extractor, graph_digest, load_extractor, settle
+from featurestore.photos.recipes import decode, get_recipe
 from tests.conftest import command, run_pass
 from tests.featurestore.test_capture import far, hooked
 

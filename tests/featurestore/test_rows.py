@@ -9,7 +9,7 @@ import pytest
 import torch
 
 from featurestore import FeatureStore, FeatureStoreError
-from featurestore.shards import DamagedShard
+from featurestore.store.shards import DamagedShard
 from tests.conftest import LAYERS, run_pass, write_photographs
 
 PICK = [7, 0, 9, 4, 4, 3, 8]  # crosses shards, repeats, out of order

@@ -13,11 +13,11 @@ import pytest
 import torch
 from safetensors.torch import save_file
 
-from featurestore.backbones import BackboneSpec, get_backbone
-from featurestore.capture import load_extractor
+from featurestore.checkpoints.formats.base import open_tensors
+from featurestore.checkpoints.weights import draw, open_weights
 from featurestore.errors import FeatureStoreError
-from featurestore.tensor_files import open_tensors
-from featurestore.weights import draw, open_weights
+from featurestore.networks.registry import BackboneSpec, get_backbone
+from featurestore.networks.tracing import load_extractor
 from tests.featurestore.checkpoints import (
     MINI,
     SIZE,

@@ -7,7 +7,7 @@ import numpy as np
 import pandas as pd
 import pytest
 
-from featurestore.writing import SourceWriter, store_lock
+from featurestore.store.writer import SourceWriter, store_lock
 
 N_FACES, VIEWS = 30, ("frontal", "left", "right", "up")
 SHAPES = {"fc7-relu": (400,), "maxp_5_3": (16, 5, 5)}

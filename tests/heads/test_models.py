@@ -10,7 +10,7 @@ import torch
 import torch.nn.functional as F
 
 from featurestore import FeatureStoreError
-from featurestore.weights import draw
+from featurestore.checkpoints.weights import draw
 from heads.banded import convolve
 from heads.catalogue import HEADS
 from heads.checkpoints import export, load_head

@@ -1,0 +1,88 @@
+"""A network that is not ours, run both ways before it is believed: as it is, and as its layers are captured.
+
+Capture turns operations in place into new tensors, which is right as long as nobody reads the old tensor again. In the face
+networks here that holds and is tested; in somebody else's it is tried out, at every load, on two made-up pictures.
+"""
+
+from collections.abc import Mapping
+
+import torch
+from torch import nn
+
+from featurestore.checkpoints.weights import Weights
+from featurestore.errors import FeatureStoreError
+from featurestore.networks.registry import BackboneSpec
+
+_SAME = 1e-4  # of the largest value: the same operations on the same pictures
+_ALONE = 1e-2  # a picture alone and among others: libraries sum in another order, and deep networks amplify that
+
+
+def prove(cut: nn.Module, spec: BackboneSpec, paths: Mapping[str, str], weights: Weights) -> None:
+    """FeatureStoreError unless ``cut`` gives for each layer what its module gives in the whole network.
+
+    Refused are layers that come out differently, that change from one run to the next, that depend on the other pictures of
+    a batch, or that have not one row for each picture. ``cut`` is on the CPU, in float32.
+    """
+    size = spec.input_size or spec.own_recipe().size
+    images = torch.randn(2, 3, size, size, generator=torch.Generator().manual_seed(0))
+    try:
+        whole = spec.build().eval().requires_grad_(False)
+        whole.load_state_dict(weights.read([key for key in whole.state_dict() if key in weights.keys]), strict=False)
+        with torch.no_grad():
+            expected = _by_hooks(whole, paths, images)
+            first, again, alone = cut(images), cut(images), cut(images[:1])
+    except FeatureStoreError:
+        raise
+    except Exception as error:  # torch raises many types, and the network is not ours to mend
+        raise FeatureStoreError(
+            f"{spec.name} cannot be run: {type(error).__name__}: {error}".rstrip(". ") + "."
+        ) from error
+    for name in paths:
+        if len(first[name]) != 2 or len(alone[name]) != 1:
+            raise FeatureStoreError(f"layer {name!r} of {spec.name} has not one row for each picture. Leave it out.")
+        if _far(first[name], again[name]) > _SAME:
+            raise FeatureStoreError(
+                f"layer {name!r} of {spec.name} gives other numbers each time: something random, such as a dropout, is active "
+                "in eval mode. Switch it off in the network."
+            )
+        if name not in expected or _far(first[name], expected[name]) > _SAME:
+            raise FeatureStoreError(
+                f"layer {name!r} of {spec.name} does not come out as in the whole network. Something in its forward works in "
+                "place on a tensor that is read again, is drawn anew for each network, or hangs on hooks. "
+                "Write new tensors (inplace=False, x = x + y), and keep constants in buffers."
+            )
+        if _far(alone[name][0], first[name][0]) > _ALONE:
+            raise FeatureStoreError(
+                f"layer {name!r} of {spec.name} gives a picture other numbers alone than among others, so its rows would "
+                "depend on the batch. A normalisation over the batch must use its running statistics."
+            )
+
+
+def _by_hooks(whole: nn.Module, paths: Mapping[str, str], images: torch.Tensor) -> dict[str, torch.Tensor]:
+    """The slow way that cannot be wrong: a copy of each module's output at the moment it is made."""
+    kept: dict[str, torch.Tensor] = {}
+    modules = dict(whole.named_modules())
+
+    def keep(name: str, output: object) -> None:
+        if isinstance(output, torch.Tensor):
+            kept[name] = output.clone()
+
+    hooks = [
+        modules[path].register_forward_hook(lambda module, inputs, output, name=name: keep(name, output))
+        for name, path in paths.items()
+    ]
+    try:
+        whole(images)
+    finally:
+        for hook in hooks:
+            hook.remove()
+    return kept
+
+
+def _far(one: torch.Tensor, other: torch.Tensor) -> float:
+    """Largest difference, as a share of the largest value; infinite for other shapes or NaN."""
+    if one.shape != other.shape:
+        return torch.inf
+    scale = float(other.double().abs().max()) or 1.0
+    share = float((one.double() - other.double()).abs().max()) / scale
+    return share if share == share else torch.inf

@@ -1,0 +1,143 @@
+"""What a pass was asked for, checked: names, weights, device, and the source they make."""
+
+import importlib.metadata
+import json
+import platform
+from collections.abc import Callable
+from contextlib import suppress
+from dataclasses import dataclass, replace
+from hashlib import sha256
+from pathlib import Path
+from typing import Any, Literal
+
+import torch
+
+from featurestore.checkpoints.weights import Weights, open_weights
+from featurestore.errors import FeatureStoreError
+from featurestore.networks.registry import BackboneSpec, get_backbone
+from featurestore.networks.tracing import graph_digest, layer_shapes, refuse_absent, settle
+from featurestore.photos.keys import FoundFaces
+from featurestore.photos.recipes import BOX_MARGIN, Recipe, get_recipe
+
+PRECISIONS = {"fp32": torch.float32, "bf16": torch.bfloat16, "fp16": torch.float16}
+BATCH_SIZE = {"cpu": 16, "cuda": 64, "mps": 32}
+_RECORDED = ("torch", "torchvision", "numpy", "pillow", "opencv-python-headless", "face-featurestore")
+
+
+@dataclass(frozen=True)
+class Request:
+    """What the user asked for; see the options of pipelines/cache_layers.py. None leaves the choice to us."""
+
+    store: Path
+    faces: FoundFaces
+    layers: list[str]
+    weights: str
+    backbone: str = "vggface"
+    recipe: str | None = None
+    device: str = "auto"
+    precision: str = "fp32"
+    dtype: str | None = None
+    compress: str | None = None
+    batch_size: int | None = None
+    workers: int | None = None
+    on_error: Literal["stop", "skip"] = "stop"
+    recompute_changed: bool = False
+    items_per_shard: int | None = None
+
+
+@dataclass(frozen=True)
+class Job:
+    """A request whose every name has been checked and whose weights fit.
+
+    ``graph`` is the sha256 of the operations of a network of the user's own, whose name alone says little; else empty.
+    """
+
+    request: Request
+    spec: BackboneSpec
+    layers: list[str]
+    recipe: Recipe
+    weights: Weights
+    device: torch.device
+    shapes: dict[str, tuple[int, ...]]
+    graph: str = ""
+
+    @property
+    def identity(self) -> dict[str, Any]:
+        """What makes a source: two jobs with the same identity compute the same rows."""
+        return {
+            "backbone": self.spec.name,
+            "weights": self.weights.identity,
+            "recipe": self.recipe.as_dict(),
+            "precision": self.request.precision,
+            **({"graph": self.graph} if self.graph else {}),
+        }
+
+    @property
+    def batch_size(self) -> int:
+        """Images in one forward pass."""
+        return self.request.batch_size or BATCH_SIZE[self.device.type]
+
+    @property
+    def source_name(self) -> str:
+        """Backbone and a hash of the identity: the group's name."""
+        digest = sha256(json.dumps(self.identity, sort_keys=True).encode()).hexdigest()
+        return f"{self.spec.name.replace(':', '-')}-{digest[:12]}"  # a colon is no part of a folder's name everywhere
+
+    @property
+    def attributes(self) -> dict[str, Any]:
+        """The group's attributes."""
+        return {
+            **self.identity,
+            "weights_name": self.weights.name,
+            "licence": "none: seeded random weights" if self.weights.random else self.spec.licence,
+            "library_versions": library_versions(),
+        }
+
+
+def library_versions() -> dict[str, str]:
+    """Versions of what the numbers depend on."""
+    versions = {"python": platform.python_version()}
+    for name in _RECORDED:
+        with suppress(importlib.metadata.PackageNotFoundError):
+            versions[name] = importlib.metadata.version(name)
+    return versions
+
+
+def prepare(request: Request) -> Job:
+    """Check names, weights, device and recipe. Raises FeatureStoreError before anything is read or written twice."""
+    spec = get_backbone(request.backbone)
+    spec.check_layers(request.layers)
+    recipe = get_recipe(request.recipe) if request.recipe else spec.own_recipe()
+    if spec.input_size not in (None, recipe.size):
+        raise FeatureStoreError(
+            f"recipe {recipe.name!r} makes {recipe.size}-pixel inputs, {spec.name} takes {spec.input_size}. "
+            f"Its own recipe is {spec.own_recipe().name!r}."
+        )
+    if request.faces.boxed and recipe.box_margin is None:
+        recipe = replace(recipe, box_margin=BOX_MARGIN)
+    if recipe.box_margin is not None and not request.faces.boxed:
+        raise FeatureStoreError(f"recipe {recipe.name!r} cuts faces out by their boxes. Give them with --boxes FILE.")
+    spec = settle(spec, recipe.size)
+    layers = spec.check_layers(request.layers)
+    device = choose_device(request.device)
+    weights = open_weights(request.weights, spec)
+    spec = weights.backbone
+    refuse_absent(spec, layers, weights)
+    graph = graph_digest(spec) if spec.imported else ""
+    return Job(request, spec, layers, recipe, weights, device, layer_shapes(spec, layers), graph)
+
+
+def choose_device(name: str) -> torch.device:
+    """``auto`` takes CUDA, then MPS, then the CPU; a device asked for by name has to be there."""
+    there: dict[str, Callable[[], bool]] = {
+        "cuda": torch.cuda.is_available,
+        "mps": torch.backends.mps.is_available,
+        "cpu": lambda: True,
+    }
+    if name == "auto":
+        name = next(kind for kind, available in there.items() if available())
+    elif not there[name]():
+        built = torch.version.cuda if name == "cuda" else torch.backends.mps.is_built()
+        why = "no such device answers" if built else f"this torch {torch.__version__} was built without it"
+        raise FeatureStoreError(f"--device {name}: {why}. Use --device cpu, or auto to take what there is.")
+    return torch.device(name)

@@ -1,0 +1,1 @@
+"""Weights in files: formats, layouts, download, conversion."""

@@ -1,0 +1,71 @@
+"""Any checkpoint of a known network, written as safetensors that says where it comes from."""
+
+import json
+import os
+from pathlib import Path
+
+import torch
+from safetensors import SafetensorError
+from safetensors.torch import save_file
+
+from featurestore.caching.job import library_versions
+from featurestore.checkpoints.formats.base import open_tensors
+from featurestore.checkpoints.weights import Weights, best_fit, looks_like, open_weights
+from featurestore.errors import FeatureStoreError
+from featurestore.networks.registry import BACKBONES, BackboneSpec
+
+
+def recognise(path: Path) -> list[str]:
+    """The face networks that a file's keys and shapes fit, whole or cut short at a known place.
+
+    Those that share an architecture, such as resnet50_ft and resnet50_scratch, come together. FeatureStoreError if there is none.
+    """
+    file = open_tensors(path)
+    fitting = [name for name, spec in BACKBONES.items() if not best_fit(file, spec).problems]
+    if not fitting:
+        raise FeatureStoreError(
+            f"{path} is no checkpoint of {', '.join(BACKBONES)}. {looks_like(file)}"
+            "If it belongs to another network, say which: --backbone torchvision:NAME or my_module:build_model."
+        )
+    return fitting
+
+
+def convert(path: Path, spec: BackboneSpec, out: Path, overwrite: bool = False) -> Weights:
+    """Write ``path``'s weights of ``spec`` to ``out`` under the published keys, float32, and give them back as they were read.
+
+    The file's metadata hold ``origin`` (its name), ``origin_sha256``, ``origin_layout``, ``backbone``, ``licence`` and
+    ``library_versions``. Nothing is left of ``out`` if it cannot be finished. Raises FeatureStoreError for a file that does not
+    fit, and for one that would be overwritten.
+    """
+    if out.suffix != ".safetensors":
+        raise FeatureStoreError(f"--out {out} has to end in .safetensors, which is what is written.")
+    if out.resolve() == path.resolve():
+        raise FeatureStoreError(f"{path} cannot be converted into itself. Choose another --out.")
+    weights = open_weights(str(path), spec)
+    if out.exists() and not overwrite:
+        raise FeatureStoreError(f"{out} exists. Choose another --out, or add --overwrite.")
+    metadata = {
+        "origin": weights.name,
+        "origin_sha256": weights.identity,
+        "origin_layout": weights.layout,
+        "backbone": weights.backbone.name,
+        "licence": weights.backbone.licence,
+        "library_versions": json.dumps(library_versions()),
+    }
+    if weights.notes:
+        metadata["notes"] = "; ".join(weights.notes)
+    # A copy of each: safetensors refuses tensors that share memory, as tied weights do.
+    tensors = {
+        key: value.clone(memory_format=torch.contiguous_format) for key, value in weights.read(weights.keys).items()
+    }
+    partial = out.with_name(out.name + ".partial")
+    try:
+        out.parent.mkdir(parents=True, exist_ok=True)
+        save_file(tensors, partial, metadata)
+        os.replace(partial, out)
+    except BaseException as error:
+        partial.unlink(missing_ok=True)
+        if isinstance(error, (SafetensorError, OSError)):
+            raise FeatureStoreError(f"{out} cannot be written: {error}") from None
+        raise
+    return weights

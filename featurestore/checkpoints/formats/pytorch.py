@@ -1,0 +1,98 @@
+"""PyTorch's ``.pth`` and ``.pt`` (zipped, and the older kind), and ``.safetensors``."""
+
+import json
+import mmap
+import pickle
+import re
+import zipfile
+from functools import partial
+from pathlib import Path
+from typing import Any
+
+import torch
+from safetensors import SafetensorError, safe_open
+
+from featurestore.checkpoints.formats.base import Stored, TensorFile, damaged, runs_code
+from featurestore.errors import FeatureStoreError
+
+WRAPPERS = ("state_dict", "model_state_dict", "model", "net")  # under which training scripts keep a state dict
+
+
+def open_pth(path: Path) -> TensorFile:
+    """A state dict, alone or in a training script's checkpoint. Code in it is never run."""
+    _refuse_bombs(path)
+    try:
+        # weights_only: a checkpoint is a stranger's pickle, and a pickle can run code.
+        content = torch.load(path, map_location="cpu", weights_only=True, mmap=zipfile.is_zipfile(path))
+    except pickle.UnpicklingError as error:
+        raise runs_code(path, _asked_for(str(error))) from None
+    except Exception as error:  # a damaged pickle raises anything, also where memory for it is not to be had
+        raise damaged(path, error) from None
+    tensors = unwrap(path, content, torch.Tensor)
+    for key, value in tensors.items():
+        if value.layout != torch.strided or value.is_meta or value.is_quantized:
+            raise FeatureStoreError(f"{path}: {key} is not a plain tensor with numbers. Save it as one.")
+        if value.numel() * value.element_size() > value.untyped_storage().nbytes():
+            # A few bytes, seen with stride 0, can pass for more numbers than there is memory.
+            raise FeatureStoreError(
+                f"{path} says that {key} has shape {tuple(value.shape)}, but does not hold as many numbers."
+            )
+    return TensorFile(
+        path, "PyTorch", {key: Stored(tuple(value.shape), partial(_itself, value)) for key, value in tensors.items()}
+    )
+
+
+def _refuse_bombs(path: Path) -> None:
+    """A small file may ask for much memory: by packed entries, which torch never writes, or for a bytearray of any length."""
+    if zipfile.is_zipfile(path):
+        try:
+            with zipfile.ZipFile(path) as packed:
+                entries = packed.infolist()
+                if any(entry.compress_type != zipfile.ZIP_STORED for entry in entries):
+                    raise FeatureStoreError(f"{path} is a packed archive and not a PyTorch file. Unpack it first.")
+                asks = any(b"bytearray" in packed.read(entry) for entry in entries if entry.filename.endswith(".pkl"))
+        except (zipfile.BadZipFile, OSError, RuntimeError, NotImplementedError, ValueError, EOFError) as error:
+            raise damaged(path, error) from None
+    else:
+        with path.open("rb") as file, mmap.mmap(file.fileno(), 0, access=mmap.ACCESS_READ) as content:
+            asks = content.find(b"bytearray") >= 0
+    if asks:
+        raise runs_code(path, "it asks for bytearray.")
+
+
+def _asked_for(message: str) -> str:
+    """Torch names what it refused in the middle of its advice to load the file all the same."""
+    named = re.search(r"GLOBAL ([\w.]+)|global ([\w.]+)", message)
+    return f"it asks for {named[1] or named[2]}." if named else "it is no plain pickle of tensors."
+
+
+def _itself(value: torch.Tensor) -> torch.Tensor:
+    return value.detach()
+
+
+def unwrap(path: Path, content: Any, kind: type) -> dict[str, Any]:
+    """Names to values of ``kind``, out of a state dict or the checkpoint around one."""
+    if isinstance(content, dict):
+        content = next((content[name] for name in WRAPPERS if isinstance(content.get(name), dict)), content)
+    if not isinstance(content, dict) or not all(isinstance(value, kind) for value in content.values()):
+        raise FeatureStoreError(f"{path} is not a state dict (keys to tensors) but a {type(content).__name__}.")
+    return {key.decode("latin1") if isinstance(key, bytes) else str(key): value for key, value in content.items()}
+
+
+def open_safetensors(path: Path) -> TensorFile:
+    """Safetensors, with its metadata."""
+    try:
+        file = safe_open(path, framework="pt")
+        shapes = {key: tuple(file.get_slice(key).get_shape()) for key in file.keys()}  # noqa: SIM118 (not a dict)
+        metadata = dict(file.metadata() or {})
+    except (SafetensorError, json.JSONDecodeError, OSError) as error:
+        raise damaged(path, error) from None
+
+    def read(key: str) -> torch.Tensor:
+        try:
+            return file.get_tensor(key)
+        except SafetensorError as error:
+            raise FeatureStoreError(f"{path}: {key} cannot be read: {error}.") from None
+
+    tensors = {key: Stored(shape, partial(read, key)) for key, shape in shapes.items()}
+    return TensorFile(path, "safetensors", tensors, metadata)

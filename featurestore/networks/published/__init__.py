@@ -1,0 +1,1 @@
+"""The published face networks, a file each."""

@@ -1,0 +1,159 @@
+"""Photographs in, batches of pixels out: read, hash, decode and resize in threads, ahead of the network."""
+
+import hashlib
+import stat
+from collections import deque
+from collections.abc import Generator, Iterable, Iterator, Mapping
+from concurrent.futures import Future, ThreadPoolExecutor
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import torch
+
+from featurestore.errors import FeatureStoreError
+from featurestore.photos.keys import BOX
+from featurestore.photos.recipes import Box, ImageError, Recipe, decode
+
+
+@dataclass(frozen=True)
+class Photo:
+    """A photograph to compute. ``row`` is where its rows go, or None for one to be appended.
+
+    ``sha256`` is what the file must still hash to, or None if that is not known yet. ``box`` is where the face is, for
+    recipes that cut it out.
+    """
+
+    face: str
+    view: str
+    path: str
+    row: int | None = None
+    sha256: str | None = None
+    box: Box | None = None
+
+    def __str__(self) -> str:
+        return f"({self.face!r}, {self.view!r}) {self.path}"
+
+
+@dataclass(frozen=True)
+class Failure:
+    """A photograph that gave no pixels, and why."""
+
+    photo: Photo
+    reason: str
+
+    def __str__(self) -> str:
+        return f"{self.photo}: {self.reason}"
+
+
+@dataclass
+class Batch:
+    """Pixels (n, size, size, 3) uint8 of ``photos``, whose rows are ``rows``, all in one shard."""
+
+    pixels: torch.Tensor
+    rows: list[int] = field(default_factory=list)
+    photos: list[Photo] = field(default_factory=list)
+    hashes: list[str] = field(default_factory=list)
+
+
+@dataclass(frozen=True)
+class _Decoded:
+    photo: Photo
+    pixels: np.ndarray
+    sha256: str
+
+
+def box_of(item: Mapping[str, Any]) -> Box:
+    """The box among an item's coordinates; FeatureStoreError if it has none."""
+    if not all(name in item for name in BOX):
+        raise FeatureStoreError(
+            f"the store's recipe cuts faces out by their boxes, but its items have no {', '.join(BOX)}."
+        )
+    left, top, width, height = (float(item[name]) for name in BOX)
+    return left, top, width, height
+
+
+def _load(photo: Photo, recipe: Recipe) -> _Decoded | Failure:
+    try:
+        if not stat.S_ISREG(Path(photo.path).stat().st_mode):  # a pipe would hang, a device never end
+            raise ImageError("it is no file")
+        content = Path(photo.path).read_bytes()
+        digest = hashlib.sha256(content).hexdigest()
+        if photo.sha256 is not None and digest != photo.sha256:
+            return Failure(photo, "the photograph changed since its other layers were cached")
+        return _Decoded(photo, recipe.pixels(decode(content), photo.box), digest)
+    except ImageError as error:
+        return Failure(photo, str(error))
+    except OSError as error:
+        return Failure(photo, error.strerror or str(error))
+
+
+def _load_in_order(photos: Iterable[Photo], recipe: Recipe, workers: int, ahead: int) -> Iterator[_Decoded | Failure]:
+    """Loaded photographs in the order given, at most ``ahead`` of them waiting in memory."""
+    waiting: deque[Future[_Decoded | Failure]] = deque()
+    with ThreadPoolExecutor(workers, thread_name_prefix="decode") as pool:
+        try:
+            for photo in photos:
+                waiting.append(pool.submit(_load, photo, recipe))
+                if len(waiting) >= ahead:
+                    yield waiting.popleft().result()
+            while waiting:
+                yield waiting.popleft().result()
+        finally:
+            for future in waiting:
+                future.cancel()
+
+
+def batches(
+    photos: Iterable[Photo],
+    recipe: Recipe,
+    *,
+    slots: int,
+    next_row: int,
+    batch_size: int,
+    workers: int,
+    skip: bool,
+    failures: list[Failure],
+    pin: bool = False,
+) -> Generator[Batch, None, None]:
+    """Full batches of decoded photographs; a batch ends at a shard's end, so an interrupted pass resumes on the same ones.
+
+    Photographs without a row get the next free one, in order, from ``next_row``. With ``skip`` those that fail are
+    added to ``failures`` and left out; otherwise the first one raises FeatureStoreError.
+    """
+    batch: Batch | None = None
+    for loaded in _load_in_order(photos, recipe, workers, ahead=2 * batch_size):
+        if isinstance(loaded, Failure):
+            if not skip:
+                if batch is not None:
+                    yield _trim(batch)  # what came before it is good work
+                raise FeatureStoreError(
+                    f"{loaded}. Mend or remove it, or leave such photographs out with --on-error skip. "
+                    "What was computed so far is kept."
+                )
+            failures.append(loaded)
+            continue
+        row = loaded.photo.row
+        if row is None:
+            row, next_row = next_row, next_row + 1
+        if batch is not None and row // slots != batch.rows[0] // slots:
+            yield _trim(batch)
+            batch = None
+        if batch is None:
+            size = recipe.size
+            batch = Batch(torch.empty((batch_size, size, size, 3), dtype=torch.uint8, pin_memory=pin))
+        batch.pixels[len(batch.rows)] = torch.from_numpy(loaded.pixels)
+        batch.rows.append(row)
+        batch.photos.append(loaded.photo)
+        batch.hashes.append(loaded.sha256)
+        if len(batch.rows) == batch_size or (row + 1) % slots == 0:
+            yield _trim(batch)
+            batch = None
+    if batch is not None:
+        yield _trim(batch)
+
+
+def _trim(batch: Batch) -> Batch:
+    batch.pixels = batch.pixels[: len(batch.rows)]
+    return batch

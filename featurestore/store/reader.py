@@ -1,0 +1,246 @@
+"""Open a store and ask it: sources, items, layers, rows.
+
+    store = FeatureStore.open("store/demo.zarr")
+    rows = store.rows("maxp_5_3")
+    batch = rows.gather(store.find([("s12", "3"), ("s12", "10")]))
+
+A store holds one group per source: backbone + weights + recipe + precision. With several, name the one you mean.
+"""
+
+import os
+from collections.abc import Iterable, Mapping
+from functools import cached_property
+from pathlib import Path
+from typing import TYPE_CHECKING, Any, TypeAlias
+
+import numpy as np
+import pandas as pd
+
+from featurestore.errors import FeatureStoreError, listing, near_matches
+from featurestore.store.zarr_format import (
+    KEY,
+    METADATA,
+    Layer,
+    claims_to_be_layer,
+    is_coordinate,
+    parse_layer,
+    read_coordinate,
+    read_document,
+    safe_name,
+    source_names,
+)
+
+if TYPE_CHECKING:
+    import dask.array as da
+    import xarray as xr
+
+    from featurestore.store.rows import Rows
+
+Keys: TypeAlias = "Iterable[tuple[str, str]] | pd.MultiIndex | pd.DataFrame"
+
+
+class Source:
+    """One group of a store, as it was when opened: items, and the layers one network made of them.
+
+    ``attributes`` say backbone, weights, recipe, precision, library versions and licence. ``layers`` maps names to
+    ``Layer`` (shape, dtype, compression) in the order they were added.
+    """
+
+    def __init__(self, store: Path, name: str) -> None:
+        self.name = name
+        self.folder = store / name
+        document = read_document(self.folder)
+        self.attributes: dict[str, Any] = document["attributes"]
+        try:
+            arrays: dict[str, dict] = document["consolidated_metadata"]["metadata"]
+            self._coordinates = {name: arrays[name] for name in self.attributes["coordinates"].split()}
+            self.n_items: int = arrays[KEY[0]]["shape"][0]
+            problem = _problem(self.attributes, arrays, self._coordinates)
+        except (KeyError, IndexError, TypeError, AttributeError) as error:
+            problem = f"{type(error).__name__} {error}"
+        if problem:
+            raise FeatureStoreError(
+                f"{self.folder / METADATA} is damaged or was written by another program: {problem}. "
+                "Restore it from a copy, or cache the source anew."
+            )
+        others = {name: document for name, document in arrays.items() if name not in self._coordinates}
+        parsed = {name: parse_layer(name, document, self.folder) for name, document in others.items()}
+        self.layers: dict[str, Layer] = {name: layer for name, layer in parsed.items() if layer}
+        self.foreign = {name: others[name] for name, layer in parsed.items() if not layer}  # arrays that are not ours
+
+    def __repr__(self) -> str:
+        return f"<Source {self.name}: {self.n_items} items, {len(self.layers)} layers ({', '.join(self.layers)})>"
+
+    @cached_property
+    def keys(self) -> pd.MultiIndex:
+        """(face_id, view) of every item, in row order."""
+        return pd.MultiIndex.from_arrays([self.coordinate(name) for name in KEY], names=KEY)
+
+    @cached_property
+    def items(self) -> pd.DataFrame:
+        """One row per item in row order, indexed by (face_id, view): path, image_sha256 and the user's metadata."""
+        columns = {name: self.coordinate(name) for name in self._coordinates if name not in KEY}
+        return pd.DataFrame(columns, index=self.keys)
+
+    def coordinate(self, name: str) -> np.ndarray:
+        """One coordinate's values, (n_items,): an object array of str, or numbers."""
+        return read_coordinate(self.folder / name, self._coordinates[name])
+
+    def find(self, keys: Keys) -> np.ndarray:
+        """Row numbers (int64) of (face, view) pairs, many at once. FeatureStoreError names the keys that are not there."""
+        wanted = _key_index(keys)
+        self.refuse_twins()
+        rows = self.keys.get_indexer(wanted)
+        if (rows < 0).any():
+            missing = wanted[rows < 0]
+            faces = set(self.keys.levels[0])
+            unknown = [key[0] for key in missing if key[0] not in faces]
+            hint = near_matches(unknown[0], sorted(faces)[:10_000]) if unknown and len(faces) < 100 else ""
+            raise FeatureStoreError(
+                f"{len(missing)} of {len(wanted)} keys are not in {self.folder}: "
+                f"{listing(missing, 3)}. {hint or 'Keys are (face, view) pairs of strings.'}"
+            )
+        return rows.astype(np.int64)
+
+    def refuse_twins(self) -> None:
+        """FeatureStoreError if a key is there twice: no row could be told from the other's."""
+        if not self.keys.is_unique:
+            twins = self.keys[self.keys.duplicated()]
+            raise FeatureStoreError(
+                f"{self.folder} holds {listing(twins, 3)} twice, so its rows cannot be told apart. It was not written by "
+                "this program; cache the source anew."
+            )
+
+    def layer(self, name: str) -> Layer:
+        """The layer of that name; FeatureStoreError with the command that adds it."""
+        if name not in self.layers:
+            raise FeatureStoreError(
+                f"layer {name!r} is not in {self.folder}; it holds {', '.join(self.layers) or 'no layers'}. "
+                f"Add it: pipelines/cache_layers.py --layers {name}, with the images and store of the first run."
+            )
+        return self.layers[name]
+
+    def rows(self, layer: str) -> "Rows":
+        """Memory-mapped rows of one layer."""
+        from featurestore.store.rows import Rows  # opening a store and reading its keys needs no torch
+
+        return Rows(self.layer(layer))
+
+    def dask(self, layer: str) -> "da.Array":
+        """The layer as a lazy Dask array (item, *shape); rows that are not cached are NaN."""
+        from featurestore.store.lazy import dask_array  # Dask is loaded by those who ask for it
+
+        return dask_array(self.layer(layer))
+
+    def xarray(self) -> "xr.Dataset":
+        """Items as coordinates and every layer as a lazy variable."""
+        from featurestore.store.lazy import dataset
+
+        return dataset(self.items, self.layers, self.attributes)
+
+
+class FeatureStore:
+    """A folder of sources. Everything a source can be asked, the store answers when it holds only one."""
+
+    def __init__(self, path: Path, sources: Mapping[str, Source]) -> None:
+        self.path = path
+        self.sources = dict(sources)
+
+    @classmethod
+    def open(cls, path: str | os.PathLike) -> "FeatureStore":
+        """Open for reading. FeatureStoreError if ``path`` is missing, is no store, or has another format version."""
+        root = Path(path)
+        if not root.exists():
+            raise FeatureStoreError(f"there is no store {root}. Make it: pipelines/cache_layers.py --store {root}")
+        read_document(root)
+        return cls(root, {name: Source(root, name) for name in source_names(root)})
+
+    def __repr__(self) -> str:
+        return f"<FeatureStore {self.path}: {', '.join(map(repr, self.sources.values())) or 'empty'}>"
+
+    def source(self, name: str | None = None) -> Source:
+        """The source of that name (or the only one whose name begins so); the only source if no name is given."""
+        if not self.sources:
+            raise FeatureStoreError(
+                f"{self.path} holds no source yet. Fill it: pipelines/cache_layers.py --store {self.path}"
+            )
+        if name is None:
+            if len(self.sources) > 1:
+                raise FeatureStoreError(
+                    f"{self.path} holds {len(self.sources)} sources, so say which: source= one of {', '.join(self.sources)}."
+                )
+            return next(iter(self.sources.values()))
+        found = [source for full, source in self.sources.items() if full.startswith(name)]
+        if name in self.sources:
+            return self.sources[name]
+        if len(found) != 1:
+            raise FeatureStoreError(f"{self.path} has no source {name!r}. {near_matches(name, self.sources)}")
+        return found[0]
+
+    @property
+    def items(self) -> pd.DataFrame:
+        """The only source's items; see ``Source.items``."""
+        return self.source().items
+
+    @property
+    def layers(self) -> dict[str, Layer]:
+        """The only source's layers."""
+        return self.source().layers
+
+    def find(self, keys: Keys, source: str | None = None) -> np.ndarray:
+        """Row numbers of (face, view) pairs; see ``Source.find``."""
+        return self.source(source).find(keys)
+
+    def rows(self, layer: str, source: str | None = None) -> "Rows":
+        """Memory-mapped rows; see ``Rows.gather``."""
+        return self.source(source).rows(layer)
+
+    def dask(self, layer: str, source: str | None = None) -> "da.Array":
+        """A lazy Dask array; see ``Source.dask``."""
+        return self.source(source).dask(layer)
+
+    def xarray(self, source: str | None = None) -> "xr.Dataset":
+        """A lazy xarray dataset; see ``Source.xarray``."""
+        return self.source(source).xarray()
+
+
+def _problem(attributes: dict[str, Any], arrays: dict[str, dict], coordinates: dict[str, dict]) -> str:
+    """What is wrong with a source's document; empty if nothing is."""
+    missing = [name for name in ("backbone", "weights", "recipe", "precision") if name not in attributes]
+    if missing:
+        return f"it has no attribute {listing(missing)}"
+    texts = [name for name in ("backbone", "weights", "precision") if not isinstance(attributes[name], str)]
+    if texts or not isinstance(attributes["recipe"], dict):
+        return f"its attribute {(texts or ['recipe'])[0]} is of another type"
+    unsafe = [name for name in arrays if not safe_name(name)]
+    if unsafe:
+        return f"{unsafe[0]!r} cannot name an array"
+    n_items = arrays[KEY[0]]["shape"][0]
+    for name in [*KEY, *coordinates]:
+        if name not in coordinates or not is_coordinate(arrays[name]) or arrays[name]["shape"] != [n_items]:
+            return f"coordinate {name!r} is not one of {n_items} items"
+    slots = set()
+    for name, document in arrays.items():
+        if claims_to_be_layer(document):
+            layer = parse_layer(name, document, Path())
+            if layer is None or layer.n_items != n_items:
+                return f"array {name!r} is not a layer of {n_items} items as this version writes them"
+            slots.add(layer.slots)
+    return f"layers have different numbers of items to a shard: {sorted(slots)}" if len(slots) > 1 else ""
+
+
+def _key_index(keys: Keys) -> pd.MultiIndex:
+    if isinstance(keys, pd.MultiIndex):
+        return keys
+    if isinstance(keys, pd.DataFrame):
+        return pd.MultiIndex.from_frame(keys[list(KEY)])
+    pairs: list[Any] = list(keys)
+    if not pairs:
+        return pd.MultiIndex.from_arrays([np.empty(0, object)] * 2, names=KEY)
+    if not all(
+        isinstance(pair, tuple) and len(pair) == 2 and all(isinstance(part, str) for part in pair) for pair in pairs
+    ):
+        raise FeatureStoreError(
+            f"keys are (face, view) pairs of strings, such as ('s12', '3'); got {listing(pairs, 2)}."
+        )
+    return pd.MultiIndex.from_tuples(pairs, names=KEY)

@@ -1,0 +1,238 @@
+"""Memory-mapped rows of one layer, gathered by index.
+
+All shards of a layer are mapped side by side into one reserved range of addresses. A tensor laid over that range
+with strides (1, 1) then has the row that begins at *any* element, so one ``torch.index_select`` gathers from any
+number of shards at the speed of a bare memory map; nothing is read before it is asked for.
+"""
+
+import ctypes
+import mmap
+import os
+import weakref
+from collections.abc import Iterator
+from contextlib import closing, contextmanager
+
+import numpy as np
+import torch
+
+from featurestore.errors import FeatureStoreError
+from featurestore.store.shards import DamagedShard, ShardIndex, read_index, read_record, thread_pool
+from featurestore.store.zarr_format import Layer
+
+_MAP_FIXED = 0x10  # not in Python's mmap module; the same on Linux and macOS
+_PAGE = mmap.PAGESIZE
+
+_libc = ctypes.CDLL(None, use_errno=True)
+_libc.mmap.restype = ctypes.c_void_p
+_libc.mmap.argtypes = (ctypes.c_void_p, ctypes.c_size_t, ctypes.c_int, ctypes.c_int, ctypes.c_int, ctypes.c_longlong)
+_libc.munmap.argtypes = (ctypes.c_void_p, ctypes.c_size_t)
+
+Indices = torch.Tensor | np.ndarray | list[int] | range
+
+
+class Rows:
+    """The rows of one layer: shape (len, *shape), of ``dtype``, in the order of the source's items.
+
+    A view of the files as they were when it was made: rows that a pass adds later need a new ``Rows``.
+    """
+
+    def __init__(self, layer: Layer) -> None:
+        self.layer = layer
+        self.shape = (layer.n_items, *layer.shape)
+        self.dtype: torch.dtype = getattr(torch, layer.dtype.name)
+        self._row_shape, self._elements = layer.shape, layer.record.elements
+        self._region, positions, self._lengths = _map_shards(layer)
+        self._view: torch.Tensor | None = None
+        if layer.compress == "none":
+            if (positions[positions >= 0] % layer.dtype.itemsize).any():
+                raise FeatureStoreError(f"{layer.folder} has records that are not aligned to their elements.")
+            positions //= layer.dtype.itemsize  # -1 stays -1
+            flat = self._region.tensor(self.dtype)
+            last = max(flat.numel() - self._elements + 1, 0)
+            self._view = flat.as_strided((last, self._elements), (1, 1))
+        self._positions = torch.from_numpy(positions)
+
+    def __len__(self) -> int:
+        return self.layer.n_items
+
+    @property
+    def present(self) -> np.ndarray:
+        """bool per item: whether its row has been cached."""
+        return self._positions.numpy() >= 0
+
+    def gather(self, indices: Indices, out: torch.Tensor | None = None) -> torch.Tensor:
+        """The rows at ``indices`` (any integers, repeats allowed), as a CPU tensor of shape (n, *layer shape).
+
+        ``out`` is filled and returned if given: contiguous, of this dtype and exactly that shape. Reusing it is
+        what makes small batches fast. Raises IndexError for an index outside 0 … len - 1, FeatureStoreError for a
+        row that is not cached, DamagedShard for a compressed record that fails its checksum.
+        """
+        index = _as_index(indices)
+        n = index.shape[0]
+        if out is None:
+            out = torch.empty((n, *self._row_shape), dtype=self.dtype)
+        elif out.shape != (n, *self._row_shape) or out.dtype != self.dtype or not out.is_cpu or not out.is_contiguous():
+            self._refuse_output(out, n)
+        flat = out.view(n, self._elements)
+        try:
+            # Both selections check their bounds: the first refuses rows that do not exist, the second absent ones (-1).
+            positions = torch.index_select(self._positions, 0, index)
+            if self._view is not None:
+                torch.index_select(self._view, 0, positions, out=flat)
+            else:
+                self._decode(index, positions, flat.numpy())
+        except IndexError:
+            self._refuse(index)
+            raise
+        return out
+
+    def _refuse_output(self, out: torch.Tensor, n: int) -> None:
+        kind = "contiguous" if out.is_contiguous() else "non-contiguous"
+        raise FeatureStoreError(
+            f"out is a {kind} {out.dtype} tensor of shape {tuple(out.shape)} on {out.device}; "
+            f"these rows need contiguous {self.dtype} of shape {(n, *self._row_shape)} on cpu."
+        )
+
+    def _refuse(self, index: torch.Tensor) -> None:
+        """Say which rows were asked for in vain."""
+        outside = index[(index < 0) | (index >= len(self))]
+        if len(outside):
+            raise IndexError(
+                f"row {int(outside[0])} is outside 0 … {len(self) - 1}; rows are never counted from the end"
+            )
+        rows = index[self._positions[index] < 0]
+        layer = self.layer
+        raise FeatureStoreError(
+            f"layer {layer.name!r} has no row yet for {len(rows)} of the items asked for (row {int(rows[0])} is the "
+            f"first; {int((~self.present).sum())} of {len(self)} are absent in all). "
+            f"Finish it: pipelines/cache_layers.py --layers {layer.name}, with the images and store of the first run."
+        )
+
+    def _decode(self, rows: torch.Tensor, positions: torch.Tensor, out: np.ndarray) -> None:
+        if bool((positions < 0).any()):
+            raise IndexError("an absent row")
+        content, decode = self._region.content(), self.layer.record.decode
+
+        def put(i: int, start: int, length: int) -> None:
+            out[i] = decode(content[start : start + length])
+
+        lengths = self._lengths[rows.numpy()].tolist()
+        for _ in thread_pool().map(put, range(len(lengths)), positions.tolist(), lengths):
+            pass
+
+
+def _map_shards(layer: Layer) -> tuple["_Region", np.ndarray, np.ndarray]:
+    """All shards mapped, and each row's byte position there (-1 if absent) and length."""
+    positions, lengths = np.full((2, layer.n_items), -1, np.int64)
+    region = _Region(layer.n_shards, layer.record.largest_shard(layer.slots))
+    for shard in range(layer.n_shards):
+        with open_shard(layer, shard) as opened:
+            if opened is None:
+                continue
+            fd, index = opened
+            start = region.map(shard, fd, layer.shard_path(shard))
+            rows = layer.shard_rows(shard)
+            offsets = index.offsets[: len(rows)]
+            positions[rows.start : rows.stop] = np.where(offsets < 0, -1, start + offsets)
+            lengths[rows.start : rows.stop] = index.nbytes[: len(rows)]
+    return region, positions, lengths
+
+
+class _Region:
+    """One reserved range of addresses with a place of ``capacity`` bytes for each of ``n`` files, mapped read-only.
+
+    Reserving takes no memory, and files can be closed once they are mapped: a million items need no more
+    open files than ten.
+    """
+
+    def __init__(self, n: int, capacity: int) -> None:
+        self._capacity = -(-capacity // _PAGE) * _PAGE
+        self._nbytes = n * self._capacity
+        if self._nbytes:
+            self._base = _mmap(None, self._nbytes, 0, mmap.MAP_PRIVATE | mmap.MAP_ANONYMOUS, -1)
+            self._finalizer = weakref.finalize(self, _libc.munmap, self._base, self._nbytes)
+
+    def map(self, place: int, fd: int, name: object) -> int:
+        """Map an open file into its place; returns the place's first byte. Raises DamagedShard if it is too large."""
+        size, start = os.fstat(fd).st_size, place * self._capacity
+        if size > self._capacity:
+            raise DamagedShard(f"{name} has {size} bytes, more than its records can take ({self._capacity})")
+        _mmap(self._base + start, size, mmap.PROT_READ, mmap.MAP_SHARED | _MAP_FIXED, fd)
+        return start
+
+    def tensor(self, dtype: torch.dtype) -> torch.Tensor:
+        """The whole range as a flat tensor. Only for reading, only inside the files, only while this object lives."""
+        if not self._nbytes:
+            return torch.empty(0, dtype=dtype)
+        return torch.frombuffer((ctypes.c_uint8 * self._nbytes).from_address(self._base), dtype=dtype)
+
+    def content(self) -> memoryview:
+        """The whole range as bytes, under the same conditions."""
+        return (
+            memoryview((ctypes.c_uint8 * self._nbytes).from_address(self._base)).cast("B")
+            if self._nbytes
+            else memoryview(b"")
+        )
+
+
+def _mmap(address: int | None, nbytes: int, protection: int, flags: int, fd: int) -> int:
+    found = _libc.mmap(address, nbytes, protection, flags, fd, 0)
+    if found == ctypes.c_void_p(-1).value:
+        number = ctypes.get_errno()
+        raise OSError(number, f"cannot map {nbytes} bytes: {os.strerror(number)}")
+    return found
+
+
+@contextmanager
+def open_shard(layer: Layer, shard: int) -> Iterator[tuple[int, ShardIndex] | None]:
+    """A shard's file and its index; None if it has not been written."""
+    try:
+        file = layer.shard_path(shard).open("rb", buffering=0)
+    except FileNotFoundError:
+        yield None
+        return
+    with closing(file):
+        yield file.fileno(), read_index(file.fileno(), layer.slots, layer.record, layer.shard_path(shard))
+
+
+def read_shard(layer: Layer, shard: int) -> np.ndarray:
+    """All rows of one shard, (n, *shape), read-only; absent rows are NaN. Mapped, not copied, where the file allows."""
+    rows = layer.shard_rows(shard)
+    shape = (len(rows), *layer.shape)
+    with open_shard(layer, shard) as opened:
+        if opened is not None and opened[1].strided(layer.record, len(rows)):
+            mapped = mmap.mmap(opened[0], 0, prot=mmap.PROT_READ)
+            inner = np.empty(layer.shape, layer.dtype).strides
+            return np.ndarray(shape, layer.dtype, mapped, strides=(layer.record.stride, *inner))
+        values = np.full(shape, np.nan, layer.dtype)
+        if opened is not None:
+            fd, index = opened
+            for slot in np.flatnonzero(index.present[: len(rows)]):
+                values[slot] = read_record(fd, index, int(slot), layer.record).reshape(layer.shape)
+        return values
+
+
+def present_rows(layer: Layer) -> np.ndarray:
+    """bool per item: whether its row is in the store, read from the shard indexes alone."""
+    present = np.zeros(layer.n_items, bool)
+    for shard in range(layer.n_shards):
+        rows = layer.shard_rows(shard)
+        with open_shard(layer, shard) as opened:
+            if opened is not None:
+                present[rows.start : rows.stop] = opened[1].present[: len(rows)]
+    return present
+
+
+def _as_index(indices: Indices) -> torch.Tensor:
+    """int64, one-dimensional, on the CPU."""
+    if isinstance(indices, torch.Tensor) and indices.dtype == torch.int64 and indices.ndim == 1:
+        return indices if indices.is_cpu else indices.cpu()
+    index = indices.detach().cpu().numpy() if isinstance(indices, torch.Tensor) else np.asarray(indices)
+    if index.size == 0:
+        return torch.empty(0, dtype=torch.int64)
+    if index.dtype.kind not in "iu" or index.ndim != 1:
+        raise FeatureStoreError(
+            f"rows are gathered by a one-dimensional array of integers, not {index.dtype} of shape {index.shape}. "
+            "For a mask use numpy.flatnonzero(mask); for keys use source.find(keys)."
+        )
+    return torch.from_numpy(index.astype(np.int64))

@@ -1,0 +1,254 @@
+"""The one writer of a store: its lock, its source's metadata, its shards.
+
+Order makes it safe. Shards and coordinate chunks are written first, each by rename; the source's document is renamed
+last and is what readers believe. A process killed in between leaves files that nothing refers to, and
+``SourceWriter`` drops them before it writes anything else.
+"""
+
+import json
+import os
+import platform
+import shutil
+from collections.abc import Iterator, Mapping, Sequence
+from contextlib import contextmanager
+from dataclasses import replace
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import pandas as pd
+from filelock import FileLock, Timeout
+
+from featurestore.errors import FeatureStoreError
+from featurestore.store.rows import open_shard
+from featurestore.store.shards import PARTIAL, DamagedShard, ShardWriter
+from featurestore.store.reader import Source
+from featurestore.store.zarr_format import (
+    COORDINATE_CHUNK,
+    KEY,
+    METADATA,
+    Layer,
+    coordinate_chunk,
+    coordinate_kind,
+    coordinate_metadata,
+    encode_coordinate,
+    read_document,
+    root_document,
+    source_document,
+    source_names,
+    write_atomically,
+    write_json,
+)
+
+
+@contextmanager
+def store_lock(store: Path, doing: str) -> Iterator[None]:
+    """Hold the store for writing; FeatureStoreError names who holds it already. Released even by SIGKILL."""
+    store = store.resolve()  # a link to a store is the same store
+    lock_path = store.with_name(store.name + ".lock")
+    holder_path = store.with_name(store.name + ".lock.json")
+    try:
+        store.parent.mkdir(parents=True, exist_ok=True)
+        lock = FileLock(lock_path, timeout=0)
+        lock.acquire()
+        holder = {"pid": os.getpid(), "host": platform.node(), "doing": doing}
+        holder_path.write_text(json.dumps(holder), "utf-8")
+    except Timeout:
+        raise FeatureStoreError(
+            f"{store} is being written by {_holder(holder_path)}. Wait for it or stop it."
+        ) from None
+    except OSError as error:
+        raise FeatureStoreError(
+            f"{store} cannot be written: {error.strerror or error} ({lock_path}). Choose another --store."
+        ) from None
+    try:
+        yield
+    finally:
+        holder_path.unlink(missing_ok=True)
+        lock.release()
+
+
+def _holder(path: Path) -> str:
+    try:
+        holder = json.loads(path.read_text("utf-8"))
+        return f"process {holder['pid']} on {holder['host']} ({holder['doing']})"
+    except (OSError, ValueError, KeyError, TypeError):
+        return "another process"
+
+
+def free_bytes(store: Path) -> int:
+    """Free space on the disk that holds, or will hold, ``store``."""
+    folder = store.absolute()
+    while not folder.exists():
+        folder = folder.parent
+    return shutil.disk_usage(folder).free
+
+
+def refuse_other_folder(store: Path) -> None:
+    """FeatureStoreError if ``store`` is something else than a store or a place for one."""
+    if (store / METADATA).exists() or not os.path.lexists(store):
+        return
+    if not store.is_dir() or any(path.name != METADATA + PARTIAL for path in store.iterdir()):
+        what = "a folder with other things in it" if store.is_dir() else "a file"
+        raise FeatureStoreError(f"{store} is {what}, not a store. Choose another --store.")
+
+
+class SourceWriter:
+    """Writes one source. Make it under ``store_lock``; it repairs what a killed pass left behind.
+
+    ``table`` holds the registered items' coordinates in row order, columns ``face_id, view, path, image_sha256`` and
+    the user's. Nothing is visible to readers before ``publish``.
+    """
+
+    def __init__(self, store: Path, name: str, attributes: Mapping[str, Any]) -> None:
+        self.store = store
+        self.folder = store / name
+        self.layers: dict[str, Layer] = {}
+        self._parts: list[pd.DataFrame] = []
+        self._foreign: dict[str, Any] = {}
+        refuse_other_folder(store)
+        if (store / METADATA).exists():
+            read_document(store)
+        else:
+            write_json(store / METADATA, root_document({}))
+        if (self.folder / METADATA).exists():
+            source = Source(store, name)
+            self.attributes = source.attributes
+            self.layers = dict(source.layers)
+            self._foreign = source.foreign
+            self._parts = [source.items.reset_index()]
+            self._drop_unregistered()
+        else:
+            shutil.rmtree(self.folder, ignore_errors=True)  # a source that never got its document
+            self.attributes = dict(attributes)
+        self._published = self.n_items  # rows before this one have their coordinates on disk
+        self._unpublished_changes = False
+
+    @property
+    def table(self) -> pd.DataFrame:
+        """Coordinates of all registered items, in row order."""
+        if len(self._parts) != 1:
+            self._parts = [pd.concat(self._parts, ignore_index=True)] if self._parts else [_empty_table()]
+        return self._parts[0]
+
+    @property
+    def n_items(self) -> int:
+        """Items registered so far, published or not."""
+        return sum(len(part) for part in self._parts)
+
+    def add_layer(self, name: str, shape: tuple[int, ...], dtype: str, compress: str, slots: int) -> Layer:
+        """Declare a layer; its rows are absent until shards hold them."""
+        shutil.rmtree(self.folder / name, ignore_errors=True)  # left by a pass that was killed before it published
+        self.layers[name] = Layer(name, shape, np.dtype(dtype), compress, slots, self.n_items, self.folder / name)
+        self._unpublished_changes = True
+        return self.layers[name]
+
+    def open_shard(self, layer: str, shard: int, keep: Sequence[int] = (), end: int = 0) -> ShardWriter:
+        """A writer for one shard of one layer; see ShardWriter."""
+        found = self.layers[layer]
+        return ShardWriter(found.shard_path(shard), found.record, found.slots, keep=keep, end=end)
+
+    def present_slots(self, layer: str, shard: int) -> np.ndarray:
+        """bool per slot of a shard: whether it holds a registered item's row. A lost index holds none."""
+        found = self.layers[layer]
+        try:
+            with open_shard(found, shard) as opened:
+                present = opened[1].present.copy() if opened else np.zeros(found.slots, bool)
+        except DamagedShard:
+            present = np.zeros(found.slots, bool)
+        present[max(0, self.n_items - shard * found.slots) :] = False
+        return present
+
+    def append(self, table: pd.DataFrame) -> None:
+        """Register items whose rows are in committed shards; columns as ``table``'s."""
+        self._parts.append(table)
+        self._unpublished_changes = True
+
+    def replace_table(self, table: pd.DataFrame) -> None:
+        """Put other values into the coordinates; items and their order must stay the same."""
+        self._parts = [table.reset_index(drop=True)]
+        self._published = 0
+        self._unpublished_changes = True
+
+    def publish(self) -> None:
+        """Show readers everything committed so far, in one step; touches no file if nothing changed."""
+        if self._unpublished_changes:
+            self._publish_source()
+        documents = {name: read_document(self.store / name) for name in source_names(self.store)}
+        _write_if_changed(self.store / METADATA, root_document(documents))  # also after a kill just before it
+
+    def _publish_source(self) -> None:
+        table = self.table
+        kinds = {str(name): coordinate_kind(table[name].to_numpy()) for name in table.columns}
+        arrays = {name: coordinate_metadata(kind, len(table)) for name, kind in kinds.items()}
+        for name, kind in kinds.items():
+            self._write_chunks(name, table[name].to_numpy(), kind)
+        for name, layer in self.layers.items():
+            self.layers[name] = replace(layer, n_items=len(table))
+            arrays[name] = self.layers[name].metadata()
+        self.attributes["coordinates"] = " ".join(kinds)
+        for name, document in arrays.items():
+            _write_if_changed(self.folder / name / METADATA, document)
+        write_json(self.folder / METADATA, source_document(self.attributes, {**arrays, **self._foreign}))
+        for name, kind in kinds.items():
+            _drop_other_chunks(self.folder / name, kind)
+        self._published = len(table)
+        self._unpublished_changes = False
+
+    def _write_chunks(self, name: str, values: np.ndarray, kind: str) -> None:
+        if self._published == len(values):
+            return
+        for chunk in range(self._published // COORDINATE_CHUNK, -(-len(values) // COORDINATE_CHUNK)):
+            part = values[chunk * COORDINATE_CHUNK : (chunk + 1) * COORDINATE_CHUNK]
+            write_atomically(coordinate_chunk(self.folder / name, kind, chunk), encode_coordinate(part, kind))
+
+    def _drop_unregistered(self) -> None:
+        """Remove what a killed pass wrote and never published: partial files, and rows of items nobody registered.
+
+        Left in place, such a row would be taken for the row of whichever item is registered at its number next.
+        """
+        for partial in [*self.store.glob("*" + PARTIAL), *self.folder.rglob("*" + PARTIAL)]:
+            if partial.is_file():
+                partial.unlink()
+        for layer in self.layers.values():
+            for path in (layer.folder / "c").glob("*"):
+                if path.name.isdecimal() and int(path.name) >= layer.n_shards:
+                    shutil.rmtree(path)
+            if layer.n_items % layer.slots == 0:
+                continue
+            last = layer.n_shards - 1
+            registered = len(layer.shard_rows(last))
+            try:
+                with open_shard(layer, last) as opened:
+                    present = opened[1].present if opened else np.zeros(layer.slots, bool)
+            except DamagedShard:
+                continue  # an index that cannot be read serves no row; verify_store repairs it
+            if present[registered:].any():
+                keep = np.flatnonzero(present[:registered]).tolist()
+                self.open_shard(layer.name, last, keep=keep).commit()
+
+
+def _drop_other_chunks(folder: Path, kind: str) -> None:
+    """Remove chunks of the type that a coordinate had before."""
+    keep = coordinate_chunk(folder, kind, 0)
+    for path in folder.iterdir():
+        if path.is_dir():
+            if path != keep.parent:
+                shutil.rmtree(path)
+        elif path.name != METADATA and (
+            keep.parent != folder or path.name.startswith("c") != keep.name.startswith("c")
+        ):
+            path.unlink()
+
+
+def _write_if_changed(path: Path, document: Mapping[str, Any]) -> None:
+    try:
+        if json.loads(path.read_text("utf-8")) == document:
+            return
+    except (OSError, ValueError):
+        pass
+    write_json(path, document)
+
+
+def _empty_table() -> pd.DataFrame:
+    return pd.DataFrame({name: np.empty(0, object) for name in (*KEY, "path", "image_sha256")})
