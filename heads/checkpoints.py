@@ -16,8 +16,10 @@ from safetensors.torch import save_file
 
 from featurestore.checkpoints.formats.base import open_tensors
 from featurestore.checkpoints.weights import compare_keys
-from featurestore.errors import FeatureStoreError, listing
+from featurestore.errors import FeatureStoreError
+from featurestore.files import replacing
 from featurestore.networks.registry import get_backbone
+from featurestore.text import listing
 from heads.models import BUILDERS, ConvDecision, FcDecision, Head, IdentityHead, TripletHead, build_head
 
 FORMAT = "face-featurestore-head"
@@ -26,14 +28,10 @@ _CORE = ("vgg_core.",)  # the backbone's own weights, in checkpoints trained end
 
 def write_tensors(path: Path, tensors: Mapping[str, torch.Tensor], metadata: dict[str, str]) -> None:
     """A safetensors file that is there whole or not at all. FeatureStoreError if it cannot be written (a full disk)."""
-    partial = path.with_name(f"{path.name}.partial")
     try:
-        save_file({key: tensor.detach().contiguous().cpu() for key, tensor in tensors.items()}, partial, metadata)
-        with partial.open("rb") as file:
-            os.fsync(file.fileno())
-        partial.replace(path)
+        with replacing(path) as partial:
+            save_file({key: tensor.detach().contiguous().cpu() for key, tensor in tensors.items()}, partial, metadata)
     except (OSError, SafetensorError) as error:
-        partial.unlink(missing_ok=True)
         raise FeatureStoreError(
             f"{path} could not be written: {error}. If the disk is full, free some space and run the same command again: "
             "it goes on from the last checkpoint."

@@ -11,34 +11,13 @@ import torch
 from scipy import stats
 
 from featurestore.errors import FeatureStoreError
+from featurestore.intervals import accuracy
 from heads.features import Features
 from heads.models import Head
 from heads.trials import FACES, ODD, VIEWS, Trials
 
 CHANCE = 1 / 3  # one of three is odd
 _EXAMPLES = 1024  # evaluated at a time
-
-
-@dataclass(frozen=True)
-class Accuracy:
-    """Share of right answers, with Wilson's 95 % interval: ``low`` to ``high``, of ``n`` examples taken as independent."""
-
-    value: float
-    low: float
-    high: float
-    n: int
-
-    def __str__(self) -> str:
-        return f"{self.value:.3f} [{self.low:.3f}, {self.high:.3f}]"
-
-
-def accuracy(correct: np.ndarray) -> Accuracy:
-    """Of a bool per example."""
-    n, right = len(correct), int(np.sum(correct))
-    if not n:
-        return Accuracy(math.nan, math.nan, math.nan, 0)
-    interval = stats.binomtest(right, n).proportion_ci(0.95, method="wilson")
-    return Accuracy(right / n, float(interval.low), float(interval.high), n)
 
 
 @dataclass(frozen=True)

@@ -13,8 +13,8 @@ import numpy as np
 import pandas as pd
 
 from featurestore import FeatureStore
-from featurestore.caching.plan import human_bytes
 from featurestore.errors import FeatureStoreError
+from featurestore.text import human_bytes
 from heads.evaluate import paired_test
 from heads.models import BUILDERS, build_head
 from heads.runs import (

@@ -14,7 +14,8 @@ import torch
 import torch.nn.functional as F
 from torch import nn
 
-from featurestore.errors import FeatureStoreError, near_matches
+from featurestore.errors import FeatureStoreError
+from featurestore.text import near_matches
 from heads.banded import convolve
 
 DROPOUT = 0.5  # after the bridge and inside the fc block, as published

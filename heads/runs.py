@@ -8,8 +8,6 @@ there while it is not.
 import hashlib
 import importlib.metadata
 import json
-import os
-import re
 import time
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
@@ -24,19 +22,12 @@ from filelock import FileLock, Timeout
 
 from featurestore import FeatureStore
 from featurestore.errors import FeatureStoreError
+from featurestore.files import write_atomically
+from featurestore.intervals import accuracy
 from featurestore.store.reader import Source
+from featurestore.text import natural_order
 from heads.checkpoints import save_head
-from heads.evaluate import (
-    CHANCE,
-    Ceiling,
-    accuracy,
-    accuracy_by,
-    audit_order,
-    evaluate,
-    noise_ceiling,
-    normalised,
-    predictions,
-)
+from heads.evaluate import CHANCE, Ceiling, accuracy_by, audit_order, evaluate, noise_ceiling, normalised, predictions
 from heads.features import Features
 from heads.models import Head, draw_head
 from heads.splits import PARTS, Split
@@ -110,7 +101,7 @@ def items_hash(source: Source, items: np.ndarray) -> str:
 def identity_task(store: FeatureStore, source: Source, items: np.ndarray, split: Split) -> Task:
     """Which face is it: one item, and its face. FeatureStoreError if a tested face has no view to train on."""
     table = source.keys[items].to_frame(index=False)
-    classes = sorted(set(table["face_id"]), key=_natural)
+    classes = sorted(set(table["face_id"]), key=natural_order)
     labels = pd.Index(classes).get_indexer(table["face_id"])
     untrained = set(labels[split.part > 0]) - set(labels[split.part == 0])
     if untrained:
@@ -128,11 +119,6 @@ def identity_task(store: FeatureStore, source: Source, items: np.ndarray, split:
         photographs=_photographs(store, (source.name,), items),
         classes=tuple(classes),
     )
-
-
-def _natural(name: str) -> list[tuple[int, str]]:
-    """Sorts face-2 before face-10."""
-    return [(int(part), "") if part.isdecimal() else (-1, part) for part in re.split(r"(\d+)", name)]
 
 
 def _photographs(store: FeatureStore, sources: tuple[str, ...], items: np.ndarray) -> str:
@@ -316,10 +302,8 @@ def write_csv(path: Path, table: pd.DataFrame) -> None:
 
 
 def _write(path: Path, text: str) -> None:
-    partial = path.with_name(f"{path.name}.{os.getpid()}.partial")
     try:
-        partial.write_text(text, "utf-8")
-        partial.replace(path)
+        write_atomically(path, text)
     except OSError as error:
         raise FeatureStoreError(
             f"{path} could not be written: {error}. If the disk is full, free some space and run the same command again: "

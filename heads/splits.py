@@ -6,14 +6,15 @@ so every layer, every head and every training seed sees the same test set.
 
 import hashlib
 import json
-import os
 from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
 
 import numpy as np
 
-from featurestore.errors import FeatureStoreError, listing
+from featurestore.errors import FeatureStoreError
+from featurestore.files import write_atomically
+from featurestore.text import listing
 from heads.trials import FACES, VIEWS, Trials
 
 PARTS = ("train", "validation", "test")
@@ -52,7 +53,6 @@ class Split:
         path = folder / f"{self.name}.json"
         if path.exists():
             return path
-        folder.mkdir(parents=True, exist_ok=True)
         document = {
             "format": _FORMAT,
             "format_version": 1,
@@ -65,9 +65,7 @@ class Split:
             "left_out": int((self.part < 0).sum()),
             "n": len(self.part),
         }
-        partial = path.with_name(f"{path.name}.{os.getpid()}.partial")
-        partial.write_text(json.dumps(document) + "\n", "utf-8")
-        partial.replace(path)
+        write_atomically(path, json.dumps(document) + "\n")
         return path
 
     @classmethod

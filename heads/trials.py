@@ -13,8 +13,9 @@ from pathlib import Path
 import numpy as np
 import pandas as pd
 
-from featurestore.errors import FeatureStoreError, listing, near_matches
+from featurestore.errors import FeatureStoreError
 from featurestore.store.reader import FeatureStore, Source
+from featurestore.text import listing, near_matches
 
 FACES = ("face_1", "face_2", "face_3")
 VIEWS = ("view_1", "view_2", "view_3")

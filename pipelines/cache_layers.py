@@ -237,10 +237,10 @@ def _plan(job: "Job") -> "Plan":
 
 
 def _list_layers(backbone: str, recipe: str | None) -> None:
-    from featurestore.caching.plan import human_bytes
     from featurestore.networks.registry import get_backbone
     from featurestore.networks.tracing import layer_shapes, settle
     from featurestore.photos.recipes import get_recipe
+    from featurestore.text import human_bytes
 
     spec = get_backbone(backbone)
     chosen = get_recipe(recipe) if recipe else spec.own_recipe()
@@ -256,7 +256,7 @@ def _list_layers(backbone: str, recipe: str | None) -> None:
 
 
 def _report(plan: "Plan", summary: "Summary") -> None:
-    from featurestore.caching.plan import human_bytes
+    from featurestore.text import human_bytes
 
     rate = summary.computed / summary.seconds if summary.seconds else 0.0
     state = "Stopped" if summary.interrupted else "Done"

@@ -309,7 +309,7 @@ def _request(
         trials = str(DEMO_TRIALS)
     if precision == "tf32" and device == "cpu":
         raise click.UsageError("--precision tf32 is a GPU's; on the CPU choose fp32 or bf16.")
-    from featurestore.caching.job import choose_device
+    from featurestore.devices import choose_device
     from heads.grid import Request
     from heads.train import Settings
     from heads.trials import Sessions
@@ -357,7 +357,7 @@ def _plan(grid: "Grid", jobs: int) -> str:
     lines.append(f"  runs      {grid.runs}, {grid.finished} of them finished before; {jobs} at a time; into {grid.out}")
     for name, parameters in grid.parameters.items():
         lines.append(f"            {name:<24} {parameters:>13,} parameters")
-    from featurestore.caching.plan import human_bytes
+    from featurestore.text import human_bytes
 
     lines.append(
         f"  memory    about {human_bytes(grid.memory(jobs))} for weights, gradients and Adam's moments; "

@@ -80,7 +80,7 @@ def _verify(
     device: str,
 ) -> bool:
     from featurestore.caching import verify
-    from featurestore.caching.job import choose_device
+    from featurestore.devices import choose_device
     from featurestore.errors import FeatureStoreError
 
     click.echo(f"{source.name}: {source.n_items} items, layers {', '.join(source.layers) or 'none'}")

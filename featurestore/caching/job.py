@@ -1,10 +1,6 @@
 """What a pass was asked for, checked: names, weights, device, and the source they make."""
 
-import importlib.metadata
 import json
-import platform
-from collections.abc import Callable
-from contextlib import suppress
 from dataclasses import dataclass, replace
 from hashlib import sha256
 from pathlib import Path
@@ -13,15 +9,15 @@ from typing import Any, Literal
 import torch
 
 from featurestore.checkpoints.weights import Weights, open_weights
+from featurestore.devices import choose_device
 from featurestore.errors import FeatureStoreError
 from featurestore.networks.registry import BackboneSpec, get_backbone
 from featurestore.networks.tracing import graph_digest, layer_shapes, refuse_absent, settle
 from featurestore.photos.keys import FoundFaces
 from featurestore.photos.recipes import BOX_MARGIN, Recipe, get_recipe
+from featurestore.versions import library_versions
 
-PRECISIONS = {"fp32": torch.float32, "bf16": torch.bfloat16, "fp16": torch.float16}
 BATCH_SIZE = {"cpu": 16, "cuda": 64, "mps": 32}
-_RECORDED = ("torch", "torchvision", "numpy", "pillow", "opencv-python-headless", "face-featurestore")
 
 
 @dataclass(frozen=True)
@@ -94,15 +90,6 @@ class Job:
         }
 
 
-def library_versions() -> dict[str, str]:
-    """Versions of what the numbers depend on."""
-    versions = {"python": platform.python_version()}
-    for name in _RECORDED:
-        with suppress(importlib.metadata.PackageNotFoundError):
-            versions[name] = importlib.metadata.version(name)
-    return versions
-
-
 def prepare(request: Request) -> Job:
     """Check names, weights, device and recipe. Raises FeatureStoreError before anything is read or written twice."""
     spec = get_backbone(request.backbone)
@@ -125,19 +112,3 @@ def prepare(request: Request) -> Job:
     refuse_absent(spec, layers, weights)
     graph = graph_digest(spec) if spec.imported else ""
     return Job(request, spec, layers, recipe, weights, device, layer_shapes(spec, layers), graph)
-
-
-def choose_device(name: str) -> torch.device:
-    """``auto`` takes CUDA, then MPS, then the CPU; a device asked for by name has to be there."""
-    there: dict[str, Callable[[], bool]] = {
-        "cuda": torch.cuda.is_available,
-        "mps": torch.backends.mps.is_available,
-        "cpu": lambda: True,
-    }
-    if name == "auto":
-        name = next(kind for kind, available in there.items() if available())
-    elif not there[name]():
-        built = torch.version.cuda if name == "cuda" else torch.backends.mps.is_built()
-        why = "no such device answers" if built else f"this torch {torch.__version__} was built without it"
-        raise FeatureStoreError(f"--device {name}: {why}. Use --device cpu, or auto to take what there is.")
-    return torch.device(name)

@@ -8,30 +8,23 @@ from typing import Any
 import numpy as np
 import pandas as pd
 
-from featurestore.caching.job import Job, Request, library_versions
-from featurestore.errors import FeatureStoreError, listing
+from featurestore.caching.job import Job, Request
+from featurestore.errors import FeatureStoreError
 from featurestore.files import sha256_of
-from featurestore.photos.keys import BOX
+from featurestore.keys import BOX, KEY
 from featurestore.photos.loading import Failure, Photo
 from featurestore.photos.recipes import decode
 from featurestore.store.reader import FeatureStore, Source
 from featurestore.store.rows import present_rows
 from featurestore.store.shards import DamagedShard, index_bytes, thread_pool
 from featurestore.store.writer import free_bytes, refuse_other_folder
-from featurestore.store.zarr_format import DTYPES, KEY, METADATA, Layer
+from featurestore.store.zarr_format import DTYPES, METADATA, Layer
+from featurestore.text import human_bytes, listing
+from featurestore.versions import library_versions
 
 ITEMS_PER_SHARD = 256
 
 Progress = Callable[[int], Any]
-
-
-def human_bytes(n: float) -> str:
-    """``98.0 KiB``: three digits and a binary unit."""
-    for unit in ("B", "KiB", "MiB", "GiB"):
-        if n < 1024:
-            return f"{n:.0f} {unit}" if unit == "B" or n >= 100 else f"{n:.1f} {unit}"
-        n /= 1024
-    return f"{n:.1f} TiB"
 
 
 @dataclass(frozen=True)
@@ -295,7 +288,7 @@ def _changed(
 
 def _moved(old: pd.DataFrame, found: pd.DataFrame) -> np.ndarray:
     """bool per item: whether the box that its rows were computed from is another one now."""
-    return (old.reindex(columns=BOX).to_numpy(np.float64) != found[BOX].to_numpy(np.float64)).any(axis=1)
+    return (old.reindex(columns=list(BOX)).to_numpy(np.float64) != found[list(BOX)].to_numpy(np.float64)).any(axis=1)
 
 
 def _sha256_or_none(path: str) -> str | None:

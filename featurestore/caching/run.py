@@ -8,9 +8,8 @@ between them, so memory is bounded by the batch and not by the store.
 import os
 import time
 from collections import deque
-from collections.abc import Callable, Iterator, Mapping
+from collections.abc import Callable, Mapping
 from concurrent.futures import Future, ThreadPoolExecutor
-from contextlib import contextmanager
 from dataclasses import dataclass, field
 from typing import Any
 
@@ -18,16 +17,16 @@ import numpy as np
 import pandas as pd
 import torch
 
-from featurestore.caching.job import PRECISIONS, Job
+from featurestore.caching.job import Job
 from featurestore.caching.plan import LayerPlan, Plan, Progress
+from featurestore.devices import PRECISIONS, reproducible
 from featurestore.errors import FeatureStoreError
+from featurestore.keys import BOX, KEY
 from featurestore.networks.tracing import load_extractor
-from featurestore.photos.keys import BOX
 from featurestore.photos.loading import Batch, Failure, Photo, batches, box_of
 from featurestore.photos.recipes import Box, Recipe
 from featurestore.store.shards import ShardWriter
 from featurestore.store.writer import SourceWriter
-from featurestore.store.zarr_format import KEY
 
 _WAITING = 2  # batches between the network and the disk
 _PUBLISH_SHARE = 0.05  # of the time, at most, goes into showing readers new items
@@ -123,7 +122,7 @@ def _photos_to_append(job: Job, planned: Plan) -> list[Photo]:
 def _boxes(job: Job, table: pd.DataFrame) -> list[Box | None]:
     if job.recipe.box_margin is None:
         return [None] * len(table)
-    return [box_of(item) for item in table[BOX].to_dict("records")]
+    return [box_of(item) for item in table[list(BOX)].to_dict("records")]
 
 
 def _stage(
@@ -217,18 +216,6 @@ def _to_host(values: torch.Tensor) -> torch.Tensor:
     if values.device.type != "cuda":
         return values.cpu()
     return torch.empty(values.shape, dtype=values.dtype, pin_memory=True).copy_(values, non_blocking=True)
-
-
-@contextmanager
-def reproducible() -> Iterator[None]:
-    """fp32 means fp32 (no TF32), and the same images give the same bits on the same GPU; settings are restored."""
-    cudnn, matmul = torch.backends.cudnn, torch.backends.cuda.matmul
-    before = cudnn.allow_tf32, cudnn.deterministic, cudnn.benchmark, matmul.allow_tf32
-    cudnn.allow_tf32, cudnn.deterministic, cudnn.benchmark, matmul.allow_tf32 = False, True, False, False
-    try:
-        yield
-    finally:
-        cudnn.allow_tf32, cudnn.deterministic, cudnn.benchmark, matmul.allow_tf32 = before
 
 
 class _Sink:

@@ -11,13 +11,15 @@ import numpy as np
 import torch
 
 from featurestore.caching import run as cache
-from featurestore.caching.job import PRECISIONS, Job, Request, choose_device
+from featurestore.caching.job import Job, Request
 from featurestore.caching.plan import LayerPlan, Plan
 from featurestore.checkpoints.weights import BUILT, BUILT_BY, Weights, open_weights
-from featurestore.errors import FeatureStoreError, listing
+from featurestore.devices import PRECISIONS, choose_device, reproducible
+from featurestore.errors import FeatureStoreError
+from featurestore.keys import KEY
 from featurestore.networks.registry import BackboneSpec, get_backbone, known_backbone
 from featurestore.networks.tracing import graph_digest, layer_shapes, load_extractor, settle
-from featurestore.photos.keys import KEY, FoundFaces
+from featurestore.photos.keys import FoundFaces
 from featurestore.photos.loading import Photo, batches, box_of
 from featurestore.photos.recipes import Recipe, recipe_from_dict
 from featurestore.store.reader import FeatureStore, Source
@@ -25,6 +27,7 @@ from featurestore.store.rows import open_shard
 from featurestore.store.shards import CRC_BYTES, DamagedShard, thread_pool
 from featurestore.store.writer import free_bytes
 from featurestore.store.zarr_format import Layer
+from featurestore.text import listing
 
 # max|difference| / max|expected| between two runs of the same network: batch size and machine move the last digits.
 TOLERANCE = {"fp32": 1e-4, "bf16": 5e-2, "fp16": 1e-2}
@@ -256,7 +259,7 @@ def recompute_some(source: Source, weights: Weights, device: torch.device, repor
         failures=failures,
     )
     dtypes = {name: source.layers[name].dtype for name in layers}
-    with cache.reproducible():
+    with reproducible():
         for batch in stream:
             outputs = cache.compute(network, recipe, batch.pixels, device, PRECISIONS[precision], dtypes)
             outputs.wait()

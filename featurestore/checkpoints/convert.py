@@ -1,18 +1,18 @@
 """Any checkpoint of a known network, written as safetensors that says where it comes from."""
 
 import json
-import os
 from pathlib import Path
 
 import torch
 from safetensors import SafetensorError
 from safetensors.torch import save_file
 
-from featurestore.caching.job import library_versions
 from featurestore.checkpoints.formats.base import open_tensors
 from featurestore.checkpoints.weights import Weights, best_fit, looks_like, open_weights
 from featurestore.errors import FeatureStoreError
+from featurestore.files import replacing
 from featurestore.networks.registry import BACKBONES, BackboneSpec
+from featurestore.versions import library_versions
 
 
 def recognise(path: Path) -> list[str]:
@@ -58,14 +58,9 @@ def convert(path: Path, spec: BackboneSpec, out: Path, overwrite: bool = False) 
     tensors = {
         key: value.clone(memory_format=torch.contiguous_format) for key, value in weights.read(weights.keys).items()
     }
-    partial = out.with_name(out.name + ".partial")
     try:
-        out.parent.mkdir(parents=True, exist_ok=True)
-        save_file(tensors, partial, metadata)
-        os.replace(partial, out)
-    except BaseException as error:
-        partial.unlink(missing_ok=True)
-        if isinstance(error, (SafetensorError, OSError)):
-            raise FeatureStoreError(f"{out} cannot be written: {error}") from None
-        raise
+        with replacing(out) as partial:
+            save_file(tensors, partial, metadata)
+    except (SafetensorError, OSError) as error:
+        raise FeatureStoreError(f"{out} cannot be written: {error}") from None
     return weights

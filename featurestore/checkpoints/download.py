@@ -15,13 +15,13 @@ from typing import Any
 
 from filelock import FileLock
 
-from featurestore.errors import FeatureStoreError, near_matches
-from featurestore.files import sha256_of
+from featurestore.errors import FeatureStoreError
+from featurestore.files import PARTIAL, replacing, sha256_of
 from featurestore.networks.registry import BackboneSpec, PublishedFile
+from featurestore.text import near_matches
 
 _BLOCK = 1 << 20
 _TIMEOUT = 30.0  # seconds without a byte
-_PARTIAL = ".partial"
 
 Progress = Callable[[int, int | None], Any]
 
@@ -67,7 +67,7 @@ def fetch(published: PublishedFile, folder: Path, progress: Progress = lambda do
         if wanted.exists():
             return wanted
         if not archive.exists():
-            partial = archive.with_name(archive.name + _PARTIAL)
+            partial = archive.with_name(archive.name + PARTIAL)
             _download(published.url, partial, progress)
             _check(partial, published)
             os.replace(partial, archive)
@@ -163,7 +163,6 @@ def _check(path: Path, published: PublishedFile) -> None:
 
 def _unpack(archive: Path, member: str, wanted: Path) -> None:
     """One file out of an archive; nothing else is written, whatever names are in it."""
-    partial = wanted.with_name(wanted.name + _PARTIAL)
     try:
         with gzip.open(archive) as whole:  # to its end, where its checksum stands
             while whole.read(_BLOCK):
@@ -173,9 +172,8 @@ def _unpack(archive: Path, member: str, wanted: Path) -> None:
             content = packed.extractfile(found) if found else None
             if content is None:
                 raise FeatureStoreError(f"{archive} has no {member} in it. Remove it and download it again.")
-            with content, partial.open("wb") as file:
+            with content, replacing(wanted) as partial, partial.open("wb") as file:
                 shutil.copyfileobj(content, file, _BLOCK)
     except (tarfile.TarError, EOFError, OSError, zlib.error) as error:
         raise FeatureStoreError(f"{archive} cannot be unpacked: {error}. Remove it and download it again.") from None
-    os.replace(partial, wanted)
     archive.unlink()

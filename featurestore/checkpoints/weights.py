@@ -17,9 +17,10 @@ import torch
 
 from featurestore.checkpoints.formats.base import TensorFile, open_tensors
 from featurestore.checkpoints.layouts import Reading, readings
-from featurestore.errors import FeatureStoreError, listing
+from featurestore.errors import FeatureStoreError
 from featurestore.files import sha256_of
 from featurestore.networks.registry import BACKBONES, TORCHVISION, BackboneSpec, Shapes, get_backbone
+from featurestore.text import listing
 
 _DRAW = 1 << 22  # values drawn at a time, to bound the float64 scratch
 _COUNTER = "num_batches_tracked"  # kept by batch norm, used by nobody in eval mode, and left out of some files

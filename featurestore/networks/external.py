@@ -11,11 +11,12 @@ import torchvision
 from torch import nn
 from torchvision.models import WeightsEnum, get_model, get_model_weights, list_models
 
-from featurestore.errors import FeatureStoreError, near_matches
+from featurestore.errors import FeatureStoreError
+from featurestore.files import safe_name
 from featurestore.networks.registry import TORCHVISION, BackboneSpec, PublishedFile
 from featurestore.networks.tracing import module_paths
 from featurestore.photos.recipes import Recipe
-from featurestore.store.zarr_format import safe_name
+from featurestore.text import near_matches
 
 
 def in_torchvision(name: str) -> bool:
@@ -29,7 +30,8 @@ def torchvision_backbone(full: str) -> BackboneSpec:
     names = list_models(module=torchvision.models)  # those that classify; detectors give no single tensor
     if name not in names:
         raise FeatureStoreError(
-            f"torchvision {torchvision.__version__} has no classifier {name!r}. {_near(name, names)}"
+            f"torchvision {torchvision.__version__} has no classifier {name!r}. "
+            + near_matches(name, names, "They are listed in its documentation, such as torchvision:convnext_tiny.")
         )
     entries = get_model_weights(name)
     if chosen and chosen not in entries.__members__:
@@ -48,13 +50,6 @@ def torchvision_backbone(full: str) -> BackboneSpec:
 
 def _file(entry: WeightsEnum) -> PublishedFile:
     return PublishedFile(entry.url, sha256=Path(entry.url).stem.rpartition("-")[2])  # its first digits end the name
-
-
-def _near(name: str, names: list[str]) -> str:
-    near = near_matches(name, names)
-    return (
-        near if near.startswith("Did") else "They are listed in its documentation, such as torchvision:convnext_tiny."
-    )
 
 
 def _as_published(name: str, entry: WeightsEnum) -> dict[str, Any]:

@@ -4,7 +4,7 @@ from collections.abc import Callable, Iterable
 from dataclasses import dataclass, field, replace
 from typing import TYPE_CHECKING
 
-from featurestore.errors import FeatureStoreError, near_matches
+from featurestore.errors import FeatureStoreError
 from featurestore.networks.layer_names import (
     INCEPTION_RESNET_V1_LAYERS,
     INCEPTION_RESNET_V1_SAME,
@@ -15,6 +15,7 @@ from featurestore.networks.layer_names import (
     VGGFACE_SAME,
     Same,
 )
+from featurestore.text import near_matches
 
 if TYPE_CHECKING:
     from torch import nn
@@ -126,8 +127,7 @@ class BackboneSpec:
 
 def _near_layers(name: str, layers: list[str]) -> str:
     """The layers closest to a name, or the network's last ones, which are asked for most."""
-    near = near_matches(name, layers)
-    return near if near.startswith("Did") else f"The last of its {len(layers)} are {', '.join(layers[-6:])}."
+    return near_matches(name, layers, f"The last of its {len(layers)} are {', '.join(layers[-6:])}.")
 
 
 def _build_vggface() -> "nn.Module":

@@ -17,8 +17,9 @@ from torch import fx, nn
 
 from featurestore.caching.capture_check import prove
 from featurestore.checkpoints.weights import Weights, bytes_of
-from featurestore.errors import FeatureStoreError, listing
+from featurestore.errors import FeatureStoreError
 from featurestore.networks.registry import BackboneSpec
+from featurestore.text import listing
 
 _FRESH = (nn.Conv2d, nn.Linear, nn.BatchNorm1d, nn.BatchNorm2d)  # modules whose output is always a new tensor
 _IN_PLACE_OPERATORS = {

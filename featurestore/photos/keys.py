@@ -13,11 +13,11 @@ from pathlib import Path
 import numpy as np
 import pandas as pd
 
-from featurestore.errors import FeatureStoreError, listing, near_matches
+from featurestore.errors import FeatureStoreError
+from featurestore.keys import BOX, KEY
+from featurestore.text import listing, natural_order, near_matches
 
 IMAGE_SUFFIXES = frozenset({".png", ".jpg", ".jpeg", ".pgm", ".ppm", ".bmp", ".tif", ".tiff", ".webp"})
-KEY = ["face_id", "view"]
-BOX = ["box_x", "box_y", "box_w", "box_h"]  # where the face is: left, top, width, height in pixels
 _ENDINGS = re.compile(rf"({'|'.join(map(re.escape, sorted(IMAGE_SUFFIXES)))})$", re.IGNORECASE)
 _BOX_FILE = ["NAME_ID", "X", "Y", "W", "H"]  # VGGFace2's loose_bb_*.csv
 RESERVED = re.compile(r"item|image_sha256|zarr\.json|.*\.partial|(channel|y|x|feature|token)_[0-9]+")
@@ -45,12 +45,6 @@ class FoundFaces:
     boxed: bool = False
 
 
-def natural(text: str) -> tuple:
-    """Sort key under which ``"2" < "10"`` and ``"view9" < "view10"``."""
-    parts = re.split(r"([0-9]+)", text)
-    return tuple(int(part) if i % 2 else part for i, part in enumerate(parts)), text
-
-
 def find_faces(images: str | os.PathLike, pattern: str | None = None) -> FoundFaces:
     """Key every photograph of a folder, or of a CSV with ``face_id, view, path`` columns.
 
@@ -69,7 +63,8 @@ def find_faces(images: str | os.PathLike, pattern: str | None = None) -> FoundFa
         found = _scan(root, pattern)
     _refuse_duplicates(found.table)
     keys = [
-        (natural(face), natural(view)) for face, view in zip(found.table["face_id"], found.table["view"], strict=True)
+        (natural_order(face), natural_order(view))
+        for face, view in zip(found.table["face_id"], found.table["view"], strict=True)
     ]
     order = sorted(range(len(keys)), key=keys.__getitem__)
     return FoundFaces(found.table.iloc[order].reset_index(drop=True), found.layout, found.left_out)
@@ -242,7 +237,7 @@ def _read_boxes(path: Path) -> pd.DataFrame:
     names = table["NAME_ID"].str.strip().str.replace(_ENDINGS, "", regex=True)
     if names.duplicated().any():
         raise FeatureStoreError(f"{path} has two boxes for {names[names.duplicated()].iloc[0]}. Remove one.")
-    return pd.DataFrame(values, columns=BOX, index=names)
+    return pd.DataFrame(values, columns=list(BOX), index=names)
 
 
 def _check_lines(path: Path) -> None:
@@ -258,7 +253,7 @@ def _check_lines(path: Path) -> None:
 def _refuse_duplicates(table: pd.DataFrame) -> None:
     twice = table[table.duplicated(KEY, keep=False)]
     if len(twice):
-        face, view = twice.iloc[0][KEY]
+        face, view = twice.iloc[0][list(KEY)]
         same = twice[(twice["face_id"] == face) & (twice["view"] == view)]["path"]
         raise FeatureStoreError(
             f"two files for one key: face {face!r}, view {view!r} is {listing(same, 3)} "

@@ -13,7 +13,7 @@ import numpy as np
 import torch
 
 from featurestore.errors import FeatureStoreError
-from featurestore.photos.keys import BOX
+from featurestore.keys import BOX
 from featurestore.photos.recipes import Box, ImageError, Recipe, decode
 
 

@@ -17,7 +17,8 @@ import cv2
 import numpy as np
 from PIL import Image, ImageOps
 
-from featurestore.errors import FeatureStoreError, near_matches
+from featurestore.errors import FeatureStoreError
+from featurestore.text import near_matches
 
 if TYPE_CHECKING:
     import torch

@@ -6,11 +6,12 @@ from collections.abc import Iterable
 import numpy as np
 import pandas as pd
 import torch
-from scipy.stats import binomtest
 
-from featurestore.errors import FeatureStoreError, listing
+from featurestore.errors import FeatureStoreError
+from featurestore.intervals import accuracy
 from featurestore.store.reader import FeatureStore, Source
 from featurestore.store.rows import Rows
+from featurestore.text import listing
 
 _COLUMNS = ["source", "backbone", "weights", "layer", "accuracy", "low", "high", "chance", "probes", "gallery"]
 _BLOCK_BYTES = 1 << 25  # of rows held at once, on each side
@@ -75,12 +76,11 @@ def _row(source: Source, layer: str, probes: np.ndarray, gallery: np.ndarray) ->
     attributes = (source.name, source.attributes["backbone"], source.attributes.get("weights_name", ""), layer)
     if not len(probes):
         return (*attributes, *[np.nan] * 4, 0, len(gallery))
-    right = int((faces[nearest(rows, probes, gallery)] == faces[probes]).sum())
-    interval = binomtest(right, len(probes)).proportion_ci(method="wilson")
+    score = accuracy(faces[nearest(rows, probes, gallery)] == faces[probes])
     _, place, counts = np.unique(faces[gallery], return_inverse=True, return_counts=True)
     share = dict(zip(faces[gallery], counts[place] / len(gallery), strict=True))
     chance = float(np.mean([share[face] for face in faces[probes]]))
-    return (*attributes, right / len(probes), interval.low, interval.high, chance, len(probes), len(gallery))
+    return (*attributes, score.value, score.low, score.high, chance, len(probes), len(gallery))
 
 
 def nearest(rows: Rows, probes: np.ndarray, gallery: np.ndarray) -> np.ndarray:

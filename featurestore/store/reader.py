@@ -16,19 +16,11 @@ from typing import TYPE_CHECKING, Any, TypeAlias
 import numpy as np
 import pandas as pd
 
-from featurestore.errors import FeatureStoreError, listing, near_matches
-from featurestore.store.zarr_format import (
-    KEY,
-    METADATA,
-    Layer,
-    claims_to_be_layer,
-    is_coordinate,
-    parse_layer,
-    read_coordinate,
-    read_document,
-    safe_name,
-    source_names,
-)
+from featurestore.errors import FeatureStoreError
+from featurestore.text import listing, near_matches
+from featurestore.keys import KEY
+from featurestore.store.zarr_format import METADATA, Layer, claims_to_be_layer, is_coordinate, parse_layer, read_coordinate, read_document, source_names
+from featurestore.files import safe_name
 
 if TYPE_CHECKING:
     import dask.array as da

@@ -22,11 +22,11 @@ from crc32c import crc32c
 from numcodecs import Blosc, Zstd, blosc
 
 from featurestore.errors import FeatureStoreError
+from featurestore.files import PARTIAL
 
 Compress = Literal["none", "zstd", "blosc"]
 COMPRESS: tuple[Compress, ...] = ("none", "zstd", "blosc")
 CRC_BYTES = 4
-PARTIAL = ".partial"  # ending of a shard that is being written; readers never open it
 
 _ABSENT = np.uint64(2**64 - 1)
 _BUFFERS_PER_WRITE = 512  # under IOV_MAX, which is 1024 on Linux and macOS

@@ -21,24 +21,12 @@ from filelock import FileLock, Timeout
 
 from featurestore.errors import FeatureStoreError
 from featurestore.store.rows import open_shard
-from featurestore.store.shards import PARTIAL, DamagedShard, ShardWriter
+from featurestore.files import PARTIAL
+from featurestore.store.shards import DamagedShard, ShardWriter
 from featurestore.store.reader import Source
-from featurestore.store.zarr_format import (
-    COORDINATE_CHUNK,
-    KEY,
-    METADATA,
-    Layer,
-    coordinate_chunk,
-    coordinate_kind,
-    coordinate_metadata,
-    encode_coordinate,
-    read_document,
-    root_document,
-    source_document,
-    source_names,
-    write_atomically,
-    write_json,
-)
+from featurestore.store.zarr_format import COORDINATE_CHUNK, METADATA, Layer, coordinate_chunk, coordinate_kind, coordinate_metadata, encode_coordinate, read_document, root_document, source_document, source_names, write_json
+from featurestore.keys import KEY
+from featurestore.files import write_atomically
 
 
 @contextmanager
@@ -88,7 +76,7 @@ def refuse_other_folder(store: Path) -> None:
     """FeatureStoreError if ``store`` is something else than a store or a place for one."""
     if (store / METADATA).exists() or not os.path.lexists(store):
         return
-    if not store.is_dir() or any(path.name != METADATA + PARTIAL for path in store.iterdir()):
+    if not store.is_dir() or any(not (path.name.startswith(METADATA) and path.name.endswith(PARTIAL)) for path in store.iterdir()):
         what = "a folder with other things in it" if store.is_dir() else "a file"
         raise FeatureStoreError(f"{store} is {what}, not a store. Choose another --store.")
 
@@ -111,6 +99,7 @@ class SourceWriter:
             read_document(store)
         else:
             write_json(store / METADATA, root_document({}))
+        self._drop_partial_files()
         if (self.folder / METADATA).exists():
             source = Source(store, name)
             self.attributes = source.attributes
@@ -202,14 +191,16 @@ class SourceWriter:
             part = values[chunk * COORDINATE_CHUNK : (chunk + 1) * COORDINATE_CHUNK]
             write_atomically(coordinate_chunk(self.folder / name, kind, chunk), encode_coordinate(part, kind))
 
-    def _drop_unregistered(self) -> None:
-        """Remove what a killed pass wrote and never published: partial files, and rows of items nobody registered.
-
-        Left in place, such a row would be taken for the row of whichever item is registered at its number next.
-        """
+    def _drop_partial_files(self) -> None:
         for partial in [*self.store.glob("*" + PARTIAL), *self.folder.rglob("*" + PARTIAL)]:
             if partial.is_file():
                 partial.unlink()
+
+    def _drop_unregistered(self) -> None:
+        """Remove the rows that a killed pass wrote and whose items it never registered.
+
+        Left in place, such a row would be taken for the row of whichever item is registered at its number next.
+        """
         for layer in self.layers.values():
             for path in (layer.folder / "c").glob("*"):
                 if path.name.isdecimal() and int(path.name) >= layer.n_shards:

@@ -8,8 +8,6 @@ demo.zarr/vggface-3f0c…/maxp_5_3/c/0/0/0/0   a shard
 
 import json
 import math
-import os
-import re
 from collections.abc import Mapping
 from dataclasses import dataclass
 from pathlib import Path
@@ -20,12 +18,12 @@ from crc32c import crc32c
 from numcodecs import VLenUTF8, Zstd
 
 from featurestore.errors import FeatureStoreError
+from featurestore.files import write_atomically
 from featurestore.store.shards import COMPRESS, CRC_BYTES, RecordFormat
 
 FORMAT = "face-featurestore"
 FORMAT_VERSION = 1
 METADATA = "zarr.json"
-KEY = ("face_id", "view")
 DTYPES = ("float32", "float16")
 
 _DIMENSIONS = {1: ("feature",), 2: ("token", "feature"), 3: ("channel", "y", "x")}  # of one image
@@ -286,22 +284,6 @@ def source_names(store: Path) -> list[str]:
     return names
 
 
-def safe_name(name: str) -> bool:
-    """Whether a name from a file may be used as a folder's name."""
-    return re.fullmatch(r"[\w][\w.+=@ -]*", name) is not None
-
-
-def write_atomically(path: Path, content: bytes) -> None:
-    """Write, flush to disk, rename: a reader sees the old file or the new one."""
-    path.parent.mkdir(parents=True, exist_ok=True)
-    partial = path.with_name(path.name + ".partial")
-    with partial.open("wb") as file:
-        file.write(content)
-        file.flush()
-        os.fsync(file.fileno())
-    os.replace(partial, path)
-
-
 def write_json(path: Path, document: Mapping[str, Any]) -> None:
     """A JSON document, in one step and the same bytes for the same content."""
-    write_atomically(path, json.dumps(document, indent=1, ensure_ascii=False, allow_nan=False).encode("utf-8"))
+    write_atomically(path, json.dumps(document, indent=1, ensure_ascii=False, allow_nan=False))

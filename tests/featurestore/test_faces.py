@@ -7,7 +7,8 @@ from pathlib import Path
 import pytest
 
 from featurestore.errors import FeatureStoreError
-from featurestore.photos.keys import find_faces, natural
+from featurestore.photos.keys import find_faces
+from featurestore.text import natural_order
 
 
 def touch(root: Path, *names: str) -> Path:
@@ -123,7 +124,7 @@ def test_a_bad_csv_says_what_is_wrong_and_where(tmp_path: Path, text: str, messa
 def test_natural_order_is_numeric_inside_text() -> None:
     wanted = ["s1", "s2", "s2a", "s10", "s10b1", "s10b11", "t"]
     shuffled = random.Random(0).sample(wanted, len(wanted))
-    assert sorted(shuffled, key=natural) == wanted
+    assert sorted(shuffled, key=natural_order) == wanted
 
 
 def test_linked_folders_are_entered_once(tmp_path: Path) -> None:

@@ -10,7 +10,7 @@ from click.testing import CliRunner
 
 from featurestore import FeatureStore, FeatureStoreError
 from featurestore.caching import verify
-from featurestore.caching.job import choose_device
+from featurestore.devices import choose_device
 from featurestore.store.writer import SourceWriter, store_lock
 from pipelines.verify_store import main as verify_store
 from tests.conftest import LAYERS, command, run_pass, write_photographs

@@ -10,16 +10,8 @@ import pytest
 import torch
 
 from featurestore import FeatureStore
-from heads.evaluate import (
-    accuracy,
-    accuracy_by,
-    audit_order,
-    by_position,
-    evaluate,
-    noise_ceiling,
-    normalised,
-    paired_test,
-)
+from featurestore.intervals import accuracy
+from heads.evaluate import accuracy_by, audit_order, by_position, evaluate, noise_ceiling, normalised, paired_test
 from heads.features import Features
 from heads.models import draw_head
 from heads.trials import Trials

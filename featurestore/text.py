@@ -1,0 +1,38 @@
+"""How names, numbers and lists read in messages and tables."""
+
+import difflib
+import re
+from collections.abc import Iterable
+
+_MOST_NAMES = 50
+
+
+def listing(things: Iterable[object], most: int = 5) -> str:
+    """The first few of ``things``, comma separated, and how many more there are."""
+    things = list(things)
+    shown = ", ".join(str(thing) for thing in things[:most])
+    return shown if len(things) <= most else f"{shown} and {len(things) - most} more"
+
+
+def near_matches(name: str, known: Iterable[str], otherwise: str = "") -> str:
+    """``"Did you mean a, b?"`` for the names closest to ``name``; if none is close, ``otherwise`` or a list of all."""
+    known = list(known)
+    close = difflib.get_close_matches(name, known, n=3, cutoff=0.6)
+    if close:
+        return f"Did you mean {', '.join(close)}?"
+    return otherwise or f"It is one of: {listing(known, _MOST_NAMES)}."
+
+
+def human_bytes(n: float) -> str:
+    """``98.0 KiB``: three digits and a binary unit."""
+    for unit in ("B", "KiB", "MiB", "GiB"):
+        if n < 1024:
+            return f"{n:.0f} {unit}" if unit == "B" or n >= 100 else f"{n:.1f} {unit}"
+        n /= 1024
+    return f"{n:.1f} TiB"
+
+
+def natural_order(text: str) -> tuple[tuple[int | str, ...], str]:
+    """Sort key under which ``"2" < "10"`` and ``"view9" < "view10"``."""
+    parts = re.split(r"([0-9]+)", text)
+    return tuple(int(part) if i % 2 else part for i, part in enumerate(parts)), text
