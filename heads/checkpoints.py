@@ -199,9 +199,7 @@ def _read_metadata(path: Path) -> dict[str, Any] | None:
 
 
 def _layer_shape(layer: str) -> tuple[int, ...]:
-    from featurestore.networks.tracing import (
-        layer_shapes,  # builds a network without storage; only published files need it
-    )
+    from featurestore.networks.shapes import layer_shapes
 
     backbone = get_backbone("vggface")
     backbone.check_layers([layer])

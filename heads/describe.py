@@ -19,7 +19,7 @@ def layer_table(shapes: Mapping[str, tuple[int, ...]] | None = None) -> pd.DataF
     ``shapes`` by layer, such as ``{name: layer.shape for name, layer in store.layers.items()}``; VGG-Face's without.
     """
     if shapes is None:
-        from featurestore.networks.tracing import layer_shapes  # builds a network, without storage
+        from featurestore.networks.shapes import layer_shapes  # builds a network, without storage
 
         shapes = layer_shapes(get_backbone("vggface"))
     rows = []

@@ -58,7 +58,7 @@ def _complete_layers(ctx: click.Context, param: click.Parameter, incomplete: str
 
 
 def _complete_recipes(ctx: click.Context, param: click.Parameter, incomplete: str) -> list[CompletionItem]:
-    from featurestore.photos.recipes import RECIPES
+    from featurestore.networks.registry import RECIPES
 
     return [CompletionItem(name, help=recipe.note) for name, recipe in RECIPES.items() if name.startswith(incomplete)]
 
@@ -207,7 +207,8 @@ def _request(
             "To try things out without one, ask for random numbers by name: --weights random:0."
         )
     from featurestore.caching.job import Request
-    from featurestore.photos.keys import find_faces, with_boxes
+    from featurestore.photos.boxes import with_boxes
+    from featurestore.photos.keys import find_faces
 
     faces = find_faces(images, pattern)
     return Request(
@@ -237,14 +238,13 @@ def _plan(job: "Job") -> "Plan":
 
 
 def _list_layers(backbone: str, recipe: str | None) -> None:
-    from featurestore.networks.registry import get_backbone
-    from featurestore.networks.tracing import layer_shapes, settle
-    from featurestore.photos.recipes import get_recipe
+    from featurestore.networks.registry import get_backbone, get_recipe
+    from featurestore.networks.shapes import layer_shapes, with_input_size
     from featurestore.text import human_bytes
 
     spec = get_backbone(backbone)
-    chosen = get_recipe(recipe) if recipe else spec.own_recipe()
-    shapes = layer_shapes(settle(spec, chosen.size))
+    chosen = get_recipe(recipe) if recipe else spec.default_recipe()
+    shapes = layer_shapes(with_input_size(spec, chosen.size))
     sizes = {name: 4 * math.prod(shape) for name, shape in shapes.items()}
     width = max(map(len, [*shapes, "layer"]))
     click.echo(f"{'layer':<{width}} {'shape':<14} bytes per image (float32)")

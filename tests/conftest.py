@@ -90,8 +90,8 @@ def small_store(tmp_path_factory: pytest.TempPathFactory) -> Path:
 def small_rows(small_store: Path) -> dict[str, np.ndarray]:
     """The small store's rows, computed anew by a plain loop over the network's modules: no capture, no store."""
     from featurestore.checkpoints.weights import draw
-    from featurestore.networks.registry import get_backbone
-    from featurestore.photos.recipes import RECIPES, decode
+    from featurestore.networks.registry import RECIPES, get_backbone
+    from featurestore.photos.decode import decode
 
     source = FeatureStore.open(small_store).source()
     network = get_backbone("vggface").build().eval()

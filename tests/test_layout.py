@@ -54,7 +54,7 @@ def test_a_list_of_layers_builds_no_weights() -> None:
     """VGG-Face's are 553 MiB; on the meta device they have shapes and nothing else."""
     code = (
         "import torch, resource; from featurestore.networks.registry import get_backbone\n"
-        "from featurestore.networks.tracing import layer_shapes\n"
+        "from featurestore.networks.shapes import layer_shapes\n"
         "peak = lambda: resource.getrusage(resource.RUSAGE_SELF).ru_maxrss\n"
         "layer_shapes(get_backbone('resnet50_ft')); before = peak()\n"
         "layer_shapes(get_backbone('vggface')); print(peak() - before)"

@@ -1,7 +1,7 @@
-"""A network that is not ours, run both ways before it is believed: as it is, and as its layers are captured.
+"""The captured layers of a network that is not ours, checked against forward hooks on two random inputs, at every load.
 
-Capture turns operations in place into new tensors, which is right as long as nobody reads the old tensor again. In the face
-networks here that holds and is tested; in somebody else's it is tried out, at every load, on two made-up pictures.
+Capture turns in-place operations into new tensors, which is right as long as nobody reads the old tensor again. For the face
+networks of this package that is tested; for other people's it is checked here, before anything is stored.
 """
 
 from collections.abc import Mapping
@@ -11,19 +11,19 @@ from torch import nn
 
 from featurestore.checkpoints.weights import Weights
 from featurestore.errors import FeatureStoreError
-from featurestore.networks.registry import BackboneSpec
+from featurestore.networks.spec import BackboneSpec
 
 _SAME = 1e-4  # of the largest value: the same operations on the same pictures
 _ALONE = 1e-2  # a picture alone and among others: libraries sum in another order, and deep networks amplify that
 
 
-def prove(cut: nn.Module, spec: BackboneSpec, paths: Mapping[str, str], weights: Weights) -> None:
+def check_capture(cut: nn.Module, spec: BackboneSpec, paths: Mapping[str, str], weights: Weights) -> None:
     """FeatureStoreError unless ``cut`` gives for each layer what its module gives in the whole network.
 
     Refused are layers that come out differently, that change from one run to the next, that depend on the other pictures of
     a batch, or that have not one row for each picture. ``cut`` is on the CPU, in float32.
     """
-    size = spec.input_size or spec.own_recipe().size
+    size = spec.input_size or spec.default_recipe().size
     images = torch.randn(2, 3, size, size, generator=torch.Generator().manual_seed(0))
     try:
         whole = spec.build().eval().requires_grad_(False)

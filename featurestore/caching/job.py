@@ -8,13 +8,16 @@ from typing import Any, Literal
 
 import torch
 
+from featurestore.caching.extractor import refuse_absent
 from featurestore.checkpoints.weights import Weights, open_weights
 from featurestore.devices import choose_device
 from featurestore.errors import FeatureStoreError
-from featurestore.networks.registry import BackboneSpec, get_backbone
-from featurestore.networks.tracing import graph_digest, layer_shapes, refuse_absent, settle
+from featurestore.networks.digests import graph_digest
+from featurestore.networks.registry import get_backbone, get_recipe
+from featurestore.networks.shapes import layer_shapes, with_input_size
+from featurestore.networks.spec import BackboneSpec
 from featurestore.photos.keys import FoundFaces
-from featurestore.photos.recipes import BOX_MARGIN, Recipe, get_recipe
+from featurestore.photos.recipes import BOX_MARGIN, Recipe
 from featurestore.versions import library_versions
 
 BATCH_SIZE = {"cpu": 16, "cuda": 64, "mps": 32}
@@ -94,17 +97,17 @@ def prepare(request: Request) -> Job:
     """Check names, weights, device and recipe. Raises FeatureStoreError before anything is read or written twice."""
     spec = get_backbone(request.backbone)
     spec.check_layers(request.layers)
-    recipe = get_recipe(request.recipe) if request.recipe else spec.own_recipe()
+    recipe = get_recipe(request.recipe) if request.recipe else spec.default_recipe()
     if spec.input_size not in (None, recipe.size):
         raise FeatureStoreError(
             f"recipe {recipe.name!r} makes {recipe.size}-pixel inputs, {spec.name} takes {spec.input_size}. "
-            f"Its own recipe is {spec.own_recipe().name!r}."
+            f"Its own recipe is {spec.default_recipe().name!r}."
         )
     if request.faces.boxed and recipe.box_margin is None:
         recipe = replace(recipe, box_margin=BOX_MARGIN)
     if recipe.box_margin is not None and not request.faces.boxed:
         raise FeatureStoreError(f"recipe {recipe.name!r} cuts faces out by their boxes. Give them with --boxes FILE.")
-    spec = settle(spec, recipe.size)
+    spec = with_input_size(spec, recipe.size)
     layers = spec.check_layers(request.layers)
     device = choose_device(request.device)
     weights = open_weights(request.weights, spec)

@@ -12,8 +12,8 @@ from featurestore.caching.job import Job, Request
 from featurestore.errors import FeatureStoreError
 from featurestore.files import sha256_of
 from featurestore.keys import BOX, KEY
+from featurestore.photos.decode import decode
 from featurestore.photos.loading import Failure, Photo
-from featurestore.photos.recipes import decode
 from featurestore.store.reader import FeatureStore, Source
 from featurestore.store.rows import present_rows
 from featurestore.store.shards import DamagedShard, index_bytes, thread_pool

@@ -17,14 +17,15 @@ import numpy as np
 import pandas as pd
 import torch
 
+from featurestore.caching.extractor import load_extractor
 from featurestore.caching.job import Job
 from featurestore.caching.plan import LayerPlan, Plan, Progress
 from featurestore.devices import PRECISIONS, reproducible
 from featurestore.errors import FeatureStoreError
-from featurestore.keys import BOX, KEY
-from featurestore.networks.tracing import load_extractor
-from featurestore.photos.loading import Batch, Failure, Photo, batches, box_of
-from featurestore.photos.recipes import Box, Recipe
+from featurestore.keys import BOX, KEY, Box
+from featurestore.photos.boxes import box_of
+from featurestore.photos.loading import Batch, Failure, Photo, batches
+from featurestore.photos.recipes import Recipe
 from featurestore.store.shards import ShardWriter
 from featurestore.store.writer import SourceWriter
 

@@ -11,16 +11,20 @@ import numpy as np
 import torch
 
 from featurestore.caching import run as cache
+from featurestore.caching.extractor import load_extractor
 from featurestore.caching.job import Job, Request
 from featurestore.caching.plan import LayerPlan, Plan
 from featurestore.checkpoints.weights import BUILT, BUILT_BY, Weights, open_weights
 from featurestore.devices import PRECISIONS, choose_device, reproducible
 from featurestore.errors import FeatureStoreError
 from featurestore.keys import KEY
-from featurestore.networks.registry import BackboneSpec, get_backbone, known_backbone
-from featurestore.networks.tracing import graph_digest, layer_shapes, load_extractor, settle
+from featurestore.networks.digests import graph_digest
+from featurestore.networks.registry import get_backbone, known_backbone
+from featurestore.networks.shapes import layer_shapes, with_input_size
+from featurestore.networks.spec import BackboneSpec
+from featurestore.photos.boxes import box_of
 from featurestore.photos.keys import FoundFaces
-from featurestore.photos.loading import Photo, batches, box_of
+from featurestore.photos.loading import Photo, batches
 from featurestore.photos.recipes import Recipe, recipe_from_dict
 from featurestore.store.reader import FeatureStore, Source
 from featurestore.store.rows import open_shard
@@ -103,7 +107,7 @@ def check(source: Source, progress: Callable[[int], object] = lambda n: None) ->
     report.absent = {name: count for name, count in absent.items() if count}
     spec = known_backbone(source.attributes["backbone"])
     repeats = list(_repeats(source, checksums, spec))
-    if spec and spec.same is not None:
+    if spec and spec.equal is not None:
         report.suspicious += repeats
     else:  # which of a stranger's layers are equal by construction, such as a dropout and what it is given, is not known
         report.notes += repeats
@@ -163,7 +167,7 @@ def _repeats(source: Source, checksums: dict[str, np.ndarray], spec: BackboneSpe
     The mark of an in-place operation that overwrote a captured output. Equal checksums are taken for equal rows:
     a chance match of all of them is out of the question for two rows or more.
     """
-    same = spec.same if spec and spec.same else frozenset()
+    same = spec.equal if spec and spec.equal else frozenset()
     for one, other in combinations(source.layers.values(), 2):
         if (one.shape, one.dtype, one.compress) != (other.shape, other.dtype, other.compress):
             continue
@@ -188,7 +192,7 @@ def backbone_of(source: Source, trusted: str | None = None) -> BackboneSpec:
     recipe = recipe_of(source)
     if spec.input_size not in (None, recipe.size):
         raise FeatureStoreError(f"{source.name} says {recipe.size}-pixel inputs, {name} takes {spec.input_size}.")
-    return settle(spec, recipe.size)
+    return with_input_size(spec, recipe.size)
 
 
 def weights_of(source: Source, given: str | None, trusted: str | None = None) -> Weights:

@@ -11,7 +11,8 @@ from featurestore.checkpoints.formats.base import open_tensors
 from featurestore.checkpoints.weights import Weights, best_fit, looks_like, open_weights
 from featurestore.errors import FeatureStoreError
 from featurestore.files import replacing
-from featurestore.networks.registry import BACKBONES, BackboneSpec
+from featurestore.networks.registry import BACKBONES
+from featurestore.networks.spec import BackboneSpec
 from featurestore.versions import library_versions
 
 

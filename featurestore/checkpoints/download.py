@@ -17,7 +17,7 @@ from filelock import FileLock
 
 from featurestore.errors import FeatureStoreError
 from featurestore.files import PARTIAL, replacing, sha256_of
-from featurestore.networks.registry import BackboneSpec, PublishedFile
+from featurestore.networks.spec import BackboneSpec, PublishedFile
 from featurestore.text import near_matches
 
 _BLOCK = 1 << 20

@@ -13,7 +13,7 @@ from functools import partial
 import torch
 
 from featurestore.checkpoints.formats.base import Stored, TensorFile
-from featurestore.networks.layer_names import BLOCKS, LINEAR
+from featurestore.networks.vggface import BLOCKS, LINEAR
 
 Tensors = dict[str, Stored]
 

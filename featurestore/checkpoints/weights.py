@@ -4,7 +4,6 @@ Every weight has its published state-dict key; what a file holds is compared wit
 before anything is computed.
 """
 
-import hashlib
 import math
 import re
 import zlib
@@ -19,12 +18,13 @@ from featurestore.checkpoints.formats.base import TensorFile, open_tensors
 from featurestore.checkpoints.layouts import Reading, readings
 from featurestore.errors import FeatureStoreError
 from featurestore.files import sha256_of
-from featurestore.networks.registry import BACKBONES, TORCHVISION, BackboneSpec, Shapes, get_backbone
+from featurestore.networks.digests import state_digest
+from featurestore.networks.registry import BACKBONES, get_backbone
+from featurestore.networks.spec import TORCHVISION, BackboneSpec, Gains, Shapes
 from featurestore.text import listing
 
 _DRAW = 1 << 22  # values drawn at a time, to bound the float64 scratch
 _COUNTER = "num_batches_tracked"  # kept by batch norm, used by nobody in eval mode, and left out of some files
-Gains = tuple[tuple[str, float], ...]
 BUILT = "built"  # --weights: those that the user's own function gives its network
 BUILT_BY = "built by "  # begins the name of such weights
 _MOST_DIGITS = 18  # of a seed
@@ -96,8 +96,8 @@ def _built(spec: BackboneSpec) -> Weights:
             f"--weights {BUILT} is for networks of your own (my_module:build_model), which bring theirs; {spec.name} does not."
         )
     state = spec.build().state_dict()
-    digest = _digest(state)
-    if _digest(spec.build().state_dict()) != digest:
+    digest = state_digest(state)
+    if state_digest(spec.build().state_dict()) != digest:
         raise FeatureStoreError(
             f"{spec.name} returns other numbers each time it is called, so its rows could never be computed again. Let it load "
             "its weights (or call torch.manual_seed), or give --weights FILE or random:SEED."
@@ -109,19 +109,6 @@ def _built(spec: BackboneSpec) -> Weights:
         lambda keys: {key: _as_used(state[key].detach().cpu()) for key in keys},
         frozenset(state),
     )
-
-
-def _digest(state: Mapping[str, torch.Tensor]) -> str:
-    digest = hashlib.sha256()
-    for key, value in state.items():
-        digest.update(f"{key} {value.dtype} {tuple(value.shape)}\0".encode())
-        digest.update(bytes_of(value))
-    return digest.hexdigest()
-
-
-def bytes_of(value: torch.Tensor) -> bytes:
-    """A tensor's numbers in C order, as they lie in memory."""
-    return value.detach().cpu().contiguous().flatten().view(torch.uint8).numpy().tobytes()
 
 
 def _from_file(path: Path, spec: BackboneSpec) -> Weights:

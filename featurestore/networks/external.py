@@ -13,7 +13,7 @@ from torchvision.models import WeightsEnum, get_model, get_model_weights, list_m
 
 from featurestore.errors import FeatureStoreError
 from featurestore.files import safe_name
-from featurestore.networks.registry import TORCHVISION, BackboneSpec, PublishedFile
+from featurestore.networks.spec import TORCHVISION, BackboneSpec, PublishedFile
 from featurestore.networks.tracing import module_paths
 from featurestore.photos.recipes import Recipe
 from featurestore.text import near_matches
@@ -40,7 +40,7 @@ def torchvision_backbone(full: str) -> BackboneSpec:
     spec = BackboneSpec(
         name=TORCHVISION + name + ("" if entry is entries.DEFAULT else f"@{entry.name}"),
         layers={},
-        recipe=_recipe(name, entry),
+        recipes=(_recipe(name, entry),),
         licence=f"torchvision's {entry}: {entry.meta.get('license') or 'see the terms of the data it was trained on'}.",
         builder=partial(get_model, name, weights=None, **_as_published(name, entry)),
         files={other.name: _file(other) for other in sorted(entries, key=lambda other: other is not entry)},
@@ -109,7 +109,7 @@ def imported_backbone(full: str) -> BackboneSpec:
     spec = BackboneSpec(
         name=full,
         layers={},
-        recipe=None,
+        recipes=(),
         licence="a network of the user's own: see the terms of its weights.",
         builder=partial(_call, full, build),
         imported=True,

@@ -1,7 +1,32 @@
 """Small modules that several networks are built from."""
 
+from collections.abc import Callable
+from typing import TYPE_CHECKING, Any
+
 import torch
 from torch import nn
+
+
+class Block(nn.Module):
+    """Named modules, and the function that passes a tensor through them: ``run(block, x)``.
+
+    A network's file describes it by functions that build such blocks, so that its layers can be listed without torch.
+    """
+
+    def __init__(self, run: Callable[..., Any], **modules: nn.Module) -> None:
+        super().__init__()
+        self.run = run
+        for name, module in modules.items():
+            self.add_module(name, module)
+
+    def forward(self, x: torch.Tensor) -> Any:
+        """One forward pass."""
+        return self.run(self, x)
+
+    if TYPE_CHECKING:
+
+        def __getattr__(self, name: str) -> Callable[..., torch.Tensor]:  # type: ignore[override]
+            """A module by its name."""
 
 
 class L2Normalise(nn.Module):

@@ -1,36 +1,25 @@
-"""Named layers out of one forward pass of a frozen network.
+"""Named layers out of one forward pass of a frozen network, by torch.fx.
 
 The published extractors kept a reference to a convolution's output which the next in-place ReLU then overwrote:
 15 of 38 layers were silently wrong. Here the traced graph decides: an operation works in place only on a tensor
 that nobody else, reader or layer, will look at again.
 """
 
-import hashlib
 import inspect
 import operator
-from collections.abc import Iterable, Mapping
-from dataclasses import replace
+from collections.abc import Iterator, Mapping
 from typing import Any
 
-import torch
 from torch import fx, nn
-
-from featurestore.caching.capture_check import prove
-from featurestore.checkpoints.weights import Weights, bytes_of
-from featurestore.errors import FeatureStoreError
-from featurestore.networks.registry import BackboneSpec
-from featurestore.text import listing
 
 _FRESH = (nn.Conv2d, nn.Linear, nn.BatchNorm1d, nn.BatchNorm2d)  # modules whose output is always a new tensor
 _IN_PLACE_OPERATORS = {
     getattr(operator, f"i{name}"): getattr(operator, name)
     for name in ("add", "sub", "mul", "truediv", "floordiv", "pow", "matmul", "mod")
 }
-_LIBRARIES = ("torch", "torchvision", "_operator", "builtins", "math")
-_IMAGE_DIMENSIONS = (1, 2, 3)  # of a layer that the store can hold: (feature,), (token, feature), (channel, y, x)
 
 
-class _PathTracer(fx.Tracer):
+class PathTracer(fx.Tracer):
     """Notes which graph node holds the output of each module.
 
     torchvision's feature extractor finds outputs by names that it makes unique by counting: asked for
@@ -42,6 +31,7 @@ class _PathTracer(fx.Tracer):
         self.outputs: dict[str, list[fx.Node]] = {}
 
     def call_module(self, m: nn.Module, forward: Any, args: Any, kwargs: Any) -> Any:
+        """As fx.Tracer's, and noted."""
         result = super().call_module(m, forward, args, kwargs)
         if isinstance(result, fx.Proxy):
             self.outputs.setdefault(self.path_of_module(m), []).append(result.node)
@@ -55,7 +45,7 @@ def extractor(network: nn.Module, layers: Mapping[str, str]) -> fx.GraphModule:
     are shared, not copied. Outputs are safe to keep: no later operation writes into them.
     Raises ValueError if a path is not a module that is called exactly once and returns a tensor.
     """
-    tracer = _PathTracer()
+    tracer = PathTracer()
     graph = tracer.trace(network.eval())
     captured = {}
     for name, path in layers.items():
@@ -126,131 +116,14 @@ def _works_in_place(node: fx.Node, name: str) -> ValueError:
 
 def module_paths(network: nn.Module) -> list[str]:
     """Paths of the modules that give one value in one forward pass, in the order they are done."""
-    tracer = _PathTracer()
+    tracer = PathTracer()
     graph = tracer.trace(network.eval())
     order = {node: i for i, node in enumerate(graph.nodes)}
     single = {path: nodes[0] for path, nodes in tracer.outputs.items() if len(nodes) == 1 and path}
     return sorted(single, key=lambda path: (order[single[path]], -path.count(".")))
 
 
-def graph_digest(spec: BackboneSpec) -> str:
-    """sha256 (hex) of what a network does beside its weights: operations, modules' settings, and constants.
-
-    Settings are such as strides. Constants are tensors that its constructor makes and no state dict holds.
-    """
-    network = spec.build_meta().eval()
-    graph = _PathTracer().trace(network)
-    settings = [f"{path} {type(module).__name__} {_settings(module)}" for path, module in network.named_modules()]
-    functions = [_source(node.target) for node in graph.nodes if node.op == "call_function"]
-    digest = hashlib.sha256("\n".join([str(graph), *settings, *functions]).encode())
-    weights = network.state_dict().keys()
-    if any(name not in weights for name in _tensors(extractor(network, spec.layers))):
-        whole = extractor(spec.build(), spec.layers)
-        for name, value in [*whole.named_parameters(), *whole.named_buffers()]:
-            if name not in weights:
-                digest.update(f"\n{name} {value.dtype} {tuple(value.shape)} ".encode() + bytes_of(value))
-    return digest.hexdigest()
-
-
-def _settings(module: nn.Module) -> str:
-    """A module's attributes that are plain values, such as strides, or functions, by name."""
-    plain: dict[str, object] = {}
-    for name, value in sorted(vars(module).items()):
-        if name.startswith("_") or name == "training":  # torch's own book-keeping
-            continue
-        if isinstance(value, (bool, int, float, str, tuple, list, torch.dtype)) or value is None:
-            plain[name] = value
-        elif callable(value) and hasattr(value, "__qualname__"):
-            plain[name] = value.__qualname__
-    return repr(plain)
-
-
-def _source(function: Any) -> str:
-    """The text of a function of the user's own (one that torch.fx was told to call as a whole)."""
-    if (getattr(function, "__module__", None) or "").partition(".")[0] in _LIBRARIES:
-        return ""
-    try:
-        return inspect.getsource(function)
-    except (OSError, TypeError):
-        return ""
-
-
-def layer_shapes(spec: BackboneSpec, layers: Iterable[str] | None = None) -> dict[str, tuple[int, ...]]:
-    """Shape of one image's output at each layer, (channel, y, x) or (feature,), found without computing anything.
-
-    Modules of a network that is not ours and which give no such tensor are left out.
-    """
-    names = list(layers or spec.layers)
-    size = spec.input_size or spec.own_recipe().size
-    cut = extractor(spec.build_meta(), {name: spec.layers[name] for name in names})
-    with torch.inference_mode():
-        outputs = cut(torch.empty(2, 3, size, size, device="meta"))
-    return {name: tuple(outputs[name].shape[1:]) for name in names if _is_layer(outputs[name])}
-
-
-def _is_layer(output: object) -> bool:
-    return (
-        isinstance(output, torch.Tensor)
-        and output.is_floating_point()
-        and output.dim() - 1 in _IMAGE_DIMENSIONS
-        and output.shape[0] == 2  # a row for each of the two images
-    )
-
-
-def settle(spec: BackboneSpec, recipe_size: int) -> BackboneSpec:
-    """The spec with an input size, and with those layers alone that give a tensor of a shape which the store can hold.
-
-    FeatureStoreError if the network does not take pictures of that size.
-    """
-    if spec.input_size is not None:
-        return spec
-    sized = replace(spec, input_size=recipe_size)
-    try:
-        shapes = layer_shapes(sized)
-    except (RuntimeError, AssertionError, ValueError, IndexError, TypeError) as error:
-        reason = next(iter(str(error).splitlines()), type(error).__name__).rstrip(".")
-        raise FeatureStoreError(
-            f"{spec.name} cannot be run on {recipe_size} × {recipe_size} pixels: {reason}. "
-            "If it was trained on another size, give --recipe that one."
-        ) from error
-    if not shapes:
-        raise FeatureStoreError(f"{spec.name} has no module whose output is a tensor with a row for each picture.")
-    return replace(sized, layers={name: spec.layers[name] for name in spec.layers if name in shapes})
-
-
-def refuse_absent(spec: BackboneSpec, layers: Iterable[str], weights: Weights) -> None:
-    """FeatureStoreError if some of ``layers`` need weights that a file which was cut short does not hold."""
-    if not weights.absent:
-        return
-    cuts = {name: extractor(spec.build_meta(), {name: spec.layers[name]}) for name in layers}
-    lacking = [name for name, cut in cuts.items() if weights.absent & set(cut.state_dict())]
-    if lacking:
-        raise FeatureStoreError(
-            f"{weights.name} does not hold all of {spec.name} ({len(weights.absent)} keys are missing at its end), so it "
-            f"cannot give {listing(lacking)}. Ask for earlier layers, or give --weights a file of the whole network."
-        )
-
-
-def load_extractor(
-    spec: BackboneSpec, layers: list[str], weights: Weights, device: torch.device, dtype: torch.dtype
-) -> nn.Module:
-    """The extractor with weights in place, reading only those up to the last layer.
-
-    Channels-last on every device: on CPU it is the faster layout for these convolutions, on GPU the one tensor cores use.
-    """
-    refuse_absent(spec, layers, weights)
-    paths = {name: spec.layers[name] for name in layers}
-    cut = extractor(spec.build_meta(), paths)
-    if any(key not in weights.keys for key in _tensors(cut)):
-        cut = extractor(spec.build(), paths)  # constants that the constructor makes, and no checkpoint holds
-    cut.load_state_dict(
-        weights.read([key for key in cut.state_dict() if key in weights.keys]), strict=False, assign=True
-    )
-    if spec.same is None:  # a network that is not ours
-        prove(cut, spec, paths, weights)
-    return cut.requires_grad_(False).to(device=device, dtype=dtype).to(memory_format=torch.channels_last)
-
-
-def _tensors(network: nn.Module) -> Iterable[str]:
+def tensor_names(network: nn.Module) -> Iterator[str]:
+    """Names of its parameters and buffers, those that no state dict holds included."""
     yield from (name for name, _ in network.named_parameters())
     yield from (name for name, _ in network.named_buffers())

@@ -3,23 +3,20 @@
 Keys are strings, never positions: a wrong face is then a look-up error instead of a silent mix-up.
 """
 
-import csv
 import os
 import re
 from collections.abc import Iterator
-from dataclasses import dataclass, replace
+from dataclasses import dataclass
 from pathlib import Path
 
-import numpy as np
 import pandas as pd
 
 from featurestore.errors import FeatureStoreError
-from featurestore.keys import BOX, KEY
+from featurestore.keys import KEY
+from featurestore.photos.csv_files import read_csv
 from featurestore.text import listing, natural_order, near_matches
 
 IMAGE_SUFFIXES = frozenset({".png", ".jpg", ".jpeg", ".pgm", ".ppm", ".bmp", ".tif", ".tiff", ".webp"})
-_ENDINGS = re.compile(rf"({'|'.join(map(re.escape, sorted(IMAGE_SUFFIXES)))})$", re.IGNORECASE)
-_BOX_FILE = ["NAME_ID", "X", "Y", "W", "H"]  # VGGFace2's loose_bb_*.csv
 RESERVED = re.compile(r"item|image_sha256|zarr\.json|.*\.partial|(channel|y|x|feature|token)_[0-9]+")
 
 # Layouts of published face sets; matched against the path below the folder, without its ending.
@@ -143,18 +140,14 @@ def _regexes(pattern: str | None) -> dict[str, re.Pattern[str]]:
 
 
 def _read_csv(path: Path) -> pd.DataFrame:
-    try:
-        _check_lines(path)
-        columns = {
-            "dtype": str,
-            "keep_default_na": False,
-            "na_values": [""],
-            "usecols": lambda name: name in (*KEY, "path"),
-        }
-        table = pd.read_csv(path, index_col=False)
-        table = table.assign(**pd.read_csv(path, index_col=False, **columns))  # a face may be called 007, or NA
-    except (ValueError, UnicodeDecodeError, csv.Error) as error:
-        raise FeatureStoreError(f"{path} cannot be read as a CSV: {error}.") from None
+    as_text = {
+        "dtype": str,
+        "keep_default_na": False,
+        "na_values": [""],
+        "usecols": lambda name: name in (*KEY, "path"),
+    }
+    table = read_csv(path)
+    table = table.assign(**read_csv(path, **as_text))  # a face may be called 007, or NA
     missing = [name for name in [*KEY, "path"] if name not in table.columns]
     if missing:
         raise FeatureStoreError(
@@ -189,69 +182,8 @@ def _read_csv(path: Path) -> pd.DataFrame:
     return table
 
 
-def with_boxes(found: FoundFaces, boxes: str | os.PathLike) -> FoundFaces:
-    """``found`` with each face's box out of a CSV as VGGFace2's ``loose_bb_*.csv``: ``NAME_ID`` (face/view), ``X, Y, W, H``.
-
-    Boxes of photographs that are not here are passed over. Raises FeatureStoreError for a file that is no such table,
-    a box that is no box, and photographs without one.
-    """
-    path = Path(boxes).expanduser()
-    table = _read_boxes(path)
-    clash = [name for name in BOX if name in found.table.columns]
-    if clash:
-        raise FeatureStoreError(
-            f"the photographs' CSV has a column {clash[0]} already. Rename it, or leave --boxes out."
-        )
-    names = found.table["face_id"] + "/" + found.table["view"]
-    lacking = names[~names.isin(table.index)]
-    if len(lacking):
-        raise FeatureStoreError(
-            f"{len(lacking)} of {len(names)} photographs have no box in {path}: {listing(lacking, 3)}. Its NAME_ID are such as "
-            f"{listing(table.index[:1])}, and have to be face/view. Add boxes, or give --images a CSV (face_id, view, path) "
-            "of those that have one."
-        )
-    cut = table.loc[names].reset_index(drop=True)
-    return replace(found, table=pd.concat([found.table.reset_index(drop=True), cut], axis=1), boxed=True)
-
-
-def _read_boxes(path: Path) -> pd.DataFrame:
-    """Columns ``BOX`` (float64) by NAME_ID."""
-    if not path.is_file():
-        raise FeatureStoreError(f"there is no file {path} (or it is a folder). Check the path given with --boxes.")
-    try:
-        _check_lines(path)
-        table = pd.read_csv(path, index_col=False, dtype={"NAME_ID": str}, keep_default_na=False, skipinitialspace=True)
-    except (ValueError, UnicodeDecodeError, csv.Error) as error:
-        raise FeatureStoreError(f"{path} cannot be read as a CSV: {error}.") from None
-    missing = [name for name in _BOX_FILE if name not in table.columns]
-    if missing:
-        raise FeatureStoreError(
-            f"{path} has no column {', '.join(missing)}; it has {', '.join(map(str, table.columns))}. "
-            "Boxes are read as in VGGFace2's loose_bb_*.csv: NAME_ID, X, Y, W, H."
-        )
-    values = table[_BOX_FILE[1:]].apply(pd.to_numeric, errors="coerce").to_numpy(float)
-    bad = np.flatnonzero(~(np.abs(values) < 1e9).all(axis=1) | (values[:, 2:] <= 0).any(axis=1))
-    if len(bad):
-        given = ", ".join(f"{name}={table[name].iloc[bad[0]]}" for name in _BOX_FILE)
-        raise FeatureStoreError(f"{path} line {bad[0] + 2} is no box: {given}. W and H are pixels, more than 0.")
-    names = table["NAME_ID"].str.strip().str.replace(_ENDINGS, "", regex=True)
-    if names.duplicated().any():
-        raise FeatureStoreError(f"{path} has two boxes for {names[names.duplicated()].iloc[0]}. Remove one.")
-    return pd.DataFrame(values, columns=list(BOX), index=names)
-
-
-def _check_lines(path: Path) -> None:
-    """ValueError for a line with more or fewer fields than the header: its values would slide into other columns."""
-    with path.open(newline="", encoding="utf-8-sig") as file:
-        reader = csv.reader(file, strict=True)
-        header = next(reader, [])
-        for row in reader:
-            if row and len(row) != len(header):
-                raise ValueError(f"line {reader.line_num} has {len(row)} fields, the header {len(header)}")
-
-
 def _refuse_duplicates(table: pd.DataFrame) -> None:
-    twice = table[table.duplicated(KEY, keep=False)]
+    twice = table[table.duplicated(list(KEY), keep=False)]
     if len(twice):
         face, view = twice.iloc[0][list(KEY)]
         same = twice[(twice["face_id"] == face) & (twice["view"] == view)]["path"]

@@ -3,18 +3,18 @@
 import hashlib
 import stat
 from collections import deque
-from collections.abc import Generator, Iterable, Iterator, Mapping
+from collections.abc import Generator, Iterable, Iterator
 from concurrent.futures import Future, ThreadPoolExecutor
 from dataclasses import dataclass, field
 from pathlib import Path
-from typing import Any
 
 import numpy as np
 import torch
 
 from featurestore.errors import FeatureStoreError
-from featurestore.keys import BOX
-from featurestore.photos.recipes import Box, ImageError, Recipe, decode
+from featurestore.keys import Box
+from featurestore.photos.decode import ImageError, decode
+from featurestore.photos.recipes import Recipe
 
 
 @dataclass(frozen=True)
@@ -62,16 +62,6 @@ class _Decoded:
     photo: Photo
     pixels: np.ndarray
     sha256: str
-
-
-def box_of(item: Mapping[str, Any]) -> Box:
-    """The box among an item's coordinates; FeatureStoreError if it has none."""
-    if not all(name in item for name in BOX):
-        raise FeatureStoreError(
-            f"the store's recipe cuts faces out by their boxes, but its items have no {', '.join(BOX)}."
-        )
-    left, top, width, height = (float(item[name]) for name in BOX)
-    return left, top, width, height
 
 
 def _load(photo: Photo, recipe: Recipe) -> _Decoded | Failure:

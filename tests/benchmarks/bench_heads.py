@@ -24,15 +24,15 @@ from torch.utils.data import DataLoader, Dataset
 
 from featurestore import FeatureStore
 from featurestore.caching import run as cache
+from featurestore.caching.extractor import load_extractor
 from featurestore.caching.job import Request as PassRequest
 from featurestore.caching.job import prepare as prepare_pass
 from featurestore.caching.plan import make_plan
 from featurestore.checkpoints.weights import open_weights
 from featurestore.demo.faces import make_faces
 from featurestore.networks.registry import get_backbone
-from featurestore.networks.tracing import load_extractor
+from featurestore.photos.decode import decode
 from featurestore.photos.keys import find_faces
-from featurestore.photos.recipes import RECIPES, decode
 from featurestore.store.writer import store_lock
 from heads.checkpoints import export, load_head
 from heads.evaluate import noise_ceiling
@@ -255,7 +255,7 @@ def backbone(_: Path) -> list[Line]:
     spec = get_backbone("vggface")
     weights = open_weights("random:0", spec)
     network = load_extractor(spec, ["maxp_5_3"], weights, torch.device("cpu"), torch.float32)
-    recipe, paths = RECIPES[spec.recipe], source.items["path"].tolist()
+    recipe, paths = spec.default_recipe(), source.items["path"].tolist()
     plain = Published(5, 25088, conv=True, parallel=False)
     adam = torch.optim.Adam(plain.parameters(), lr=5e-4)
     items, odd = examples.of(examples.train)

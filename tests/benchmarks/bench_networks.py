@@ -13,11 +13,12 @@ import torch
 
 from featurestore import FeatureStore, identification_table
 from featurestore.caching import run as cache
+from featurestore.caching.extractor import load_extractor
 from featurestore.caching.job import Request, prepare
 from featurestore.caching.plan import make_plan
 from featurestore.checkpoints.weights import open_weights
 from featurestore.networks.registry import get_backbone
-from featurestore.networks.tracing import load_extractor, settle
+from featurestore.networks.shapes import with_input_size
 from featurestore.photos.keys import find_faces
 from featurestore.store.writer import store_lock
 from tests.benchmarks.bench_store import BATCH, make_photographs
@@ -52,9 +53,9 @@ def speed(folder: Path) -> list[Line]:
 def _speed(folder: Path, name: str, layers: list[str], n: int) -> Line:
     images = make_photographs(folder / f"photographs-{n}", n)
     spec = get_backbone(name)
-    spec = settle(spec, spec.own_recipe().size)
+    spec = with_input_size(spec, spec.default_recipe().size)
     cut = load_extractor(spec, layers, open_weights("random:0", spec), torch.device("cpu"), torch.float32)
-    size = spec.own_recipe().size
+    size = spec.default_recipe().size
     inputs = torch.randn(BATCH, 3, size, size).contiguous(memory_format=torch.channels_last)
     rounds = iter(range(10**9))
 

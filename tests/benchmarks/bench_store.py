@@ -25,13 +25,13 @@ import zarr
 
 from featurestore import FeatureStore
 from featurestore.caching import run as cache
+from featurestore.caching.extractor import load_extractor
 from featurestore.caching.job import Request, prepare
 from featurestore.caching.plan import make_plan
 from featurestore.checkpoints.weights import draw, open_weights
 from featurestore.networks.registry import get_backbone
-from featurestore.networks.tracing import load_extractor
+from featurestore.photos.decode import decode
 from featurestore.photos.keys import find_faces
-from featurestore.photos.recipes import RECIPES, decode
 from featurestore.store.rows import Rows
 from featurestore.store.writer import SourceWriter, store_lock
 from tests.benchmarks.measure import (
@@ -276,7 +276,7 @@ def the_pass(folder: Path) -> list[Line]:
     del cut
     double = plain.double()
     files = sorted(images.rglob("*.jpg"))[:6]
-    recipe = RECIPES[spec.recipe]
+    recipe = spec.default_recipe()
 
     def usual_loop() -> float:
         """One image at a time, float64, whole network, both layers kept by hooks, appended to a list."""

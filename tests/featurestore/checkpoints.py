@@ -12,8 +12,9 @@ import torch
 from safetensors.torch import save_file
 from torch import nn
 
-from featurestore.networks.layer_names import BLOCKS, VGGFACE_LAYERS
-from featurestore.networks.registry import BackboneSpec
+from featurestore.networks.registry import BACKBONES, RECIPES
+from featurestore.networks.spec import BackboneSpec
+from featurestore.networks.vggface import BLOCKS
 
 WIDTHS = (4, 5, 6, 7, 8)
 FC = 10  # fc6 and fc7, so that fc7 is square, as in the real one
@@ -44,10 +45,10 @@ MINI = BackboneSpec(
     name="mini-vgg",
     layers={
         name: path
-        for name, path in VGGFACE_LAYERS.items()
+        for name, path in BACKBONES["vggface"].layers.items()
         if name.startswith(_KEPT) or name in ("fc6", "fc6-relu", "fc7", "fc7-relu", "fc8")
     },
-    recipe="vggface-published",
+    recipes=(RECIPES["vggface-published"],),
     licence="nobody's",
     builder=MiniVGG,
     input_size=SIZE,

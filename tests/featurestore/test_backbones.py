@@ -8,11 +8,13 @@ import pytest
 import torch
 from torch.nn import functional as F
 
+from featurestore.caching.extractor import load_extractor
 from featurestore.checkpoints.weights import draw, open_weights
 from featurestore.errors import FeatureStoreError
 from featurestore.networks.registry import BACKBONES, get_backbone
-from featurestore.networks.tracing import extractor, layer_shapes, load_extractor
-from featurestore.photos.recipes import decode
+from featurestore.networks.shapes import layer_shapes
+from featurestore.networks.tracing import extractor
+from featurestore.photos.decode import decode
 from tests.conftest import command
 from tests.featurestore.test_capture import far
 
@@ -33,7 +35,7 @@ def with_weights(name: str, state: dict[str, torch.Tensor]) -> torch.nn.Module:
 
 
 def pictures(parity: Path, name: str) -> torch.Tensor:
-    recipe = get_backbone(name).own_recipe()
+    recipe = get_backbone(name).default_recipe()
     pixels = recipe.pixels(decode((parity / "images" / "s0_250x250.png").read_bytes()))
     return recipe.normalise(torch.from_numpy(pixels.copy()[None]))
 
@@ -152,7 +154,7 @@ def test_layers_that_are_equal_by_construction_are_declared(name: str) -> None:
         for other in names[:i]
         if outputs[one].shape == outputs[other].shape and torch.equal(outputs[one], outputs[other])
     }
-    assert equal == {pair for pair in spec.same if pair <= set(names)}
+    assert equal == {pair for pair in spec.equal if pair <= set(names)}
 
 
 @pytest.mark.parametrize("name", [name for name in BACKBONES if name != "vggface"])

@@ -12,8 +12,10 @@ from featurestore.caching.plan import make_plan
 from featurestore.caching.run import run
 from featurestore.errors import FeatureStoreError
 from featurestore.networks.registry import get_backbone
-from featurestore.photos.keys import find_faces, with_boxes
-from featurestore.photos.recipes import ImageError, crop, decode
+from featurestore.photos.boxes import with_boxes
+from featurestore.photos.decode import ImageError, decode
+from featurestore.photos.keys import find_faces
+from featurestore.photos.resize import crop
 from featurestore.store.writer import store_lock
 from tests.conftest import command, write_photographs
 
@@ -146,4 +148,4 @@ def test_the_command_takes_boxes(faces: Path, tmp_path: Path) -> None:
     )  # fmt: skip
     assert done.returncode == 0, done.stderr
     assert "cut to each face's box and 15% of it on each side" in done.stdout
-    assert get_backbone("senet50_scratch").own_recipe().box_margin is None
+    assert get_backbone("senet50_scratch").default_recipe().box_margin is None

@@ -9,11 +9,13 @@ import torch
 import torchvision
 from torch import nn
 
+from featurestore.caching.extractor import load_extractor
 from featurestore.checkpoints.weights import open_weights
 from featurestore.errors import FeatureStoreError
 from featurestore.networks.registry import get_backbone
-from featurestore.networks.tracing import extractor, layer_shapes, load_extractor
-from featurestore.photos.recipes import RECIPES, decode
+from featurestore.networks.shapes import layer_shapes
+from featurestore.networks.tracing import extractor
+from featurestore.photos.decode import decode
 
 SPEC = get_backbone("vggface")
 
@@ -29,7 +31,7 @@ def test_all_38_layers_equal_the_original(parity: Path) -> None:
     network = load_extractor(
         SPEC, list(SPEC.layers), open_weights("random:7", SPEC), torch.device("cpu"), torch.float32
     )
-    recipe = RECIPES[SPEC.recipe]
+    recipe = SPEC.default_recipe()
     pixels = recipe.pixels(decode((parity / "images" / "s0_250x250.png").read_bytes()))
     with torch.inference_mode():
         outputs = network(recipe.normalise(torch.from_numpy(pixels[None])))

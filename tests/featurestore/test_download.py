@@ -17,7 +17,8 @@ from featurestore import FeatureStore
 from featurestore.checkpoints import download
 from featurestore.checkpoints.download import fetch, published_file
 from featurestore.errors import FeatureStoreError
-from featurestore.networks.registry import BACKBONES, PublishedFile, get_backbone
+from featurestore.networks.registry import BACKBONES, get_backbone
+from featurestore.networks.spec import PublishedFile
 from pipelines.cache_layers import main as cache_layers
 from tests.conftest import command
 

@@ -11,7 +11,8 @@ import torchvision
 from PIL import Image
 
 from featurestore.errors import FeatureStoreError
-from featurestore.photos.recipes import RECIPES, ImageError, decode, get_recipe
+from featurestore.networks.registry import RECIPES, get_recipe
+from featurestore.photos.decode import ImageError, decode
 
 RGB = np.random.default_rng(0).integers(0, 256, (6, 9, 3), np.uint8)
 

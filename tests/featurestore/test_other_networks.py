@@ -13,11 +13,15 @@ from PIL import Image
 from torchvision.models import get_model, get_model_weights
 
 from featurestore import FeatureStore
+from featurestore.caching.extractor import load_extractor
 from featurestore.checkpoints.weights import draw, open_weights
 from featurestore.errors import FeatureStoreError
-from featurestore.networks.registry import PublishedFile, get_backbone
-from featurestore.networks.tracing import extractor, graph_digest, load_extractor, settle
-from featurestore.photos.recipes import decode, get_recipe
+from featurestore.networks.digests import graph_digest
+from featurestore.networks.registry import get_backbone, get_recipe
+from featurestore.networks.shapes import with_input_size
+from featurestore.networks.spec import PublishedFile
+from featurestore.networks.tracing import extractor
+from featurestore.photos.decode import decode
 from tests.conftest import command, run_pass
 from tests.featurestore.test_capture import far, hooked
 
@@ -144,8 +148,8 @@ def module_of(own: Path) -> str:
 def test_layers_of_torchvision_equal_hooks_on_its_own_network(name: str) -> None:
     """Tokens, windows with index tables, in-place ReLUs, a constructor that computes: the same numbers as hooks that copy."""
     spec = get_backbone(f"torchvision:{name}")
-    size = spec.own_recipe().size
-    spec = settle(spec, size)
+    size = spec.default_recipe().size
+    spec = with_input_size(spec, size)
     plain = {"googlenet": {"init_weights": False, "transform_input": True}}.get(name, {})
     network = get_model(name, weights=None, **plain).eval()
     state = network.state_dict()
@@ -169,7 +173,7 @@ def test_the_recipe_is_that_of_the_weights(name: str, size: tuple[int, int]) -> 
     entry = get_model_weights(model)[chosen or "DEFAULT"]
     rgb = np.random.default_rng(0).integers(0, 256, (*size, 3), np.uint8)
     expected = entry.transforms()(Image.fromarray(rgb))
-    recipe = get_backbone(f"torchvision:{name}").own_recipe()
+    recipe = get_backbone(f"torchvision:{name}").default_recipe()
     got = recipe.normalise(torch.from_numpy(recipe.pixels(rgb)[None].copy()))[0]
     assert got.shape == expected.shape
     assert float((got - expected).abs().max()) < 1e-5
@@ -356,7 +360,7 @@ def build():
     for i, text in enumerate((code, code.replace(before, after))):
         name = f"{module_of(own)}_{i}"
         (own / f"{name}.py").write_text(text)
-        digests.append(graph_digest(settle(get_backbone(f"{name}:build"), 32)))
+        digests.append(graph_digest(with_input_size(get_backbone(f"{name}:build"), 32)))
     assert digests[0] != digests[1]
 
 

@@ -13,11 +13,12 @@ import pytest
 import torch
 from safetensors.torch import save_file
 
+from featurestore.caching.extractor import load_extractor
 from featurestore.checkpoints.formats.base import open_tensors
 from featurestore.checkpoints.weights import draw, open_weights
 from featurestore.errors import FeatureStoreError
-from featurestore.networks.registry import BackboneSpec, get_backbone
-from featurestore.networks.tracing import load_extractor
+from featurestore.networks.registry import get_backbone
+from featurestore.networks.spec import BackboneSpec
 from tests.featurestore.checkpoints import (
     MINI,
     SIZE,

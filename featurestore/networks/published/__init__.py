@@ -1,1 +1,0 @@
-"""The published face networks, a file each."""

@@ -1,0 +1,28 @@
+"""CSV files that a stranger may have made."""
+
+import csv
+from pathlib import Path
+from typing import Any
+
+import pandas as pd
+
+from featurestore.errors import FeatureStoreError
+
+
+def read_csv(path: Path, **options: Any) -> pd.DataFrame:
+    """The file as ``pandas.read_csv`` reads it; FeatureStoreError for no CSV, and for a line with too many or too few fields."""
+    try:
+        _check_lines(path)
+        return pd.read_csv(path, index_col=False, **options)
+    except (ValueError, UnicodeDecodeError, csv.Error) as error:
+        raise FeatureStoreError(f"{path} cannot be read as a CSV: {error}.") from None
+
+
+def _check_lines(path: Path) -> None:
+    """ValueError for a line with more or fewer fields than the header: its values would slide into other columns."""
+    with path.open(newline="", encoding="utf-8-sig") as file:
+        reader = csv.reader(file, strict=True)
+        header = next(reader, [])
+        for row in reader:
+            if row and len(row) != len(header):
+                raise ValueError(f"line {reader.line_num} has {len(row)} fields, the header {len(header)}")

@@ -1,0 +1,59 @@
+"""Pictures cut to a face's box and brought to a network's size, each as the published pipelines do it.
+
+Everything here takes and returns uint8 RGB of shape (height, width, 3).
+"""
+
+import cv2
+import numpy as np
+from PIL import Image
+
+from featurestore.keys import Box
+from featurestore.photos.decode import ImageError
+
+_INTERPOLATION = {"bilinear": Image.Resampling.BILINEAR, "bicubic": Image.Resampling.BICUBIC}
+_MOST_RESIZED = 1 << 16  # pixels along the long side of a resized picture: a picture of 1 × 60,000 would need gigabytes
+
+
+def crop(rgb: np.ndarray, box: Box, margin: float) -> np.ndarray:
+    """The part of a picture within ``box``, enlarged by ``margin`` on each side; outside the picture nothing is added.
+
+    Edges are rounded to whole pixels. Raises ImageError if nothing of the picture is left.
+    """
+    height, width = rgb.shape[:2]
+    left, top, box_width, box_height = box
+    x, y = margin * box_width, margin * box_height
+    x0, x1 = max(0, round(left - x)), min(width, round(left + box_width + x))
+    y0, y1 = max(0, round(top - y)), min(height, round(top + box_height + y))
+    if x0 >= x1 or y0 >= y1 or box_width <= 0 or box_height <= 0:
+        raise ImageError(
+            f"the box x={left:g} y={top:g} w={box_width:g} h={box_height:g} holds nothing of a picture of {width} × {height}"
+        )
+    return rgb[y0:y1, x0:x1]
+
+
+def resize_opencv(rgb: np.ndarray, size: int) -> np.ndarray:
+    """To ``size`` × ``size`` by OpenCV's bilinear interpolation, without antialiasing, the aspect ignored."""
+    return cv2.resize(rgb, (size, size), interpolation=cv2.INTER_LINEAR)
+
+
+def resize_pillow(rgb: np.ndarray, width: int, height: int, interpolation: str) -> np.ndarray:
+    """To ``width`` × ``height`` by Pillow, antialiased; ``interpolation`` is bilinear or bicubic."""
+    return np.array(Image.fromarray(rgb).resize((width, height), _INTERPOLATION[interpolation]))  # writable
+
+
+def resize_and_crop(rgb: np.ndarray, short_side: int, size: int, interpolation: str) -> np.ndarray:
+    """By Pillow to a short side of ``short_side`` (the long side is truncated), then the central ``size`` × ``size``.
+
+    Raises ImageError for a picture so narrow that the long side would pass 65,536 pixels.
+    """
+    height, width = rgb.shape[:2]
+    if width <= height:
+        width, height = short_side, int(short_side * height / width)
+    else:
+        width, height = int(short_side * width / height), short_side
+    if max(width, height) > _MOST_RESIZED:
+        raise ImageError(f"a picture of {rgb.shape[1]} × {rgb.shape[0]} is too narrow to be cropped from its middle")
+    resized = resize_pillow(rgb, width, height, interpolation)
+    # Python's round is banker's rounding, as in the published centre crop.
+    top, left = round((height - size) / 2), round((width - size) / 2)
+    return resized[top : top + size, left : left + size]
