@@ -14,8 +14,8 @@ import torch
 from safetensors import SafetensorError, safe_open
 from safetensors.torch import save_file
 
-from featurestore.checkpoints.formats.base import open_tensors
-from featurestore.checkpoints.weights import compare_keys
+from featurestore.checkpoints.fitting import compare_keys
+from featurestore.checkpoints.reader import open_tensors
 from featurestore.errors import FeatureStoreError
 from featurestore.files import replacing
 from featurestore.networks.registry import get_backbone

@@ -89,7 +89,7 @@ def small_store(tmp_path_factory: pytest.TempPathFactory) -> Path:
 @pytest.fixture(scope="session")
 def small_rows(small_store: Path) -> dict[str, np.ndarray]:
     """The small store's rows, computed anew by a plain loop over the network's modules: no capture, no store."""
-    from featurestore.checkpoints.weights import draw
+    from featurestore.checkpoints.seeded import draw_weights
     from featurestore.networks.registry import RECIPES, get_backbone
     from featurestore.photos.decode import decode
 
@@ -97,7 +97,7 @@ def small_rows(small_store: Path) -> dict[str, np.ndarray]:
     network = get_backbone("vggface").build().eval()
     shapes = {key: tuple(value.shape) for key, value in network.state_dict().items()}
     keys = [key for key in shapes if key.startswith(("features.conv_1", "features.conv_2"))]
-    network.load_state_dict(draw(0, keys, shapes), strict=False)
+    network.load_state_dict(draw_weights(0, keys, shapes), strict=False)
     recipe = RECIPES["vggface-published"]
     rows: dict[str, list] = {name: [] for name in LAYERS}
     with torch.no_grad():

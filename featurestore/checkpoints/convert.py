@@ -7,8 +7,9 @@ import torch
 from safetensors import SafetensorError
 from safetensors.torch import save_file
 
-from featurestore.checkpoints.formats.base import open_tensors
-from featurestore.checkpoints.weights import Weights, best_fit, looks_like, open_weights
+from featurestore.checkpoints.fitting import best_fit, looks_like
+from featurestore.checkpoints.reader import open_tensors
+from featurestore.checkpoints.weights import Weights, open_weights
 from featurestore.errors import FeatureStoreError
 from featurestore.files import replacing
 from featurestore.networks.registry import BACKBONES

@@ -23,6 +23,10 @@ _TORCHVISION_CLASSIFIER = (0, 3, 6)
 
 _CONVOLUTIONS = [f"{block}_{i}" for block, (n, _) in enumerate(BLOCKS, start=1) for i in range(1, n + 1)]
 _MODULES = [*(f"features.conv_{name}" for name in _CONVOLUTIONS), *(f"fc.{name}" for name, _, _ in LINEAR)]
+_HDF5_NAMES = {
+    **{f"conv{name}": f"features.conv_{name}" for name in _CONVOLUTIONS},
+    **{name: f"fc.{name}" for name, _, _ in LINEAR},
+}
 _HEAD = re.compile(r"(vgg_core_bridge|decision_block|decision_layer|vgg_core_fc8)\.")
 
 
@@ -107,32 +111,20 @@ def _hdf5(tensors: Tensors) -> tuple[Tensors, tuple[str, ...]] | None:
     Into fc6, pictures are flattened as the convolutions' axes stand: channel, y, x or y, x, channel.
     """
     found = {key.rpartition("/")[2]: stored for key, stored in tensors.items()}
-    names = {
-        **{f"conv{name}": f"features.conv_{name}" for name in _CONVOLUTIONS},
-        **{name: f"fc.{name}" for name, _, _ in LINEAR},
-    }
-    if len(found) != len(tensors) or not all(re.fullmatch(r"\w+_[wb]", key) and key[:-2] in names for key in found):
+    if len(found) != len(tensors) or not all(
+        re.fullmatch(r"\w+_[wb]", key) and key[:-2] in _HDF5_NAMES for key in found
+    ):
         return None
-    orders = {name: _order(found, name) for name in names if f"{name}_w" in found}
-    if None in orders.values():
+    orders = _axis_orders(found)
+    if orders is None:
         return None
     spatial_first = {order for name, order in orders.items() if name.startswith("conv")} == {"y x in out"}
-    in_first = "in out" in orders.values()
-    channels = math.prod(found["conv5_3_b"].shape) if "conv5_3_b" in found else 0
+    channels = math.prod(found["conv5_3_b"].shape) if spatial_first and "conv5_3_b" in found else 0
     named: Tensors = {}
-    for name, ours in names.items():
-        weight, bias = found.get(f"{name}_w"), found.get(f"{name}_b")
-        if weight is None or bias is None:
-            continue
-        order = orders[name]
-        if order == "square":
-            order = "in out" if in_first else "out in"
-        named[f"{ours}.bias"] = _changed(bias, (math.prod(bias.shape),), lambda values, shape: values.reshape(shape))
-        named[f"{ours}.weight"] = _AXES[order or ""](weight)
-        if name.startswith("fc") and len(weight.shape) == 4:
-            named[f"{ours}.weight"] = _flat(named[f"{ours}.weight"])
-        elif name == "fc6" and spatial_first and channels:
-            named[f"{ours}.weight"] = _channels_first(named[f"{ours}.weight"], channels)
+    for name, order in orders.items():
+        module, bias = _HDF5_NAMES[name], found[f"{name}_b"]
+        named[f"{module}.bias"] = _changed(bias, (math.prod(bias.shape),), lambda values, shape: values.reshape(shape))
+        named[f"{module}.weight"] = _hdf5_weight(name, _AXES[order](found[f"{name}_w"]), channels)
     notes: tuple[str, ...] = ()
     if "fc6_w" in found and len(found["fc6_w"].shape) == 2:
         flattened = "y, x, channel" if spatial_first else "channel, y, x"
@@ -140,8 +132,23 @@ def _hdf5(tensors: Tensors) -> tuple[Tensors, tuple[str, ...]] | None:
     return named, notes
 
 
-def _order(found: Tensors, name: str) -> str | None:
-    """How the axes of a weight stand, from its shape and the length of its bias; None if neither way fits."""
+def _hdf5_weight(name: str, weight: Stored, channels: int) -> Stored:
+    """A weight whose axes stand as ours; ``channels`` of the last map if pictures were flattened y, x, channel, else 0."""
+    if name.startswith("fc") and len(weight.shape) == 4:
+        return _flat(weight)
+    return _channels_first(weight, channels) if name == "fc6" and channels else weight
+
+
+def _axis_orders(found: Tensors) -> dict[str, str] | None:
+    """How the axes of each weight stand, by its dataset's name; None if one of them fits neither way."""
+    orders = {name: _axis_order(found, name) for name in _HDF5_NAMES if f"{name}_w" in found}
+    square = "in out" if "in out" in orders.values() else "out in"
+    known = {name: square if order == "square" else order for name, order in orders.items() if order}
+    return known if len(known) == len(orders) else None
+
+
+def _axis_order(found: Tensors, name: str) -> str | None:
+    """From a weight's shape and the length of its bias."""
     shape = found[f"{name}_w"].shape
     width = math.prod(found[f"{name}_b"].shape) if f"{name}_b" in found else -1
     if len(shape) == 4:

@@ -28,7 +28,8 @@ from featurestore.caching import run as cache
 from featurestore.caching.extractor import load_extractor
 from featurestore.caching.job import Request, prepare
 from featurestore.caching.plan import make_plan
-from featurestore.checkpoints.weights import draw, open_weights
+from featurestore.checkpoints.seeded import draw_weights
+from featurestore.checkpoints.weights import open_weights
 from featurestore.networks.registry import get_backbone
 from featurestore.photos.decode import decode
 from featurestore.photos.keys import find_faces
@@ -241,7 +242,7 @@ def the_pass(folder: Path) -> list[Line]:
     inputs = torch.randn(BATCH, 3, 224, 224).contiguous(memory_format=torch.channels_last)
     cut = load_extractor(spec, layers, weights, torch.device("cpu"), torch.float32)
     plain = spec.build().eval()
-    plain.load_state_dict(draw(0, plain.state_dict(), spec.weight_shapes()))
+    plain.load_state_dict(draw_weights(0, plain.state_dict(), spec.weight_shapes()))
 
     def ours(precision: str = "fp32") -> float:
         return run_pass(images, folder / f"pass-{next(rounds)}.zarr", layers, precision)

@@ -9,7 +9,8 @@ import torch
 from torch.nn import functional as F
 
 from featurestore.caching.extractor import load_extractor
-from featurestore.checkpoints.weights import draw, open_weights
+from featurestore.checkpoints.seeded import draw_weights
+from featurestore.checkpoints.weights import open_weights
 from featurestore.errors import FeatureStoreError
 from featurestore.networks.registry import BACKBONES, get_backbone
 from featurestore.networks.shapes import layer_shapes
@@ -64,7 +65,9 @@ def test_every_stage_equals_the_original(parity: Path, name: str, prefix: str, n
     entries = {key.split("|")[1] for key in expected.files if key.startswith(f"{prefix}/") and "|" in key}
     assert len(entries) == n_modules
     paths = {entry: {"logits8631": "logits"}.get(entry, entry) for entry in entries}
-    network = extractor(with_weights(name, draw(7, shapes, shapes)), {**paths, "descriptor": spec.layers["descriptor"]})
+    network = extractor(
+        with_weights(name, draw_weights(7, shapes, shapes)), {**paths, "descriptor": spec.layers["descriptor"]}
+    )
     with torch.inference_mode():
         outputs = {entry: values.contiguous().numpy() for entry, values in network(pictures(parity, name)).items()}
     for entry in entries:
@@ -142,7 +145,7 @@ def test_layers_that_are_equal_by_construction_are_declared(name: str) -> None:
     spec = get_backbone(name)
     shapes = spec.weight_shapes()
     names = [layer for layer in spec.layers if layer not in ("fc6", "fc8")]  # the largest, and never equal to others
-    network = with_weights(name, draw(3, shapes, shapes))
+    network = with_weights(name, draw_weights(3, shapes, shapes))
     torch.manual_seed(0)
     with torch.inference_mode():
         outputs = extractor(network, {layer: spec.layers[layer] for layer in names})(

@@ -14,7 +14,7 @@ from featurestore import FeatureStore, FeatureStoreError
 from featurestore.caching import run as cache
 from featurestore.caching.job import prepare
 from featurestore.caching.plan import make_plan
-from featurestore.checkpoints.weights import draw
+from featurestore.checkpoints.seeded import draw_weights
 from featurestore.networks.registry import get_backbone
 from featurestore.store.writer import store_lock
 from tests.conftest import LAYERS, request_for, run_pass, write_photographs
@@ -190,7 +190,7 @@ def test_a_photograph_that_went_away_leaves_a_hole_not_a_shift(photographs: Path
 def test_nan_activations_stop_the_pass_and_name_the_photograph(photographs: Path, tmp_path: Path) -> None:
     shapes = get_backbone("vggface").weight_shapes()
     state = {key: torch.zeros(shape) for key, shape in shapes.items() if key.startswith("features.")}
-    state.update(draw(0, [key for key in state if "conv_1" in key], shapes))
+    state.update(draw_weights(0, [key for key in state if "conv_1" in key], shapes))
     state["features.conv_2_1.bias"][0] = torch.nan
     save_file({key.removeprefix("features."): value for key, value in state.items()}, tmp_path / "nan.safetensors")
     with pytest.raises(cache.NonFiniteError, match=r"layer 'maxp_2_2' of \('f1', '1'\).*NaN or infinite"):
@@ -200,7 +200,7 @@ def test_nan_activations_stop_the_pass_and_name_the_photograph(photographs: Path
 
 def test_infinity_from_half_precision_storage_is_not_stored(photographs: Path, tmp_path: Path) -> None:
     shapes = get_backbone("vggface").weight_shapes()
-    state = draw(0, [key for key in shapes if key.startswith("features.")], shapes)
+    state = draw_weights(0, [key for key in shapes if key.startswith("features.")], shapes)
     state["features.conv_1_2.weight"] *= 1e4
     save_file(state, tmp_path / "large.safetensors")
     run_pass(photographs, tmp_path / "s.zarr", LAYERS[:1], weights=str(tmp_path / "large.safetensors"))

@@ -9,7 +9,8 @@ import torch
 from safetensors import safe_open
 
 from featurestore.checkpoints.convert import convert, recognise
-from featurestore.checkpoints.weights import draw, open_weights
+from featurestore.checkpoints.seeded import draw_weights
+from featurestore.checkpoints.weights import open_weights
 from featurestore.errors import FeatureStoreError
 from featurestore.networks.registry import get_backbone
 from tests.conftest import command
@@ -21,14 +22,14 @@ SHAPES = MINI.weight_shapes()
 @pytest.fixture(scope="module")
 def pkl(tmp_path_factory: pytest.TempPathFactory) -> Path:
     shapes = get_backbone("senet50_ft").weight_shapes()
-    state = draw(1, [key for key in shapes if not key.endswith("num_batches_tracked")], shapes)
+    state = draw_weights(1, [key for key in shapes if not key.endswith("num_batches_tracked")], shapes)
     path = tmp_path_factory.mktemp("pkl") / "senet50_ft_weight.pkl"
     path.write_bytes(pickle.dumps({key: value.numpy() for key, value in state.items()}, 2))
     return path
 
 
 def test_origin_licence_and_the_same_numbers(tmp_path: Path) -> None:
-    state = draw(1, SHAPES, SHAPES)
+    state = draw_weights(1, SHAPES, SHAPES)
     source = write_luatorch(tmp_path / "VGG_FACE.t7", state)
     convert(source, MINI, tmp_path / "out.safetensors")
     with safe_open(tmp_path / "out.safetensors", framework="pt") as file:

@@ -14,7 +14,8 @@ from torchvision.models import get_model, get_model_weights
 
 from featurestore import FeatureStore
 from featurestore.caching.extractor import load_extractor
-from featurestore.checkpoints.weights import draw, open_weights
+from featurestore.checkpoints.seeded import draw_weights
+from featurestore.checkpoints.weights import open_weights
 from featurestore.errors import FeatureStoreError
 from featurestore.networks.digests import graph_digest
 from featurestore.networks.registry import get_backbone, get_recipe
@@ -154,7 +155,9 @@ def test_layers_of_torchvision_equal_hooks_on_its_own_network(name: str) -> None
     network = get_model(name, weights=None, **plain).eval()
     state = network.state_dict()
     shapes = {key: tuple(value.shape) for key, value in state.items()}
-    network.load_state_dict({**state, **draw(2, [key for key in shapes if state[key].is_floating_point()], shapes)})
+    network.load_state_dict(
+        {**state, **draw_weights(2, [key for key in shapes if state[key].is_floating_point()], shapes)}
+    )
     layers = list(spec.layers)[:: max(1, len(spec.layers) // 20)]
     cut = load_extractor(spec, layers, open_weights("random:2", spec), CPU, torch.float32)
     torch.manual_seed(0)
@@ -205,7 +208,7 @@ def test_a_pass_of_torchvision_and_of_a_face_network_in_one_store(photographs: P
     assert source.attributes["backbone"] == "torchvision:squeezenet1_1"
     network = get_model("squeezenet1_1", weights=None).eval()
     shapes = {key: tuple(value.shape) for key, value in network.state_dict().items()}
-    network.load_state_dict(draw(0, shapes, shapes))
+    network.load_state_dict(draw_weights(0, shapes, shapes))
     transform = get_model_weights("squeezenet1_1").DEFAULT.transforms()
     with torch.inference_mode():
         for i, path in enumerate(source.items["path"]):

@@ -10,7 +10,7 @@ import torch
 import torch.nn.functional as F
 
 from featurestore import FeatureStoreError
-from featurestore.checkpoints.weights import draw
+from featurestore.checkpoints.seeded import draw_weights
 from heads.banded import convolve
 from heads.catalogue import HEADS
 from heads.checkpoints import export, load_head
@@ -41,7 +41,7 @@ def test_logits_loss_and_gradients_equal_the_published_implementation(parity: Pa
     about = json.loads((parity / "heads.json").read_text())[f"frozen/conv/{layer}/shared"]
     shapes = {key: tuple(shape) for key, shape in about["keys"]}
     seed = {key: about["seed_bridge" if "bridge" in key else "seed_decision"] for key in shapes}
-    torch.save({key: draw(seed[key], [key], shapes)[key] for key in shapes}, tmp_path / "published.pth")
+    torch.save({key: draw_weights(seed[key], [key], shapes)[key] for key in shapes}, tmp_path / "published.pth")
     head = load_head(tmp_path / "published.pth", layer=layer)
     rng = np.random.default_rng(zlib.crc32(f"triplets:{layer}".encode()))
     x = torch.from_numpy(np.maximum(rng.standard_normal((3, 8, head.n_features)), 0).astype(np.float32))

@@ -11,7 +11,12 @@ from featurestore.checkpoints.formats.base import Stored, TensorFile, damaged
 from featurestore.errors import FeatureStoreError
 
 
-def open_hdf5(path: Path) -> TensorFile:
+def recognises(head: bytes, path: Path) -> bool:
+    """HDF5's signature."""
+    return head.startswith(b"\x89HDF\r\n\x1a\n")
+
+
+def open_file(path: Path) -> TensorFile:
     """All numeric datasets, named by their path: ``data/conv1_1_w``."""
     datasets: dict[str, h5py.Dataset] = {}
 

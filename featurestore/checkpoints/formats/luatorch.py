@@ -20,7 +20,7 @@ from featurestore.checkpoints.formats.base import Stored, TensorFile, damaged, r
 
 _NIL, _NUMBER, _STRING, _TABLE, _TORCH, _BOOLEAN = range(6)
 _FUNCTIONS = (6, 7, 8)
-BEGINNINGS = {(_TABLE, 1), (_TORCH, 1)}  # a file's first two numbers
+_BEGINNINGS = {(_TABLE, 1), (_TORCH, 1)}  # a file's first two numbers
 _MOST_DEPTH = 100
 _NUMBERS = {
     "Float": "<f4", "Double": "<f8", "Half": "<f2", "Cuda": "<f4", "CudaDouble": "<f8", "CudaHalf": "<f2",
@@ -150,7 +150,12 @@ class _Reader:
         return values
 
 
-def open_luatorch(path: Path) -> TensorFile:
+def recognises(head: bytes, path: Path) -> bool:
+    """A table or a torch object, numbered 1."""
+    return len(head) >= 8 and struct.unpack("<ii", head[:8]) in _BEGINNINGS
+
+
+def open_file(path: Path) -> TensorFile:
     """Weights and biases of every module in the network's order, named by the module's place: ``1.weight``, ``5.3.bias``.
 
     FeatureStoreError for a Lua function in the file, which is code, and for damage.

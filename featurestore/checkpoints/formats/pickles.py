@@ -16,8 +16,8 @@ from typing import Any
 import numpy as np
 import torch
 
-from featurestore.checkpoints.formats.base import Stored, TensorFile, damaged, runs_code
-from featurestore.checkpoints.formats.pytorch import unwrap
+from featurestore.checkpoints.formats import pytorch, safetensors
+from featurestore.checkpoints.formats.base import Stored, TensorFile, damaged, runs_code, unwrap
 from featurestore.errors import FeatureStoreError
 
 _DTYPES = ("f2", "f4", "f8", "i1", "i2", "i4", "i8", "u1", "u2", "u4", "u8", "b1")
@@ -122,7 +122,14 @@ class _Unpickler(pickle.Unpickler):
         raise _Refused("it asks for objects outside the file")
 
 
-def open_pickle(path: Path) -> TensorFile:
+def recognises(head: bytes, path: Path) -> bool:
+    """A pickle of any protocol, unless it is torch's or begins a safetensors file, whose length may look like one."""
+    binary = head[:1] == b"\x80" and head[1:2] <= bytes([pickle.HIGHEST_PROTOCOL])
+    text = head[:1] in (b"(", b"}", b"c")
+    return (binary or text) and not pytorch.recognises(head, path) and not safetensors.recognises(head, path)
+
+
+def open_file(path: Path) -> TensorFile:
     """A pickled dict of names to arrays, of any pickle protocol and of Python 2 or 3.
 
     FeatureStoreError, and nothing run, if the pickle asks for anything that an array does not need.

@@ -1,28 +1,30 @@
-"""PyTorch's ``.pth`` and ``.pt`` (zipped, and the older kind), and ``.safetensors``."""
+"""PyTorch's ``.pth`` and ``.pt``: zipped, and the kind from before torch 1.6."""
 
-import json
 import mmap
 import pickle
 import re
 import zipfile
 from functools import partial
 from pathlib import Path
-from typing import Any
 
 import torch
-from safetensors import SafetensorError, safe_open
 
-from featurestore.checkpoints.formats.base import Stored, TensorFile, damaged, runs_code
+from featurestore.checkpoints.formats.base import Stored, TensorFile, damaged, runs_code, unwrap
 from featurestore.errors import FeatureStoreError
 
-WRAPPERS = ("state_dict", "model_state_dict", "model", "net")  # under which training scripts keep a state dict
+LEGACY = bytes.fromhex("80028a0a6cfc9c46f9206aa85019")  # torch's magic number, pickled
 
 
-def open_pth(path: Path) -> TensorFile:
+def recognises(head: bytes, path: Path) -> bool:
+    """A zip archive, or torch's magic number."""
+    return head.startswith(LEGACY) or zipfile.is_zipfile(path)
+
+
+def open_file(path: Path) -> TensorFile:
     """A state dict, alone or in a training script's checkpoint. Code in it is never run."""
     _refuse_bombs(path)
     try:
-        # weights_only: a checkpoint is a stranger's pickle, and a pickle can run code.
+        # weights_only: a checkpoint is an untrusted pickle, and a pickle can run code.
         content = torch.load(path, map_location="cpu", weights_only=True, mmap=zipfile.is_zipfile(path))
     except pickle.UnpicklingError as error:
         raise runs_code(path, _asked_for(str(error))) from None
@@ -68,31 +70,3 @@ def _asked_for(message: str) -> str:
 
 def _itself(value: torch.Tensor) -> torch.Tensor:
     return value.detach()
-
-
-def unwrap(path: Path, content: Any, kind: type) -> dict[str, Any]:
-    """Names to values of ``kind``, out of a state dict or the checkpoint around one."""
-    if isinstance(content, dict):
-        content = next((content[name] for name in WRAPPERS if isinstance(content.get(name), dict)), content)
-    if not isinstance(content, dict) or not all(isinstance(value, kind) for value in content.values()):
-        raise FeatureStoreError(f"{path} is not a state dict (keys to tensors) but a {type(content).__name__}.")
-    return {key.decode("latin1") if isinstance(key, bytes) else str(key): value for key, value in content.items()}
-
-
-def open_safetensors(path: Path) -> TensorFile:
-    """Safetensors, with its metadata."""
-    try:
-        file = safe_open(path, framework="pt")
-        shapes = {key: tuple(file.get_slice(key).get_shape()) for key in file.keys()}  # noqa: SIM118 (not a dict)
-        metadata = dict(file.metadata() or {})
-    except (SafetensorError, json.JSONDecodeError, OSError) as error:
-        raise damaged(path, error) from None
-
-    def read(key: str) -> torch.Tensor:
-        try:
-            return file.get_tensor(key)
-        except SafetensorError as error:
-            raise FeatureStoreError(f"{path}: {key} cannot be read: {error}.") from None
-
-    tensors = {key: Stored(shape, partial(read, key)) for key, shape in shapes.items()}
-    return TensorFile(path, "safetensors", tensors, metadata)
