@@ -19,7 +19,7 @@ from pipelines._cli import (
 )
 
 if TYPE_CHECKING:
-    from featurestore.caching.job import Job, Request
+    from featurestore.caching.job import CachingJob, CachingRequest
     from featurestore.caching.plan import Plan
     from featurestore.caching.run import Summary
 
@@ -157,11 +157,11 @@ def main(list_layers: bool, dry_run: bool, **options: Any) -> None:
         _list_layers(options["backbone"], options["recipe"])
         return
     request = _request(dry_run=dry_run, **options)
-    from featurestore.caching.job import prepare
-    from featurestore.caching.run import run
+    from featurestore.caching.job import prepare_job
+    from featurestore.caching.run import cache_layers
     from featurestore.store.writer import store_lock
 
-    job = prepare(request)
+    job = prepare_job(request)
     if dry_run:
         click.echo(f"Plan (nothing is run)\n{_plan(job)}")
         return
@@ -170,7 +170,7 @@ def main(list_layers: bool, dry_run: bool, **options: Any) -> None:
         click.echo(f"Plan\n{plan}\n")
         plan.refuse_if_full()
         with progress_bar(plan.images, "computing") as bar:
-            summary = run(job, plan, bar.update)
+            summary = cache_layers(job, plan, bar.update)
     _report(plan, summary)
     if summary.interrupted:
         click.get_current_context().exit(130)
@@ -185,7 +185,7 @@ def _request(
     weights: str | None,
     dry_run: bool,
     **rest: Any,
-) -> "Request":
+) -> "CachingRequest":
     from featurestore.networks.registry import get_backbone
 
     if not layers:
@@ -206,12 +206,12 @@ def _request(
             "--weights is missing: photographs of your own need a checkpoint FILE, or download for the published one. "
             "To try things out without one, ask for random numbers by name: --weights random:0."
         )
-    from featurestore.caching.job import Request
+    from featurestore.caching.job import CachingRequest
     from featurestore.photos.boxes import with_boxes
     from featurestore.photos.keys import find_faces
 
     faces = find_faces(images, pattern)
-    return Request(
+    return CachingRequest(
         store=store or Path("store") / f"{images.resolve().stem}.zarr",
         faces=with_boxes(faces, boxes) if boxes else faces,
         layers=list(layers),
@@ -230,8 +230,8 @@ def _demo_faces() -> Path:
     return table
 
 
-def _plan(job: "Job") -> "Plan":
-    from featurestore.caching.plan import make_plan
+def _plan(job: "CachingJob") -> "Plan":
+    from featurestore.caching.planning import make_plan
 
     with progress_bar(None, "checking cached photographs") as bar:
         return make_plan(job, bar.update)

@@ -8,7 +8,9 @@ import click
 from pipelines._cli import Command, note_left_out, progress_bar
 
 if TYPE_CHECKING:
-    from featurestore.caching.verify import Report
+    from collections.abc import Sequence
+
+    from featurestore.caching.verify import Damage, Recomputation, StoreReport
     from featurestore.checkpoints.weights import Weights
     from featurestore.store.reader import FeatureStore, Source
 
@@ -79,63 +81,69 @@ def _verify(
     repair: bool,
     device: str,
 ) -> bool:
-    from featurestore.caching import verify
+    from featurestore.caching.provenance import weights_of
+    from featurestore.caching.verify import Recomputation, check_source, recompute_some
     from featurestore.devices import choose_device
     from featurestore.errors import FeatureStoreError
 
     click.echo(f"{source.name}: {source.n_items} items, layers {', '.join(source.layers) or 'none'}")
     with progress_bar(source.n_items * len(source.layers), "checking", " rows") as bar:
-        report = verify.check(source, bar.update)
+        report = check_source(source, bar.update)
+    recomputed = Recomputation()
+    not_recomputed = []
     if n and source.layers:
         try:
-            verify.recompute_some(
-                source, verify.weights_of(source, weights, backbone), choose_device(device), report, n
-            )
+            recomputed = recompute_some(source, weights_of(source, weights, backbone), choose_device(device), report, n)
         except FeatureStoreError as error:
             if weights or repair or backbone == source.attributes["backbone"]:
                 raise
-            report.notes.append(f"nothing recomputed: {error}")
-    _print(report)
-    if repair and report.damage:
-        return _repair(store, source, report, verify.weights_of(source, weights, backbone), device)
-    return report.sound
+            not_recomputed = [f"nothing recomputed: {error}"]
+    not_recomputed += [f"not recomputed: {failure}" for failure in recomputed.failures]
+    _print(report, recomputed, not_recomputed)
+    damage = (*report.damage, *recomputed.damage)
+    if repair and damage:
+        return _repair(store, source, damage, weights_of(source, weights, backbone), device)
+    return report.sound and not recomputed.damage
 
 
-def _repair(store: "FeatureStore", source: "Source", report: "Report", weights: "Weights", device: str) -> bool:
-    from featurestore.caching import run as cache
-    from featurestore.caching import verify
+def _repair(
+    store: "FeatureStore", source: "Source", damage: "Sequence[Damage]", weights: "Weights", device: str
+) -> bool:
+    from featurestore.caching.repair import repair_job, repair_plan
+    from featurestore.caching.run import cache_layers
+    from featurestore.caching.verify import Recomputation, check_source
     from featurestore.store.reader import FeatureStore
     from featurestore.store.writer import store_lock
 
-    job = verify.repair_job(store, source, weights, device)
+    job = repair_job(store, source, weights, device)
     with store_lock(store.path, "pipelines/verify_store.py --repair"):
-        plan = verify.repair_plan(store, source, report)
+        plan = repair_plan(store, source, damage)
         click.echo(f"\nRepair\n{plan}\n")
         plan.refuse_if_full()
         with progress_bar(plan.images, "recomputing") as bar:
-            summary = cache.run(job, plan, bar.update)
+            summary = cache_layers(job, plan, bar.update)
     note_left_out(summary.failures, "not repaired")
-    after = verify.check(FeatureStore.open(store.path).source(source.name))
-    _print(after)
+    after = check_source(FeatureStore.open(store.path).source(source.name))
+    _print(after, Recomputation(), [])
     return after.sound
 
 
-def _print(report: "Report") -> None:
-    click.echo(f"  {report.records} records read, {len(report.damage) - report.differing} damaged")
-    if report.differing:
-        click.echo(f"  {report.differing} rows do not match a new computation")
+def _print(report: "StoreReport", recomputed: "Recomputation", not_recomputed: list[str]) -> None:
+    click.echo(f"  {report.records} records read, {len(report.damage)} damaged")
+    if recomputed.damage:
+        click.echo(f"  {len(recomputed.damage)} rows do not match a new computation")
     for name, count in report.absent.items():
         click.echo(f"  layer {name}: {count} rows not cached yet")
-    if report.recomputed:
-        worst = max(report.recomputed, key=lambda name: report.recomputed[name])
+    if recomputed.difference:
+        worst = max(recomputed.difference, key=lambda name: recomputed.difference[name])
         click.echo(
-            f"  recomputed rows agree within {report.recomputed[worst]:.1e} of the largest value (worst: {worst})"
+            f"  recomputed rows agree within {recomputed.difference[worst]:.1e} of the largest value (worst: {worst})"
         )
-    for line in [*map(str, report.damage), *report.suspicious]:
+    for line in [*map(str, (*report.damage, *recomputed.damage)), *report.suspicious]:
         click.echo(f"  WRONG  {line}")
-    for line in report.notes:
+    for line in [*report.notes, *not_recomputed]:
         click.echo(f"  note   {line}")
-    click.echo("  sound" if report.sound else "  NOT SOUND")
+    click.echo("  sound" if report.sound and not recomputed.damage else "  NOT SOUND")
 
 
 if __name__ == "__main__":

@@ -11,9 +11,9 @@ import pytest
 import torch
 
 from featurestore import FeatureStore
-from featurestore.caching import run as cache
-from featurestore.caching.job import Request, prepare
-from featurestore.caching.plan import make_plan
+from featurestore.caching.job import CachingRequest, prepare_job
+from featurestore.caching.planning import make_plan
+from featurestore.caching.run import Summary, cache_layers
 from featurestore.photos.keys import find_faces
 from featurestore.store.writer import store_lock
 
@@ -56,16 +56,16 @@ def photographs(tmp_path: Path) -> Path:
     return write_photographs(tmp_path / "photographs", 5, 2)
 
 
-def request_for(images: Path, store: Path, layers: list[str], **options) -> Request:
+def request_for(images: Path, store: Path, layers: list[str], **options) -> CachingRequest:
     defaults = {"weights": "random:0", "device": "cpu", "batch_size": 4, "items_per_shard": 4}
-    return Request(store=store, faces=find_faces(images), layers=layers, **{**defaults, **options})
+    return CachingRequest(store=store, faces=find_faces(images), layers=layers, **{**defaults, **options})
 
 
-def run_pass(images: Path, store: Path, layers: list[str], **options) -> cache.Summary:
+def run_pass(images: Path, store: Path, layers: list[str], **options) -> Summary:
     """The real pass, as the command runs it."""
-    job = prepare(request_for(images, store, layers, **options))
+    job = prepare_job(request_for(images, store, layers, **options))
     with store_lock(store, "test"):
-        return cache.run(job, make_plan(job))
+        return cache_layers(job, make_plan(job))
 
 
 def command(script: str, *args: object, cwd: Path | None = None, **options) -> subprocess.CompletedProcess[str]:

@@ -24,7 +24,7 @@ BATCH_SIZE = {"cpu": 16, "cuda": 64, "mps": 32}
 
 
 @dataclass(frozen=True)
-class Request:
+class CachingRequest:
     """What the user asked for; see the options of pipelines/cache_layers.py. None leaves the choice to us."""
 
     store: Path
@@ -45,13 +45,13 @@ class Request:
 
 
 @dataclass(frozen=True)
-class Job:
+class CachingJob:
     """A request whose every name has been checked and whose weights fit.
 
     ``graph`` is the sha256 of the operations of a network of the user's own, whose name alone says little; else empty.
     """
 
-    request: Request
+    request: CachingRequest
     spec: BackboneSpec
     layers: list[str]
     recipe: Recipe
@@ -93,7 +93,7 @@ class Job:
         }
 
 
-def prepare(request: Request) -> Job:
+def prepare_job(request: CachingRequest) -> CachingJob:
     """Check names, weights, device and recipe. Raises FeatureStoreError before anything is read or written twice."""
     spec = get_backbone(request.backbone)
     spec.check_layers(request.layers)
@@ -114,4 +114,4 @@ def prepare(request: Request) -> Job:
     spec = weights.backbone
     refuse_absent(spec, layers, weights)
     graph = graph_digest(spec) if spec.imported else ""
-    return Job(request, spec, layers, recipe, weights, device, layer_shapes(spec, layers), graph)
+    return CachingJob(request, spec, layers, recipe, weights, device, layer_shapes(spec, layers), graph)

@@ -11,7 +11,6 @@ from pathlib import Path
 import numpy as np
 import torch
 
-from featurestore.errors import FeatureStoreError
 from featurestore.keys import Box
 from featurestore.photos.decode import ImageError, decode
 from featurestore.photos.recipes import Recipe
@@ -55,6 +54,17 @@ class Batch:
     rows: list[int] = field(default_factory=list)
     photos: list[Photo] = field(default_factory=list)
     hashes: list[str] = field(default_factory=list)
+
+    def add(self, photo: Photo, pixels: np.ndarray, sha256: str, row: int) -> None:
+        """Put one photograph's pixels after those that are there."""
+        self.pixels[len(self.rows)] = torch.from_numpy(pixels)
+        self.rows.append(row)
+        self.photos.append(photo)
+        self.hashes.append(sha256)
+
+    def trimmed(self) -> "Batch":
+        """Without the places that were not filled."""
+        return Batch(self.pixels[: len(self.rows)], self.rows, self.photos, self.hashes)
 
 
 @dataclass(frozen=True)
@@ -104,46 +114,33 @@ def batches(
     batch_size: int,
     workers: int,
     skip: bool,
-    failures: list[Failure],
     pin: bool = False,
-) -> Generator[Batch, None, None]:
-    """Full batches of decoded photographs; a batch ends at a shard's end, so an interrupted pass resumes on the same ones.
+) -> Generator[Batch | Failure, None, None]:
+    """Full batches of decoded photographs, and each photograph that gave no pixels.
 
-    Photographs without a row get the next free one, in order, from ``next_row``. With ``skip`` those that fail are
-    added to ``failures`` and left out; otherwise the first one raises FeatureStoreError.
+    A batch ends at a shard's end, so that an interrupted run resumes on the same ones. Photographs without a row get the
+    next free one, in order, from ``next_row``. With ``skip`` a failure changes nothing for the others; otherwise what
+    came before the first one is given, then the failure, and no more.
     """
-    batch: Batch | None = None
+    shape = (batch_size, recipe.size, recipe.size, 3)
+    batch = Batch(torch.empty(shape, dtype=torch.uint8, pin_memory=pin))
     for loaded in _load_in_order(photos, recipe, workers, ahead=2 * batch_size):
         if isinstance(loaded, Failure):
+            if batch.rows and not skip:
+                yield batch.trimmed()
+            yield loaded
             if not skip:
-                if batch is not None:
-                    yield _trim(batch)  # what came before it is good work
-                raise FeatureStoreError(
-                    f"{loaded}. Mend or remove it, or leave such photographs out with --on-error skip. "
-                    "What was computed so far is kept."
-                )
-            failures.append(loaded)
+                return
             continue
         row = loaded.photo.row
         if row is None:
             row, next_row = next_row, next_row + 1
-        if batch is not None and row // slots != batch.rows[0] // slots:
-            yield _trim(batch)
-            batch = None
-        if batch is None:
-            size = recipe.size
-            batch = Batch(torch.empty((batch_size, size, size, 3), dtype=torch.uint8, pin_memory=pin))
-        batch.pixels[len(batch.rows)] = torch.from_numpy(loaded.pixels)
-        batch.rows.append(row)
-        batch.photos.append(loaded.photo)
-        batch.hashes.append(loaded.sha256)
+        if batch.rows and row // slots != batch.rows[0] // slots:
+            yield batch.trimmed()
+            batch = Batch(torch.empty(shape, dtype=torch.uint8, pin_memory=pin))
+        batch.add(loaded.photo, loaded.pixels, loaded.sha256, row)
         if len(batch.rows) == batch_size or (row + 1) % slots == 0:
-            yield _trim(batch)
-            batch = None
-    if batch is not None:
-        yield _trim(batch)
-
-
-def _trim(batch: Batch) -> Batch:
-    batch.pixels = batch.pixels[: len(batch.rows)]
-    return batch
+            yield batch.trimmed()
+            batch = Batch(torch.empty(shape, dtype=torch.uint8, pin_memory=pin))
+    if batch.rows:
+        yield batch.trimmed()

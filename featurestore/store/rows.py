@@ -208,8 +208,17 @@ def read_shard(layer: Layer, shard: int) -> np.ndarray:
         if opened is not None:
             fd, index = opened
             for slot in np.flatnonzero(index.present[: len(rows)]):
-                values[slot] = read_record(fd, index, int(slot), layer.record).reshape(layer.shape)
+                values[slot] = layer.record.decode(read_record(fd, index, int(slot))).reshape(layer.shape)
         return values
+
+
+def stored_row(layer: Layer, row: int) -> np.ndarray | None:
+    """One item's row, checksum verified, as a flat array; None if it is absent. Raises DamagedShard."""
+    shard, slot = divmod(row, layer.slots)
+    with open_shard(layer, shard) as opened:
+        if opened is None or not opened[1].present[slot]:
+            return None
+        return layer.record.decode(read_record(*opened, slot))
 
 
 def present_rows(layer: Layer) -> np.ndarray:

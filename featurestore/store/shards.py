@@ -94,8 +94,8 @@ class RecordFormat:
 
     def decode(self, record: bytes | memoryview) -> np.ndarray:
         """A record's row, as a flat array. Raises DamagedShard if its checksum or length is wrong."""
-        payload, stored = memoryview(record)[:-CRC_BYTES], record[-CRC_BYTES:]
-        if len(record) < CRC_BYTES or crc32c(payload) != int.from_bytes(stored, "little"):
+        payload = memoryview(record)[:-CRC_BYTES]
+        if len(record) < CRC_BYTES or crc32c(payload) != self.checksum(record):
             raise DamagedShard("a record does not match its checksum")
         if self.compress != "none":
             try:
@@ -105,6 +105,10 @@ class RecordFormat:
         if payload.nbytes != self.row_bytes:
             raise DamagedShard(f"a record holds {payload.nbytes} bytes, not {self.row_bytes}")
         return np.frombuffer(payload, self.dtype)
+
+    def checksum(self, record: bytes | memoryview) -> int:
+        """The crc32c that a record ends in."""
+        return int.from_bytes(record[-CRC_BYTES:], "little")
 
 
 def _compressor(compress: Compress, itemsize: int) -> Zstd | Blosc:
@@ -266,7 +270,7 @@ class ShardWriter:
         while self._kept and self._kept[0] < before:
             slot = self._kept.pop(0)
             assert self._old is not None
-            raw = os.pread(self._old, int(self._old_index.nbytes[slot]), int(self._old_index.offsets[slot]))
+            raw = read_record(self._old, self._old_index, slot)
             if self.record.compress == "none":
                 self._place(slot, [])
             self._note(slot, len(raw))
@@ -294,6 +298,6 @@ def _write_all(fd: int, buffers: list) -> None:
             views[0] = views[0][written:]
 
 
-def read_record(fd: int, index: ShardIndex, slot: int, record: RecordFormat) -> np.ndarray:
-    """One row, checksum verified, as a flat array of shape (elements,)."""
-    return record.decode(os.pread(fd, int(index.nbytes[slot]), int(index.offsets[slot])))
+def read_record(fd: int, index: ShardIndex, slot: int) -> bytes:
+    """A slot's record as it stands in an open shard, checksum included; see ``RecordFormat.decode``."""
+    return os.pread(fd, int(index.nbytes[slot]), int(index.offsets[slot]))

@@ -23,11 +23,11 @@ import torch.nn.functional as F
 from torch.utils.data import DataLoader, Dataset
 
 from featurestore import FeatureStore
-from featurestore.caching import run as cache
 from featurestore.caching.extractor import load_extractor
-from featurestore.caching.job import Request as PassRequest
-from featurestore.caching.job import prepare as prepare_pass
-from featurestore.caching.plan import make_plan
+from featurestore.caching.job import CachingRequest as PassRequest
+from featurestore.caching.job import prepare_job as prepare_pass
+from featurestore.caching.planning import make_plan
+from featurestore.caching.run import cache_layers
 from featurestore.checkpoints.weights import open_weights
 from featurestore.demo.faces import make_faces
 from featurestore.networks.registry import get_backbone
@@ -167,7 +167,7 @@ def modules(head: torch.nn.Module) -> list[torch.nn.Module]:
 def run_pass(images: Path, store: Path, layers: list[str]) -> None:
     job = prepare_pass(PassRequest(store=store, faces=find_faces(images), layers=layers, weights="random:0"))
     with store_lock(store, "benchmark"):
-        cache.run(job, make_plan(job))
+        cache_layers(job, make_plan(job))
 
 
 def demo(layers: tuple[str, ...] = ("maxp_5_3", "fc7-relu")) -> tuple[Path, Path]:

@@ -12,10 +12,10 @@ import click
 import torch
 
 from featurestore import FeatureStore, identification_table
-from featurestore.caching import run as cache
 from featurestore.caching.extractor import load_extractor
-from featurestore.caching.job import Request, prepare
-from featurestore.caching.plan import make_plan
+from featurestore.caching.job import CachingRequest, prepare_job
+from featurestore.caching.planning import make_plan
+from featurestore.caching.run import cache_layers
 from featurestore.checkpoints.weights import open_weights
 from featurestore.networks.registry import get_backbone
 from featurestore.networks.shapes import with_input_size
@@ -36,12 +36,14 @@ NETWORKS = {
 HELD_OUT = ["8", "9", "10"]
 
 
-def cache_layers(images: Path, store: Path, backbone: str, layers: list[str]) -> float:
+def pass_rate(images: Path, store: Path, backbone: str, layers: list[str]) -> float:
     """Images per second of the pass, its network loaded."""
-    request = Request(store, find_faces(images), layers, "random:0", backbone=backbone, batch_size=BATCH, device="cpu")
-    job = prepare(request)
+    request = CachingRequest(
+        store, find_faces(images), layers, "random:0", backbone=backbone, batch_size=BATCH, device="cpu"
+    )
+    job = prepare_job(request)
     with store_lock(store, "benchmark"):
-        summary = cache.run(job, make_plan(job))
+        summary = cache_layers(job, make_plan(job))
     return summary.computed / summary.seconds
 
 
@@ -60,7 +62,7 @@ def _speed(folder: Path, name: str, layers: list[str], n: int) -> Line:
     rounds = iter(range(10**9))
 
     def ours() -> float:
-        return cache_layers(images, folder / f"{name.replace(':', '-')}-{next(rounds)}.zarr", name, layers)
+        return pass_rate(images, folder / f"{name.replace(':', '-')}-{next(rounds)}.zarr", name, layers)
 
     def bare() -> float:
         with torch.inference_mode():
@@ -77,7 +79,7 @@ def identify(folder: Path) -> list[Line]:
         return []
     store = folder / "all.zarr"
     for name, (layers, _) in NETWORKS.items():
-        cache_layers(photographs, store, name, layers)
+        pass_rate(photographs, store, name, layers)
     table = identification_table(FeatureStore.open(store), HELD_OUT)
     return [
         Line(

@@ -24,10 +24,10 @@ import torch
 import zarr
 
 from featurestore import FeatureStore
-from featurestore.caching import run as cache
 from featurestore.caching.extractor import load_extractor
-from featurestore.caching.job import Request, prepare
-from featurestore.caching.plan import make_plan
+from featurestore.caching.job import CachingRequest, prepare_job
+from featurestore.caching.planning import make_plan
+from featurestore.caching.run import cache_layers
 from featurestore.checkpoints.seeded import draw_weights
 from featurestore.checkpoints.weights import open_weights
 from featurestore.networks.registry import get_backbone
@@ -215,7 +215,7 @@ def make_photographs(folder: Path, n: int) -> Path:
 def run_pass(images: Path, store: Path, layers: list[str], precision: str, items_per_shard: int = 256) -> float:
     """Images per second of the pass itself, network loaded."""
     faces = find_faces(images)
-    request = Request(
+    request = CachingRequest(
         store,
         faces,
         layers,
@@ -225,9 +225,9 @@ def run_pass(images: Path, store: Path, layers: list[str], precision: str, items
         items_per_shard=items_per_shard,
         device="cpu",
     )
-    job = prepare(request)
+    job = prepare_job(request)
     with store_lock(store, "benchmark"):
-        summary = cache.run(job, make_plan(job))
+        summary = cache_layers(job, make_plan(job))
     return summary.computed / summary.seconds
 
 

@@ -7,9 +7,9 @@ import pytest
 from PIL import Image
 
 from featurestore import FeatureStore
-from featurestore.caching.job import Request, prepare
-from featurestore.caching.plan import make_plan
-from featurestore.caching.run import run
+from featurestore.caching.job import CachingRequest, prepare_job
+from featurestore.caching.planning import make_plan
+from featurestore.caching.run import cache_layers
 from featurestore.errors import FeatureStoreError
 from featurestore.networks.registry import get_backbone
 from featurestore.photos.boxes import with_boxes
@@ -39,10 +39,10 @@ def faces(tmp_path: Path) -> Path:
 
 def cache(folder: Path, store: Path, **options) -> None:
     found = with_boxes(find_faces(folder), folder.parent / "loose_bb_test.csv")
-    request = Request(store, found, ["conv1"], "random:0", backbone="resnet50_ft", device="cpu", **options)
-    job = prepare(request)
+    request = CachingRequest(store, found, ["conv1"], "random:0", backbone="resnet50_ft", device="cpu", **options)
+    job = prepare_job(request)
     with store_lock(store, "test"):
-        run(job, make_plan(job))
+        cache_layers(job, make_plan(job))
 
 
 def test_margin_and_borders() -> None:
@@ -68,10 +68,10 @@ def test_rows_are_those_of_the_picture_cut_beforehand(faces: Path, tmp_path: Pat
         (beforehand / face).mkdir(parents=True, exist_ok=True)
         Image.fromarray(part).save(beforehand / face / f"{view}.png")
     plain = tmp_path / "plain.zarr"
-    request = Request(plain, find_faces(beforehand), ["conv1"], "random:0", backbone="resnet50_ft", device="cpu")
-    job = prepare(request)
+    request = CachingRequest(plain, find_faces(beforehand), ["conv1"], "random:0", backbone="resnet50_ft", device="cpu")
+    job = prepare_job(request)
     with store_lock(plain, "test"):
-        run(job, make_plan(job))
+        cache_layers(job, make_plan(job))
     uncut = FeatureStore.open(plain).source()
     assert uncut.name != source.name  # another recipe is another source
     assert uncut.rows("conv1").gather(range(4)).equal(source.rows("conv1").gather(range(4)))
@@ -129,7 +129,7 @@ def test_a_recipe_with_a_margin_of_its_own(faces: Path, tmp_path: Path) -> None:
     (tmp_path / "wide.toml").write_text('size = 224\nresize = "pil"\nchannels = "BGR"\nmean = 100\nbox_margin = 0.5\n')
     cache(faces, tmp_path / "wide.zarr", recipe=str(tmp_path / "wide.toml"))
     assert FeatureStore.open(tmp_path / "wide.zarr").source().attributes["recipe"]["box_margin"] == 0.5
-    request = Request(
+    request = CachingRequest(
         tmp_path / "no.zarr",
         find_faces(faces),
         ["conv1"],
@@ -138,7 +138,7 @@ def test_a_recipe_with_a_margin_of_its_own(faces: Path, tmp_path: Path) -> None:
         recipe=str(tmp_path / "wide.toml"),
     )
     with pytest.raises(FeatureStoreError, match="Give them with --boxes"):
-        prepare(request)
+        prepare_job(request)
 
 
 def test_the_command_takes_boxes(faces: Path, tmp_path: Path) -> None:

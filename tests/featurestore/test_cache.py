@@ -11,9 +11,10 @@ import torch
 from safetensors.torch import save_file
 
 from featurestore import FeatureStore, FeatureStoreError
-from featurestore.caching import run as cache
-from featurestore.caching.job import prepare
-from featurestore.caching.plan import make_plan
+from featurestore.caching.compute import NonFiniteError
+from featurestore.caching.job import prepare_job
+from featurestore.caching.planning import make_plan
+from featurestore.caching.run import cache_layers
 from featurestore.checkpoints.seeded import draw_weights
 from featurestore.networks.registry import get_backbone
 from featurestore.store.writer import store_lock
@@ -35,7 +36,7 @@ def values(store: Path, layer: str = LAYERS[0]) -> np.ndarray:
 
 
 def plan_of(images: Path, store: Path, layers: list[str], **options):
-    return make_plan(prepare(request_for(images, store, layers, **options)))
+    return make_plan(prepare_job(request_for(images, store, layers, **options)))
 
 
 def test_a_second_run_computes_nothing_and_writes_nothing(photographs: Path, tmp_path: Path) -> None:
@@ -193,7 +194,7 @@ def test_nan_activations_stop_the_pass_and_name_the_photograph(photographs: Path
     state.update(draw_weights(0, [key for key in state if "conv_1" in key], shapes))
     state["features.conv_2_1.bias"][0] = torch.nan
     save_file({key.removeprefix("features."): value for key, value in state.items()}, tmp_path / "nan.safetensors")
-    with pytest.raises(cache.NonFiniteError, match=r"layer 'maxp_2_2' of \('f1', '1'\).*NaN or infinite"):
+    with pytest.raises(NonFiniteError, match=r"layer 'maxp_2_2' of \('f1', '1'\).*NaN or infinite"):
         run_pass(photographs, tmp_path / "s.zarr", LAYERS, weights=str(tmp_path / "nan.safetensors"))
     assert FeatureStore.open(tmp_path / "s.zarr").source().n_items == 0
 
@@ -204,7 +205,7 @@ def test_infinity_from_half_precision_storage_is_not_stored(photographs: Path, t
     state["features.conv_1_2.weight"] *= 1e4
     save_file(state, tmp_path / "large.safetensors")
     run_pass(photographs, tmp_path / "s.zarr", LAYERS[:1], weights=str(tmp_path / "large.safetensors"))
-    with pytest.raises(cache.NonFiniteError, match="overflows at 65504"):
+    with pytest.raises(NonFiniteError, match="overflows at 65504"):
         run_pass(
             photographs, tmp_path / "h.zarr", LAYERS[:1], weights=str(tmp_path / "large.safetensors"), dtype="float16"
         )
@@ -215,7 +216,9 @@ def test_convolutions_alone_give_no_fc_layer(photographs: Path, tmp_path: Path) 
     state = {key: torch.zeros(shape) for key, shape in shapes.items() if key.startswith("features.")}
     save_file(state, tmp_path / "conv.safetensors")
     with pytest.raises(FeatureStoreError, match=r"does not hold all of vggface .*cannot give fc7-relu"):
-        prepare(request_for(photographs, tmp_path / "s.zarr", ["fc7-relu"], weights=str(tmp_path / "conv.safetensors")))
+        prepare_job(
+            request_for(photographs, tmp_path / "s.zarr", ["fc7-relu"], weights=str(tmp_path / "conv.safetensors"))
+        )
 
 
 @pytest.mark.parametrize(
@@ -389,12 +392,12 @@ def test_a_recompute_that_ends_early_keeps_the_rows_it_did_not_reach(photographs
     change(photographs, "f1")
     change(photographs, "f2")
     (photographs / "f1" / "1.png").write_bytes((photographs / "f1" / "1.png").read_bytes() + b"changed")
-    job = prepare(request_for(photographs, store, LAYERS, recompute_changed=True, batch_size=1))
+    job = prepare_job(request_for(photographs, store, LAYERS, recompute_changed=True, batch_size=1))
     plan = make_plan(job)
     assert len(plan.changed) == 2
     (photographs / "f2" / "1.png").write_bytes(b"gone bad between planning and reading")
     with store_lock(store, "test"), pytest.raises(FeatureStoreError, match="cannot be decoded"):
-        cache.run(job, plan)
+        cache_layers(job, plan)
     opened = FeatureStore.open(store)
     for layer in LAYERS:
         assert opened.rows(layer).present.all()

@@ -9,7 +9,8 @@ import pytest
 from click.testing import CliRunner
 
 from featurestore import FeatureStore, FeatureStoreError
-from featurestore.caching import verify
+from featurestore.caching.provenance import weights_of
+from featurestore.caching.verify import check_source, recompute_some
 from featurestore.devices import choose_device
 from featurestore.store.writer import SourceWriter, store_lock
 from pipelines.verify_store import main as verify_store
@@ -34,12 +35,13 @@ def shard(store: Path, layer: str, number: int) -> Path:
 
 def test_a_sound_store_is_sound(store: Path) -> None:
     source = FeatureStore.open(store).source()
-    report = verify.check(source)
-    verify.recompute_some(source, verify.weights_of(source, None), choose_device("cpu"), report)
+    report = check_source(source)
+    recomputed = recompute_some(source, weights_of(source, None), choose_device("cpu"), report)
     assert report.sound
     assert report.records == 20
-    assert set(report.recomputed) == set(LAYERS)
-    assert max(report.recomputed.values()) <= 1e-5
+    assert set(recomputed.difference) == set(LAYERS)
+    assert max(recomputed.difference.values()) <= 1e-5
+    assert not recomputed.damage
 
 
 @pytest.mark.parametrize(
@@ -89,7 +91,7 @@ def test_rows_that_are_not_the_networks_are_found(store: Path) -> None:
         shard_writer = writer.open_shard(LAYERS[1], 0, keep=[1, 2, 3], end=4)
         shard_writer.write([0], np.ones((1, layer.record.elements), np.float32))
         shard_writer.commit()
-    assert verify.check(source).sound
+    assert check_source(source).sound
     found = command("verify_store", store, "--device", "cpu")
     assert found.returncode == 1
     assert "layer maxp_2_2, shard 0, item ('f1', '1'): differs from a new computation" in found.stdout
@@ -103,7 +105,7 @@ def test_nan_and_infinity_are_found(store: Path, value: float) -> None:
     shard_writer = SourceWriter(store, source.name, {}).open_shard(LAYERS[1], 1, keep=[0, 1, 3], end=4)
     shard_writer.write([2], rows)
     shard_writer.commit()
-    (damage,) = verify.check(source).damage
+    (damage,) = check_source(source).damage
     assert str(damage) == "layer maxp_2_2, shard 1, item ('f4', '1'): 1 values are NaN or infinite"
 
 
@@ -112,10 +114,10 @@ def test_a_layer_that_repeats_its_neighbour_is_reported(tmp_path: Path) -> None:
     images = write_photographs(tmp_path / "p", 3, 1)
     run_pass(images, tmp_path / "s.zarr", ["conv_1_1", "relu_1_1"], items_per_shard=2)
     source = FeatureStore.open(tmp_path / "s.zarr").source()
-    assert verify.check(source).sound
+    assert check_source(source).sound
     for number in range(2):
         shutil.copy(source.layers["relu_1_1"].shard_path(number), source.layers["conv_1_1"].shard_path(number))
-    report = verify.check(source)
+    report = check_source(source)
     assert not report.sound
     assert "layers conv_1_1 and relu_1_1 are bit-identical in all 3 items" in report.suspicious[0]
 
@@ -124,7 +126,7 @@ def test_a_dropout_may_equal_the_relu_before_it(tmp_path: Path) -> None:
     run_pass(write_photographs(tmp_path / "p", 2, 1), tmp_path / "s.zarr", ["fc6-relu", "fc6-dropout"])
     source = FeatureStore.open(tmp_path / "s.zarr").source()
     assert np.array_equal(source.rows("fc6-relu").gather([0, 1]), source.rows("fc6-dropout").gather([0, 1]))
-    assert verify.check(source).sound
+    assert check_source(source).sound
 
 
 def test_unfinished_is_not_damaged(store: Path) -> None:
@@ -149,7 +151,7 @@ def test_a_twin_key_is_reported(store: Path) -> None:
     writer.replace_table(table)
     writer.publish()
     assert json.loads((store / "zarr.json").read_text())["attributes"]["format_version"] == 1
-    assert verify.check(FeatureStore.open(store).source()).suspicious == ["key ('f1', '1') is there twice"]
+    assert check_source(FeatureStore.open(store).source()).suspicious == ("key ('f1', '1') is there twice",)
     with pytest.raises(FeatureStoreError, match="twice, so its rows cannot be told apart"):
         FeatureStore.open(store).find([("f1", "1")])
 

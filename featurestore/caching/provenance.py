@@ -1,0 +1,68 @@
+"""What a source was made with, as its attributes say: the network, the weights, the recipe, the precision.
+
+A store may come from a stranger: nothing is imported because a file names it.
+"""
+
+from featurestore.checkpoints.weights import BUILT, BUILT_BY, Weights, open_weights
+from featurestore.devices import PRECISIONS
+from featurestore.errors import FeatureStoreError
+from featurestore.networks.registry import get_backbone, known_backbone
+from featurestore.networks.shapes import with_input_size
+from featurestore.networks.spec import BackboneSpec
+from featurestore.photos.recipes import Recipe, recipe_from_dict
+from featurestore.store.reader import Source
+
+
+def backbone_of(source: Source, trusted: str | None = None) -> BackboneSpec:
+    """The network a source was made with. Code of a user's own is imported only if its name is given as ``trusted``."""
+    name = source.attributes["backbone"]
+    spec = known_backbone(name) or (get_backbone(name) if name == trusted else None)
+    if spec is None:
+        raise FeatureStoreError(
+            f"{source.name} was computed by {name!r}, which is code outside of this program. To run it, if you trust it: "
+            f"--backbone {name}"
+        )
+    recipe = recipe_of(source)
+    if spec.input_size not in (None, recipe.size):
+        raise FeatureStoreError(f"{source.name} says {recipe.size}-pixel inputs, {name} takes {spec.input_size}.")
+    return with_input_size(spec, recipe.size)
+
+
+def weights_of(source: Source, given: str | None, trusted: str | None = None) -> Weights:
+    """The weights a source was made with: redrawn from their seed, or the file ``given`` if it is the same one.
+
+    ``trusted`` names a network of the user's own that may be imported; see ``backbone_of``.
+    """
+    identity, name = source.attributes["weights"], source.attributes.get("weights_name", "")
+    if identity.startswith("seed:") and given is None:
+        given = f"random:{identity.partition(':')[2]}"
+    if name.startswith(BUILT_BY) and given is None:
+        given = BUILT
+    if given is None:
+        raise FeatureStoreError(
+            f"recomputing needs the weights file {name} (sha256 {identity[:12]}…). Give it with --weights."
+        )
+    weights = open_weights(given, backbone_of(source, trusted))
+    if weights.identity != identity:
+        raise FeatureStoreError(
+            f"{given} is not the weights of {source.name}: it is {weights.identity[:16]}…, "
+            f"the source was made with {name}, {identity[:16]}…"
+        )
+    return weights
+
+
+def precision_of(source: Source) -> str:
+    """The precision a source was computed in."""
+    precision = source.attributes["precision"]
+    if precision not in PRECISIONS:
+        raise FeatureStoreError(f"{source.name} was computed in {precision!r}, which this version does not know.")
+    return precision
+
+
+def recipe_of(source: Source) -> Recipe:
+    """The recipe a source was made with."""
+    stored = source.attributes["recipe"]
+    recipe = recipe_from_dict(stored)
+    if recipe.as_dict() != stored:
+        raise FeatureStoreError(f"{source.name} was made with recipe {stored}, which this version does not have.")
+    return recipe
