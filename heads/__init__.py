@@ -4,14 +4,14 @@ from importlib import import_module
 from typing import Any
 
 _WHERE = {
-    "build_head": "models",
-    "draw_head": "models",
+    "build_head": "models.triplet",
+    "draw_head": "models.triplet",
     "load_head": "checkpoints",
     "export": "checkpoints",
     "layer_table": "describe",
     "summary": "describe",
     "draw": "describe",
-    "load_trials": "trials",
+    "load_trials": "trials.matching",
     "Features": "features",
 }
 __all__ = list(_WHERE)

@@ -20,7 +20,7 @@ from featurestore.errors import FeatureStoreError
 from featurestore.files import replacing
 from featurestore.networks.registry import get_backbone
 from featurestore.text import listing
-from heads.models import BUILDERS, ConvDecision, FcDecision, Head, IdentityHead, TripletHead, build_head
+from heads.models.triplet import BUILDERS, ConvDecision, FcDecision, Head, IdentityHead, TripletHead, build_head
 
 FORMAT = "face-featurestore-head"
 _CORE = ("vgg_core.",)  # the backbone's own weights, in checkpoints trained end to end and in multi-view ones

@@ -10,7 +10,7 @@ from torch import nn
 
 from featurestore.errors import FeatureStoreError
 from featurestore.networks.registry import get_backbone
-from heads.models import Head, build_head
+from heads.models.triplet import Head, build_head
 
 
 def layer_table(shapes: Mapping[str, tuple[int, ...]] | None = None) -> pd.DataFrame:

@@ -15,8 +15,7 @@ import pandas as pd
 from featurestore import FeatureStore
 from featurestore.errors import FeatureStoreError
 from featurestore.text import human_bytes
-from heads.evaluate import paired_test
-from heads.models import BUILDERS, build_head
+from heads.models.triplet import BUILDERS, build_head
 from heads.runs import (
     Report,
     Run,
@@ -29,9 +28,10 @@ from heads.runs import (
     triplet_task,
     write_csv,
 )
+from heads.scores import paired_test
 from heads.splits import FRACTIONS, Split, draw_split, split_trials
 from heads.train import STOP, Epoch, Settings
-from heads.trials import Sessions, Trials, load_trials, match, same_person_trials
+from heads.trials.matching import Sessions, Trials, load_trials, match, same_person_trials
 
 SAME_PERSON = "same-person"
 

@@ -27,12 +27,12 @@ from featurestore.intervals import accuracy
 from featurestore.store.reader import Source
 from featurestore.text import natural_order
 from heads.checkpoints import save_head
-from heads.evaluate import CHANCE, Ceiling, accuracy_by, audit_order, evaluate, noise_ceiling, normalised, predictions
 from heads.features import Features
-from heads.models import Head, draw_head
+from heads.models.triplet import Head, draw_head
+from heads.scores import CHANCE, Ceiling, accuracy_by, audit_order, evaluate, noise_ceiling, normalised, predictions
 from heads.splits import PARTS, Split
 from heads.train import Checkpoint, Epoch, Examples, Settings, train
-from heads.trials import Trials, holds
+from heads.trials.matching import Trials, holds
 
 VERSION = 1  # of what a run computes: part of its identity
 Report = Callable[[str, Epoch], None]

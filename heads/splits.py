@@ -15,7 +15,7 @@ import numpy as np
 from featurestore.errors import FeatureStoreError
 from featurestore.files import write_atomically
 from featurestore.text import listing
-from heads.trials import FACES, VIEWS, Trials
+from heads.trials.matching import FACES, VIEWS, Trials
 
 PARTS = ("train", "validation", "test")
 KINDS = ("trial", "face", "view")

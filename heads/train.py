@@ -15,9 +15,9 @@ from safetensors import SafetensorError, safe_open
 
 from featurestore.errors import FeatureStoreError
 from heads.checkpoints import write_tensors
-from heads.evaluate import raw_logits
 from heads.features import Features
-from heads.models import Head
+from heads.models.triplet import Head
+from heads.scores import raw_logits
 
 PRECISIONS = ("fp32", "tf32", "bf16")
 _ADVICE = "Try a smaller learning rate (--lr), and check the layer's rows: pipelines/verify_store.py finds NaN in them."

@@ -8,7 +8,7 @@ from typing import TYPE_CHECKING, Any
 import click
 from click.shell_completion import CompletionItem
 
-from heads.catalogue import HEADS
+from heads.registry import HEADS
 from pipelines._cli import DEMO_IMAGES, DEMO_STORE, Command, progress_bar
 
 if TYPE_CHECKING:
@@ -312,7 +312,7 @@ def _request(
     from featurestore.devices import choose_device
     from heads.grid import Request
     from heads.train import Settings
-    from heads.trials import Sessions
+    from heads.trials.matching import Sessions
 
     chosen = choose_device(device)
     settings = Settings(
@@ -417,7 +417,7 @@ def _table(table: "pd.DataFrame") -> str:
 def _draw(grid: "Grid", path: Path) -> None:
     from featurestore import FeatureStore
     from heads.describe import draw, summary
-    from heads.models import build_head
+    from heads.models.triplet import build_head
 
     each = [(task, run) for task, runs in grid.parts for run in runs]
     task, run = next((pair for pair in each if pair[1].head != "zero-shot"), each[0])

@@ -35,13 +35,13 @@ from featurestore.photos.decode import decode
 from featurestore.photos.keys import find_faces
 from featurestore.store.writer import store_lock
 from heads.checkpoints import export, load_head
-from heads.evaluate import noise_ceiling
 from heads.features import Features
 from heads.grid import Request, prepare, run_grid, write_runs_table
-from heads.models import draw_head
+from heads.models.triplet import draw_head
+from heads.scores import noise_ceiling
 from heads.splits import split_trials
 from heads.train import Examples, Settings, train_epoch, validate
-from heads.trials import load_trials
+from heads.trials.matching import load_trials
 from tests.benchmarks.measure import (
     MAXP_5_3,
     ROOT,

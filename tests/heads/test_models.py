@@ -11,10 +11,10 @@ import torch.nn.functional as F
 
 from featurestore import FeatureStoreError
 from featurestore.checkpoints.seeded import draw_weights
-from heads.banded import convolve
-from heads.catalogue import HEADS
 from heads.checkpoints import export, load_head
-from heads.models import BUILDERS, Head, SimilarityHead, build_head, draw_head
+from heads.models.banded import convolve
+from heads.models.triplet import BUILDERS, Head, SimilarityHead, build_head, draw_head
+from heads.registry import HEADS
 from tests.heads.published import Earlier, Published
 
 SHAPES = {"maxp_5_3": (512, 7, 7), "fc7-relu": (4096,)}

@@ -17,13 +17,13 @@ from safetensors.torch import load_file
 
 from featurestore import FeatureStore, FeatureStoreError
 from heads.checkpoints import export, load_head
-from heads.evaluate import evaluate, paired_test
 from heads.features import Features
 from heads.grid import Request, prepare, run_grid, runs_table, write_runs_table
-from heads.models import IdentityHead, draw_head
+from heads.models.triplet import IdentityHead, draw_head
 from heads.runs import Run, Task, train_run
+from heads.scores import evaluate, paired_test
 from heads.train import STOP, Checkpoint, Settings, train
-from heads.trials import Sessions
+from heads.trials.matching import Sessions
 from tests.conftest import ROOT
 from tests.heads.conftest import N_FACES, VIEWS, write_store, write_trials
 from tests.heads.published import Published

@@ -9,7 +9,7 @@ import pytest
 
 from featurestore import FeatureStore, FeatureStoreError
 from heads.splits import KINDS, Split, draw_split, split_trials
-from heads.trials import FACES, VIEWS, Sessions, Trials, load_trials, match, same_person_trials
+from heads.trials.matching import FACES, VIEWS, Sessions, Trials, load_trials, match, same_person_trials
 from tests.heads.conftest import write_store, write_trials
 
 

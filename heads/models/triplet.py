@@ -16,7 +16,7 @@ from torch import nn
 
 from featurestore.errors import FeatureStoreError
 from featurestore.text import near_matches
-from heads.banded import convolve
+from heads.models.banded import convolve
 
 DROPOUT = 0.5  # after the bridge and inside the fc block, as published
 

@@ -13,8 +13,8 @@ from scipy import stats
 from featurestore.errors import FeatureStoreError
 from featurestore.intervals import accuracy
 from heads.features import Features
-from heads.models import Head
-from heads.trials import FACES, ODD, VIEWS, Trials
+from heads.models.triplet import Head
+from heads.trials.matching import FACES, ODD, VIEWS, Trials
 
 CHANCE = 1 / 3  # one of three is odd
 _EXAMPLES = 1024  # evaluated at a time

@@ -1,0 +1,1 @@
+"""Odd-one-out trials."""
