@@ -4,10 +4,10 @@ from importlib import import_module
 from typing import Any
 
 _WHERE = {
-    "build_head": "models.triplet",
-    "draw_head": "models.triplet",
+    "build_head": "registry",
+    "draw_head": "registry",
     "load_head": "checkpoints",
-    "export": "checkpoints",
+    "export": "published",
     "layer_table": "describe",
     "summary": "describe",
     "draw": "describe",

@@ -15,15 +15,15 @@ from safetensors import SafetensorError, safe_open
 from safetensors.torch import save_file
 
 from featurestore.checkpoints.fitting import compare_keys
+from featurestore.checkpoints.formats.base import Stored
 from featurestore.checkpoints.reader import open_tensors
 from featurestore.errors import FeatureStoreError
 from featurestore.files import replacing
-from featurestore.networks.registry import get_backbone
-from featurestore.text import listing
-from heads.models.triplet import BUILDERS, ConvDecision, FcDecision, Head, IdentityHead, TripletHead, build_head
+from heads.models.base import Head
+from heads.published import head_tensors, published_head
+from heads.registry import HEADS, build_head, options_from_file, stored_options
 
 FORMAT = "face-featurestore-head"
-_CORE = ("vgg_core.",)  # the backbone's own weights, in checkpoints trained end to end and in multi-view ones
 
 
 def write_tensors(path: Path, tensors: Mapping[str, torch.Tensor], metadata: dict[str, str]) -> None:
@@ -40,13 +40,13 @@ def write_tensors(path: Path, tensors: Mapping[str, torch.Tensor], metadata: dic
 
 def save_head(head: Head, path: Path, layer: str, **about: Any) -> None:
     """``head`` as safetensors with its architecture, its layer and ``about`` (anything JSON) as metadata."""
-    document = {"layer": layer, "architecture": head.architecture, **about}
+    document = {"layer": layer, "architecture": stored_options(head.architecture), **about}
     metadata = {"format": FORMAT, "format_version": "1", "head": json.dumps(document, sort_keys=True)}
     write_tensors(path, head.state_dict(), metadata)
 
 
 def load_head(
-    path: str | os.PathLike,
+    path: str | os.PathLike[str],
     layer: str,
     shape: tuple[int, ...] | None = None,
     ignore_backbone: bool = False,
@@ -63,115 +63,45 @@ def load_head(
     path = Path(path)
     if not path.is_file():
         raise FeatureStoreError(f"there is no checkpoint {path}.")
-    ours = _read_metadata(path)
-    file = open_tensors(path)
-    found = file.shapes
-    if ours is not None:
-        if ours["layer"] != layer:
-            raise FeatureStoreError(f"{path} was trained on layer {ours['layer']!r}, not on {layer!r}.")
-        architecture = dict(ours["architecture"])
-        trained_on = tuple(architecture.pop("shape"))
-        if shape is not None and tuple(shape) != trained_on:
-            raise FeatureStoreError(
-                f"{path} takes rows of {trained_on}; those of {layer!r} given here are {tuple(shape)}."
-            )
-        try:
-            head = build_head(architecture.pop("head"), trained_on, **architecture)
-        except (TypeError, ValueError, RuntimeError) as error:
-            raise FeatureStoreError(f"{path} says that it is a head, but not a possible one: {error}") from None
+    document = _read_metadata(path)
+    tensors = open_tensors(path).tensors
+    if document is not None:
+        head = _described_head(path, document, layer, shape)
         names = {key: key for key in head.state_dict()}
     else:
-        core = [key for key in found if key.startswith(_CORE)]
-        if core and not ignore_backbone:
-            raise FeatureStoreError(
-                f"{path} holds its own backbone ({len(core)} keys, {core[0]} …): its head fits the features of that one. Cache "
-                "layers from this file, then load the head with ignore_backbone=True."
-            )
-        found = {key: value for key, value in found.items() if key not in core}
-        head = _published_head(path, found, tuple(shape) if shape else _layer_shape(layer), faces)
-        names = published_keys(head, layer, earlier=any(key.startswith("vgg_core_fc8.") for key in found))
+        tensors = head_tensors(path, tensors, ignore_backbone)
+        head, names = published_head(path, tensors, layer, shape, faces)
+    found = {key: stored.shape for key, stored in tensors.items()}
     problems = compare_keys(found, {theirs: tuple(head.state_dict()[key].shape) for key, theirs in names.items()})
     if problems:
         raise FeatureStoreError(
             f"{path} does not fit a head on layer {layer!r}. {problems}. Was it trained on another layer?"
         )
-    state = {key: file.tensors[theirs].read().to(torch.float32) for key, theirs in names.items()}
+    return _with_weights(head, {key: tensors[theirs] for key, theirs in names.items()})
+
+
+def _described_head(path: Path, document: dict[str, Any], layer: str, shape: tuple[int, ...] | None) -> Head:
+    """The head that our own file says it is of."""
+    if document["layer"] != layer:
+        raise FeatureStoreError(f"{path} was trained on layer {document['layer']!r}, not on {layer!r}.")
+    options = dict(document["architecture"])
+    trained_on = tuple(options.pop("shape"))
+    if shape is not None and tuple(shape) != trained_on:
+        raise FeatureStoreError(f"{path} takes rows of {trained_on}; those of {layer!r} given here are {tuple(shape)}.")
+    try:
+        return build_head(options.pop("head"), trained_on, **options)
+    except (TypeError, ValueError, RuntimeError) as error:
+        raise FeatureStoreError(f"{path} says that it is a head, but not a possible one: {error}") from None
+
+
+def _with_weights(head: Head, tensors: Mapping[str, Stored]) -> Head:
+    """``head`` with weights in place; a published one takes rows as they are, so its standardisation does nothing."""
     head = head.to_empty(device="cpu")
-    for buffer in ("mean", "scale"):
-        if hasattr(head, buffer) and buffer not in state:
-            getattr(head, buffer).fill_(1.0 if buffer == "scale" else 0.0)
-    head.load_state_dict(state, strict=False)
+    for buffer, neutral in (("mean", 0.0), ("scale", 1.0)):
+        if hasattr(head, buffer) and buffer not in tensors:
+            getattr(head, buffer).fill_(neutral)
+    head.load_state_dict({key: stored.read().to(torch.float32) for key, stored in tensors.items()}, strict=False)
     return head.eval()
-
-
-def export(head: Head, path: str | os.PathLike, layer: str) -> None:
-    """Write ``head`` as a ``.pth`` state dict with the published keys, so that the published code loads it.
-
-    The published heads take raw rows and name no faces, so the standardisation is folded into the first linear
-    layer, and the order of an identity head's ``faces`` has to be kept by you. FeatureStoreError
-    for heads that the published system does not have (similarity), and for layers of other networks.
-    """
-    state = {key: value.detach().cpu().clone() for key, value in head.state_dict().items()}
-    names = published_keys(head, layer, earlier=str(head.architecture["head"]).startswith("fc8-"))
-    for first in [key.removesuffix(".weight") for key in state if key.endswith("linear.weight")]:
-        state[f"{first}.weight"] *= state["scale"]
-        state[f"{first}.bias"] -= state[f"{first}.weight"] @ state["mean"]
-    torch.save({theirs: state[key] for key, theirs in names.items()}, path)
-
-
-def published_keys(head: Head, layer: str, earlier: bool = False) -> dict[str, str]:
-    """Our state-dict keys to the published ones, which number a head's layers on from the block of ``layer``."""
-    if isinstance(head, IdentityHead):
-        return {f"linear.{leaf}": f"decision_layer.fc_d.{leaf}" for leaf in ("weight", "bias")}
-    if not isinstance(head, TripletHead):
-        raise FeatureStoreError(
-            f"the published system has no {head.architecture.get('head')} head, so there are no keys to write it under. "
-            "Its weights.safetensors can be loaded with load_head."
-        )
-    block = 7 if earlier else _block(layer)
-    core = "vgg_core_fc8" if earlier else "vgg_core_bridge"
-    parallel = len(head.bridges) == 3
-    modules = {
-        f"bridges.{i}.linear": f"{core}.{f'bridge{i + 1}.' if parallel else ''}fc{block + 1}"
-        for i in range(len(head.bridges))
-    }
-    decision = head.decision
-    if isinstance(decision, ConvDecision):
-        places = [i for i, module in enumerate(decision) if isinstance(module, torch.nn.Conv2d)]
-        for number, i in enumerate(places, start=1):
-            last = number == len(places)
-            modules[f"decision.{i}"] = (
-                f"decision_block.conv_d_{block + 3}_1" if last else f"decision_block.conv_d_{block + 2}_{number}"
-            )
-    elif isinstance(decision, FcDecision) and decision.hidden is not None:
-        modules |= {
-            "decision.hidden": f"decision_block.fc_d_{block + 2}",
-            "decision.last": f"decision_block.fc_d_{block + 3}",
-        }
-    else:
-        modules["decision.last"] = f"decision_block.fc_d_{block + 2}"
-    return {f"{ours}.{leaf}": f"{theirs}.{leaf}" for ours, theirs in modules.items() for leaf in ("weight", "bias")}
-
-
-def _published_head(
-    path: Path, found: Mapping[str, tuple[int, ...]], shape: tuple[int, ...], faces: Sequence[str] | None
-) -> Head:
-    """The head that a published file is of, told by its keys."""
-    if "decision_layer.fc_d.weight" in found:
-        n = found["decision_layer.fc_d.weight"][0]
-        if faces is not None and len(faces) != n:
-            raise FeatureStoreError(f"{path} tells {n} faces apart; {len(faces)} names were given.")
-        return build_head("identity", shape, faces=list(faces or (f"class-{i + 1}" for i in range(n))))
-    conv = any(key.startswith("decision_block.conv_d_") for key in found)
-    if any(key.startswith("vgg_core_fc8.") for key in found):
-        return build_head("fc8-conv" if conv else "fc8-fc", shape)
-    if any(key.startswith("vgg_core_bridge.") for key in found):
-        parallel = any(key.startswith("vgg_core_bridge.bridge1.") for key in found)
-        return build_head("conv" if conv else "fc", shape, parallel=parallel)
-    raise FeatureStoreError(
-        f"{path} is no checkpoint of a head: it has none of vgg_core_bridge.*, vgg_core_fc8.*, decision_layer.fc_d.*; its "
-        f"keys are {listing(found, 4)}."
-    )
 
 
 def _read_metadata(path: Path) -> dict[str, Any] | None:
@@ -189,34 +119,10 @@ def _read_metadata(path: Path) -> dict[str, Any] | None:
         )
     try:
         document = json.loads(metadata["head"])
-        architecture = document["architecture"]
-        sound = architecture["head"] in BUILDERS and all(0 < int(side) < 1 << 31 for side in architecture["shape"])
+        architecture = document["architecture"] = options_from_file(document["architecture"])
+        sound = architecture["head"] in HEADS and all(0 < int(side) < 1 << 31 for side in architecture["shape"])
         if sound and isinstance(document["layer"], str):
             return document
     except (KeyError, ValueError, TypeError):
         pass
     raise FeatureStoreError(f"{path} says that it is a head, but not which: its metadata is damaged.")
-
-
-def _layer_shape(layer: str) -> tuple[int, ...]:
-    from featurestore.networks.shapes import layer_shapes
-
-    backbone = get_backbone("vggface")
-    backbone.check_layers([layer])
-    return layer_shapes(backbone)[layer]
-
-
-def _block(layer: str) -> int:
-    """The published number of a VGG-Face layer's block: 1 … 5 for convolutions, then 6 and 7 for fc6 and fc7."""
-    backbone = get_backbone("vggface")
-    backbone.check_layers([layer])
-    if layer in ("fc8", "descriptor"):
-        raise FeatureStoreError(f"the published system has no head on {layer}, so there are no keys for one.")
-    block = 1
-    for name in backbone.layers:
-        if name == layer or name.startswith("fc"):
-            break
-        block += name.startswith("maxp_")
-    if layer.startswith("fc"):
-        return 6 if layer.startswith("fc6") else 7
-    return block

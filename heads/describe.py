@@ -10,7 +10,8 @@ from torch import nn
 
 from featurestore.errors import FeatureStoreError
 from featurestore.networks.registry import get_backbone
-from heads.models.triplet import Head, build_head
+from heads.models.base import Head
+from heads.registry import build_head
 
 
 def layer_table(shapes: Mapping[str, tuple[int, ...]] | None = None) -> pd.DataFrame:

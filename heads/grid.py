@@ -1,43 +1,28 @@
-"""Grids: every layer with every head, learning rate and seed, in this process or through Dask; and the table of runs."""
+"""Grids: every layer with every head, learning rate and seed, and what they cost."""
 
-import json
-import os
 import shutil
-from collections.abc import Callable, Sequence
-from contextlib import ExitStack
-from dataclasses import asdict, dataclass, field, replace
+from collections.abc import Sequence
+from dataclasses import dataclass, field, replace
 from pathlib import Path
 from typing import Any
-
-import numpy as np
-import pandas as pd
 
 from featurestore import FeatureStore
 from featurestore.errors import FeatureStoreError
 from featurestore.text import human_bytes
-from heads.models.triplet import BUILDERS, build_head
-from heads.runs import (
-    Report,
-    Run,
-    Task,
-    identity_items,
-    identity_task,
-    items_hash,
-    read_result,
-    train_run,
-    triplet_task,
-    write_csv,
-)
-from heads.scores import paired_test
+from heads.registry import build_head, check_head
+from heads.run_files import read_result
+from heads.runs import Run
 from heads.splits import FRACTIONS, Split, draw_split, split_trials
-from heads.train import STOP, Epoch, Settings
-from heads.trials.matching import Sessions, Trials, load_trials, match, same_person_trials
+from heads.tasks import Task, identity_items, identity_task, items_hash, triplet_task
+from heads.train import Settings
+from heads.trials.matching import Sessions, Trials, load_trials, match
+from heads.trials.same_person import same_person_trials
 
 SAME_PERSON = "same-person"
 
 
 @dataclass(frozen=True)
-class Request:
+class GridRequest:
     """What the user asked for. ``trials`` is a file, ``same-person``, or None if only identities are learned.
 
     ``split`` is a kind, a saved split's path, or None: by trial for triplets, by view for identities.
@@ -62,7 +47,7 @@ class Request:
     parallel: bool = False
     rank: int | None = 64
     measure: str = "cosine"
-    pull: float = 1e-2
+    l2: float = 1e-2
     settings: Settings = field(default_factory=Settings)
 
 
@@ -105,27 +90,13 @@ class Grid:
             )
 
 
-LARGE = 10_000_000  # parameters of a head that keeps all cores busy by itself
-
-
-def default_jobs(grid: Grid) -> int:
-    """One run at a time where a head is large, otherwise one for each core."""
-    return 1 if max(grid.parameters.values(), default=0) > LARGE else min(cores(), grid.runs)
-
-
-def cores() -> int:
-    """Cores that this process may use."""
-    return len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1
-
-
-def prepare(request: Request) -> Grid:
+def plan_grid(request: GridRequest) -> Grid:
     """Read and match trials, draw splits, and lay out the runs; nothing is trained or written.
 
     Triplet heads get a zero-shot run for each layer beside them. FeatureStoreError for whatever cannot be done.
     """
     for name in request.heads:
-        if name not in BUILDERS:
-            build_head(name, (1,))  # says which there are
+        check_head(name)
     store = FeatureStore.open(request.store)
     layers = _layers(request, store)
     parts, left_out = [], (0, 0)
@@ -147,7 +118,7 @@ def prepare(request: Request) -> Grid:
     return Grid(request.out, parts, parameters, finished, *left_out)
 
 
-def _layers(request: Request, store: FeatureStore) -> list[str]:
+def _layers(request: GridRequest, store: FeatureStore) -> list[str]:
     source = store.source(request.source) if request.source or len(store.sources) == 1 else None
     if source is None and request.sessions and request.sessions.sources:
         source = store.source(next(iter(request.sessions.sources.values())))
@@ -155,7 +126,7 @@ def _layers(request: Request, store: FeatureStore) -> list[str]:
     return [source.layer(name).name for name in dict.fromkeys(request.layers)] or list(source.layers)
 
 
-def _triplets(request: Request, store: FeatureStore) -> tuple[Task, tuple[int, int]]:
+def _triplets(request: GridRequest, store: FeatureStore) -> tuple[Task, tuple[int, int]]:
     if request.trials is None:
         raise FeatureStoreError(
             "triplet heads learn from trials: give --trials FILE, or --trials same-person to make them from the keys."
@@ -179,7 +150,7 @@ def _triplets(request: Request, store: FeatureStore) -> tuple[Task, tuple[int, i
     return triplet_task(store, trials, split), (trials.unanswered, trials.excluded)
 
 
-def _identities(request: Request, store: FeatureStore) -> Task:
+def _identities(request: GridRequest, store: FeatureStore) -> Task:
     source = store.source(request.source)
     items = identity_items(source, request.where)
     of = items_hash(source, items)
@@ -196,7 +167,7 @@ def _identities(request: Request, store: FeatureStore) -> Task:
     return identity_task(store, source, items, split)
 
 
-def _runs(request: Request, layers: Sequence[str], heads: Sequence[str]) -> list[Run]:
+def _runs(request: GridRequest, layers: Sequence[str], heads: Sequence[str]) -> list[Run]:
     runs = []
     for layer in layers:
         for head in heads:
@@ -207,150 +178,8 @@ def _runs(request: Request, layers: Sequence[str], heads: Sequence[str]) -> list
             if head in ("conv", "fc"):
                 options = {"parallel": request.parallel}
             elif head == "similarity":
-                options = {"rank": request.rank, "measure": request.measure, "pull": request.pull}
+                options = {"rank": request.rank, "measure": request.measure, "l2": request.l2}
             for lr in dict.fromkeys(request.lr):
                 for seed in dict.fromkeys(request.seeds):
                     runs.append(Run(layer, head, replace(request.settings, lr=lr, seed=seed), options))
     return runs
-
-
-def run_grid(
-    task: Task,
-    runs: list[Run],
-    folder: Path,
-    jobs: int = 1,
-    scheduler: str = "processes",
-    report: Report = lambda label, epoch: None,
-    done: Callable[[Run, dict[str, Any] | FeatureStoreError], None] = lambda run, result: None,
-    connect: str = "20s",
-    every: float = 60.0,
-) -> None:
-    """Do all ``runs``; ``done`` is told each one's result, or the error that ended it, while the others go on.
-
-    With one job and no cluster they run one after the other in this process. ``scheduler`` is ``threads`` or
-    ``processes`` of this machine, or the address of a Dask cluster whose workers see the same files.
-    """
-    folder = folder.resolve()
-    task.split.save(folder / "splits")
-    local = scheduler in ("threads", "processes")
-    if local and min(jobs, len(runs)) <= 1:
-        for each in runs:
-            done(each, _attempt(task, each, folder, report, every))
-        return
-    from distributed import Client, LocalCluster, as_completed  # half a second that a single run need not wait for
-
-    with ExitStack() as stack:
-        address: Any = scheduler
-        if local:
-            processes = scheduler == "processes"
-            address = stack.enter_context(
-                LocalCluster(
-                    n_workers=jobs if processes else 1,
-                    threads_per_worker=1 if processes else jobs,
-                    processes=processes,
-                    dashboard_address=None,
-                    memory_limit=None,
-                )
-            )
-        try:
-            client = stack.enter_context(Client(address, timeout=connect))
-        except (OSError, ValueError, TimeoutError) as error:
-            raise FeatureStoreError(
-                f"there is no Dask scheduler at {scheduler!r}: {error}. Give --scheduler threads, processes, or an address "
-                "such as tcp://host:8786."
-            ) from None
-        client.subscribe_topic("epoch", lambda event: report(event[1]["label"], Epoch(**event[1]["epoch"])))
-        shared = client.scatter(task, broadcast=True)
-        waiting = {client.submit(_remote, shared, each, folder, every, pure=False): each for each in runs}
-        stack.callback(STOP.clear)
-        try:
-            for future in as_completed(waiting):
-                try:
-                    result = future.result()
-                except Exception as error:  # a worker that died: the message is all there is
-                    result = FeatureStoreError(f"the worker failed: {type(error).__name__}: {error}")
-                done(waiting[future], result)
-        except KeyboardInterrupt:
-            STOP.set()
-            client.cancel(list(waiting))
-            raise
-
-
-def _attempt(task: Task, each: Run, folder: Path, report: Report, every: float) -> dict[str, Any] | FeatureStoreError:
-    try:
-        return train_run(task, each, folder, report, every)
-    except FeatureStoreError as error:
-        return error
-    except (ValueError, RuntimeError, OSError) as error:  # one bad run does not end the grid
-        return FeatureStoreError(f"{type(error).__name__}: {error}")
-
-
-def _remote(task: Task, each: Run, folder: Path, every: float) -> dict[str, Any] | FeatureStoreError:
-    """In a Dask worker: epochs are sent to whoever waits."""
-    from distributed import get_worker
-
-    worker = get_worker()
-
-    def report(label: str, epoch: Epoch) -> None:
-        worker.log_event("epoch", {"label": label, "epoch": asdict(epoch)})
-
-    return _attempt(task, each, folder, report, every)
-
-
-def share_threads(runs: list[Run], jobs: int) -> list[Run]:
-    """The machine's cores divided among ``jobs`` runs at a time."""
-    threads = max(1, cores() // max(1, min(jobs, len(runs))))
-    return [replace(each, settings=replace(each.settings, threads=threads)) for each in runs]
-
-
-def runs_table(folder: Path) -> pd.DataFrame:
-    """All finished runs under ``folder``, the best first: scores, settings, time, and a paired test against zero-shot."""
-    rows, right = [], {}
-    for path in sorted(folder.glob("*/result.json")):
-        try:
-            config = json.loads((path.parent / "config.json").read_text("utf-8"))
-            correct = pd.read_csv(path.parent / "predictions.csv", usecols=["correct"])["correct"].to_numpy(bool)
-            flat = {name: config[name] for name in ("layer", "head", "split", "split_name", "trials", "photographs")}
-            flat |= {"sources": " ".join(config["sources"]), **config["settings"], **config["options"]}
-        except (OSError, ValueError, KeyError, TypeError):
-            continue  # not a run of ours, or one that is being written
-        result = read_result(path.parent)
-        if result is not None:
-            rows.append({**result, **flat})
-            right[result["name"]] = correct
-    table = pd.DataFrame(rows)
-    if table.empty:
-        return table
-
-    def same(row: dict[str, Any]) -> tuple:
-        return *(row[name] for name in ("layer", "split", "sources", "photographs")), row.get("measure", "cosine")
-
-    baseline = {same(row): row["name"] for row in rows if row["head"] == "zero-shot"}
-    table["p_zero_shot"] = [
-        np.nan
-        if row["head"] == "zero-shot" or same(row) not in baseline
-        else paired_test(right[row["name"]], right[baseline[same(row)]]).p
-        for row in rows
-    ]
-    front = [
-        "name",
-        "layer",
-        "head",
-        "accuracy",
-        "low",
-        "high",
-        "n_test",
-        "chance",
-        "ceiling",
-        "normalised",
-        "p_zero_shot",
-    ]
-    table = table[[*front, *(name for name in table if name not in front)]]
-    return table.sort_values(["accuracy", "name"], ascending=[False, True], ignore_index=True)
-
-
-def write_runs_table(folder: Path) -> pd.DataFrame:
-    """Make ``runs.csv`` from the folders; returns it."""
-    table = runs_table(folder)
-    write_csv(folder / "runs.csv", table)
-    return table

@@ -3,21 +3,16 @@
 import math
 from collections.abc import Sequence
 from dataclasses import asdict, dataclass
-from itertools import permutations
 
 import numpy as np
 import pandas as pd
-import torch
 from scipy import stats
 
-from featurestore.errors import FeatureStoreError
 from featurestore.intervals import accuracy
-from heads.features import Features
-from heads.models.triplet import Head
-from heads.trials.matching import FACES, ODD, VIEWS, Trials
+from heads.trials.matching import Trials
+from heads.trials.tables import FACES, ODD, VIEWS
 
 CHANCE = 1 / 3  # one of three is odd
-_EXAMPLES = 1024  # evaluated at a time
 
 
 @dataclass(frozen=True)
@@ -111,55 +106,6 @@ def by_position(odd: np.ndarray, predicted: np.ndarray) -> pd.DataFrame:
             "answered": float((predicted == place).mean()),
         }
     return pd.DataFrame.from_dict(rows, orient="index").rename_axis("position")
-
-
-@dataclass(frozen=True)
-class OrderAudit:
-    """``positions`` as ``by_position``, over all six orders of every trial; ``consistent`` is the share of trials for which
-    the same item is called odd in all six orders: 1 for a head that does not care."""
-
-    positions: pd.DataFrame
-    consistent: float
-
-
-def audit_order(head: Head, features: Features, items: np.ndarray, odd: np.ndarray) -> OrderAudit:
-    """Ask a triplet head about every order of each trial; ``items`` (n, 3), ``odd`` (n,)."""
-    orders = np.array(list(permutations(range(3))))
-    places, answers, chosen = [], [], []
-    for order in orders:
-        predicted = evaluate(head, features, items[:, order]).argmax(axis=1)
-        places.append((order == odd[:, None]).argmax(axis=1))
-        answers.append(predicted)
-        chosen.append(order[predicted])  # which of the three in the trial's own order
-    same = (np.stack(chosen) == chosen[0]).all(axis=0)
-    return OrderAudit(by_position(np.concatenate(places), np.concatenate(answers)), float(same.mean()))
-
-
-def evaluate(head: Head, features: Features, items: np.ndarray) -> np.ndarray:
-    """Logits (n, classes) float32 of examples (n, n_places), item numbers of ``features``. No dropout, no gradient.
-
-    FeatureStoreError if any is NaN or infinite: its largest would be a place like any other.
-    """
-    logits = raw_logits(head, features, items)
-    bad = np.flatnonzero(~np.isfinite(logits).all(axis=1))
-    if len(bad):
-        layer = features.parts[0].layer
-        raise FeatureStoreError(
-            f"the head's answers to {len(bad)} of {len(items)} examples are not finite numbers, so layer {layer.name!r} holds "
-            f"NaN or infinite rows, or the head's weights do. Find such rows: pipelines/verify_store.py {layer.folder.parents[1]}"
-        )
-    return logits
-
-
-def raw_logits(head: Head, features: Features, items: np.ndarray) -> np.ndarray:
-    """As ``evaluate``, whatever they are."""
-    out = []
-    with torch.no_grad():
-        for part in torch.from_numpy(np.asarray(items)).split(_EXAMPLES):
-            distinct, examples = part.unique(return_inverse=True)
-            logits = head.logits(features.gather(distinct), examples.to(features.device))
-            out.append(logits.float().cpu())
-    return torch.cat(out).numpy()
 
 
 def predictions(table: pd.DataFrame, logits: np.ndarray, labels: np.ndarray) -> pd.DataFrame:

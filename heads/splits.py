@@ -15,7 +15,8 @@ import numpy as np
 from featurestore.errors import FeatureStoreError
 from featurestore.files import write_atomically
 from featurestore.text import listing
-from heads.trials.matching import FACES, VIEWS, Trials
+from heads.trials.matching import Trials
+from heads.trials.tables import FACES, VIEWS
 
 PARTS = ("train", "validation", "test")
 KINDS = ("trial", "face", "view")
@@ -25,12 +26,12 @@ _FORMAT = "face-featurestore-split"
 
 @dataclass(frozen=True)
 class Split:
-    """``part`` (n,) int8 by example: 0 train, 1 validation, 2 test, -1 left out. ``of`` is the hash of the examples."""
+    """``part`` (n,) int8 by example: 0 train, 1 validation, 2 test, -1 left out. ``examples_hash`` is what it belongs to."""
 
     kind: str
     seed: int
     fractions: tuple[float, float, float]
-    of: str
+    examples_hash: str
     part: np.ndarray
 
     def indices(self, name: str) -> np.ndarray:
@@ -40,7 +41,7 @@ class Split:
     @property
     def hash(self) -> str:
         """sha256 (hex) over everything: the same hash means the same test set."""
-        head = json.dumps([self.kind, self.seed, list(self.fractions), self.of])
+        head = json.dumps([self.kind, self.seed, list(self.fractions), self.examples_hash])
         return hashlib.sha256(head.encode() + self.part.astype(np.int8).tobytes()).hexdigest()
 
     @property
@@ -59,7 +60,7 @@ class Split:
             "kind": self.kind,
             "seed": self.seed,
             "fractions": list(self.fractions),
-            "of": self.of,
+            "of": self.examples_hash,
             "hash": self.hash,
             **{name: self.indices(name).tolist() for name in PARTS},
             "left_out": int((self.part < 0).sum()),
@@ -69,22 +70,22 @@ class Split:
         return path
 
     @classmethod
-    def load(cls, path: Path, of: str, n: int) -> "Split":
-        """A saved split for the ``n`` examples with hash ``of``; FeatureStoreError if it is damaged or belongs to others."""
+    def load(cls, path: Path, examples_hash: str, n: int) -> "Split":
+        """A saved split for the ``n`` examples with hash ``examples_hash``; FeatureStoreError if damaged."""
         try:
             document = json.loads(path.read_text("utf-8"))
             if document["format"] != _FORMAT or document["format_version"] != 1:
                 raise ValueError("its format is another one")
-            if document["of"] != of:
+            if document["of"] != examples_hash:
                 raise FeatureStoreError(
-                    f"{path} was drawn for other examples ({document['of'][:12]}…, these are {of[:12]}…): another file, order, "
-                    "--where or store. Draw a new one: --split trial, face or view."
+                    f"{path} was drawn for other examples ({document['of'][:12]}…, these are {examples_hash[:12]}…): another "
+                    "file, order, --where or store. Draw a new one: --split trial, face or view."
                 )
             part = np.full(n, -1, np.int8)
             for number, name in enumerate(PARTS):
                 part[np.asarray(document[name], np.int64)] = number
             a, b, c = document["fractions"]
-            split = cls(document["kind"], document["seed"], (a, b, c), of, part)
+            split = cls(document["kind"], document["seed"], (a, b, c), examples_hash, part)
             sound = split.hash == document["hash"]
         except FileNotFoundError:
             raise FeatureStoreError(f"there is no split {path}.") from None
@@ -115,7 +116,7 @@ def split_trials(
 
 
 def draw_split(
-    labels: np.ndarray, kind: str, seed: int, fractions: Sequence[float], of: str, test: Sequence[str] = ()
+    labels: np.ndarray, kind: str, seed: int, fractions: Sequence[float], examples_hash: str, test: Sequence[str] = ()
 ) -> Split:
     """Divide the distinct ``labels`` by ``fractions``; an example (a row of ``labels``, (n, k) str) goes where all its labels go.
 
@@ -149,7 +150,7 @@ def draw_split(
     parts = part_of[inverse].reshape(labels.shape)
     part = np.where((parts == parts[:, :1]).all(axis=1), parts[:, 0], -1).astype(np.int8)
     a, b, c = (float(share) for share in fractions)
-    split = Split(kind, seed, (a, b, c), of, part)
+    split = Split(kind, seed, (a, b, c), examples_hash, part)
     for name, share in zip(PARTS, (a, b, 1.0), strict=True):
         if share and not len(split.indices(name)):
             raise FeatureStoreError(

@@ -15,9 +15,9 @@ from safetensors import SafetensorError, safe_open
 
 from featurestore.errors import FeatureStoreError
 from heads.checkpoints import write_tensors
+from heads.evaluation import raw_logits
 from heads.features import Features
-from heads.models.triplet import Head
-from heads.scores import raw_logits
+from heads.models.base import Head
 
 PRECISIONS = ("fp32", "tf32", "bf16")
 _ADVICE = "Try a smaller learning rate (--lr), and check the layer's rows: pipelines/verify_store.py finds NaN in them."
@@ -75,7 +75,7 @@ class Epoch:
 
 
 @dataclass
-class Progress:
+class TrainingState:
     """Where training stands after whole epochs. ``best`` holds the weights with the lowest validation loss so far."""
 
     history: list[Epoch] = field(default_factory=list)
@@ -100,7 +100,7 @@ def train(
     settings: Settings,
     checkpoint: "Checkpoint | None" = None,
     report: Callable[[Epoch], None] = lambda epoch: None,
-) -> Progress:
+) -> TrainingState:
     """Train ``head`` in place and leave it with its best weights, in eval mode.
 
     ``head`` has its initial weights, which count as epoch 0: training never ends with worse ones by validation loss.
@@ -114,28 +114,28 @@ def train(
     weights = [weight for weight in head.parameters() if weight.requires_grad]
     if not weights:
         head.eval()
-        return Progress()
+        return TrainingState()
     optimizer = torch.optim.Adam(weights, lr=settings.lr, fused=True)
-    progress = checkpoint.restore(head, optimizer) if checkpoint else None
-    if progress is None:
-        progress = Progress()
-        progress.best_loss, _ = validate(head, features, examples, epoch=0)
-        progress.best = _copy(head)
+    state = checkpoint.restore(head, optimizer) if checkpoint else None
+    if state is None:
+        state = TrainingState()
+        state.best_loss, _ = validate(head, features, examples, epoch=0)
+        state.best = _copy(head)
     with _precision(head, settings):
-        while progress.epoch < settings.epochs and progress.epoch - progress.best_epoch < settings.patience:
-            line = train_epoch(head, features, examples, settings, optimizer, progress.epoch + 1)
-            loss, right = validate(head, features, examples, progress.epoch + 1)
-            best = not len(examples.validation) or loss < progress.best_loss
-            progress.history.append(replace(line, validation_loss=loss, validation_accuracy=right, best=best))
+        while state.epoch < settings.epochs and state.epoch - state.best_epoch < settings.patience:
+            line = train_epoch(head, features, examples, settings, optimizer, state.epoch + 1)
+            loss, right = validate(head, features, examples, state.epoch + 1)
+            best = not len(examples.validation) or loss < state.best_loss
+            state.history.append(replace(line, validation_loss=loss, validation_accuracy=right, best=best))
             if best:
-                progress.best_loss, progress.best_epoch = loss, progress.epoch
-                _copy(head, progress.best)
-            report(progress.history[-1])
+                state.best_loss, state.best_epoch = loss, state.epoch
+                _copy(head, state.best)
+            report(state.history[-1])
             if checkpoint:
-                checkpoint.save_if_due(head, optimizer, progress)
-    head.load_state_dict(progress.best)
+                checkpoint.save_if_due(head, optimizer, state)
+    head.load_state_dict(state.best)
     head.eval()
-    return progress
+    return state
 
 
 def train_epoch(
@@ -202,23 +202,23 @@ class Checkpoint:
         self.path, self.identity, self.every = path, identity, every
         self._saved = time.monotonic()
 
-    def save_if_due(self, head: Head, optimizer: torch.optim.Optimizer, progress: Progress) -> None:
+    def save_if_due(self, head: Head, optimizer: torch.optim.Optimizer, state: TrainingState) -> None:
         """Save after an epoch, unless the last time is less than ``every`` seconds ago."""
         if time.monotonic() - self._saved >= self.every:
-            self.save(head, optimizer, progress)
+            self.save(head, optimizer, state)
 
-    def save(self, head: Head, optimizer: torch.optim.Optimizer, progress: Progress) -> None:
+    def save(self, head: Head, optimizer: torch.optim.Optimizer, state: TrainingState) -> None:
         """Write everything that the next epoch depends on. Random numbers depend on seed and epoch, so none are kept."""
         tensors = {f"weights.{name}": tensor for name, tensor in head.state_dict().items()}
-        tensors |= {f"best.{name}": tensor for name, tensor in progress.best.items()}
-        for i, state in optimizer.state_dict()["state"].items():
-            tensors |= {f"adam.{i}.{name}": tensor for name, tensor in state.items()}
-        history = [asdict(epoch) for epoch in progress.history]
-        about = {"history": history, "best_epoch": progress.best_epoch, "best_loss": progress.best_loss}
+        tensors |= {f"best.{name}": tensor for name, tensor in state.best.items()}
+        for i, moments in optimizer.state_dict()["state"].items():
+            tensors |= {f"adam.{i}.{name}": tensor for name, tensor in moments.items()}
+        history = [asdict(epoch) for epoch in state.history]
+        about = {"history": history, "best_epoch": state.best_epoch, "best_loss": state.best_loss}
         write_tensors(self.path, tensors, {"identity": self.identity, "progress": json.dumps(about)})
         self._saved = time.monotonic()
 
-    def restore(self, head: Head, optimizer: torch.optim.Optimizer) -> Progress | None:
+    def restore(self, head: Head, optimizer: torch.optim.Optimizer) -> TrainingState | None:
         """Put ``head`` and ``optimizer`` where they were; None if there is no state of this very run."""
         if not self.path.exists():
             return None
@@ -240,7 +240,7 @@ class Checkpoint:
             raise FeatureStoreError(
                 f"{self.path}, the state of an unfinished run, is damaged: {error}. Delete it to start this run anew."
             ) from None
-        return Progress(history, _under(tensors, "best."), about["best_epoch"], about["best_loss"])
+        return TrainingState(history, _under(tensors, "best."), about["best_epoch"], about["best_loss"])
 
     def remove(self) -> None:
         """A finished run needs no state."""

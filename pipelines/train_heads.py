@@ -15,7 +15,7 @@ if TYPE_CHECKING:
     import pandas as pd
 
     from featurestore import FeatureStoreError
-    from heads.grid import Grid, Request
+    from heads.grid import Grid, GridRequest
     from heads.runs import Run
     from heads.train import Epoch
 
@@ -201,11 +201,13 @@ def _complete_heads(ctx: click.Context, param: click.Parameter, incomplete: str)
     help="similarity, zero-shot.",
 )
 @click.option(
+    "--l2",
     "--pull",
+    "l2",
     type=_Finite(zero=True),
     default=1e-2,
     show_default=True,
-    help="similarity: L2 pull towards the identity.",
+    help="similarity: L2 penalty on the map's difference from the identity. --pull is its earlier name.",
 )
 @click.option(
     "--device",
@@ -248,9 +250,10 @@ def _complete_heads(ctx: click.Context, param: click.Parameter, incomplete: str)
 def main(jobs: int | None, scheduler: str, dry_run: bool, draw: Path | None, **options: Any) -> None:
     """Train heads on cached layers, never touching the backbone, and print a table of all runs."""
     request = _request(**options)
-    from heads.grid import default_jobs, prepare, run_grid, share_threads
+    from heads.grid import plan_grid
+    from heads.schedule import default_jobs, run_grid, share_threads
 
-    grid = prepare(request)
+    grid = plan_grid(request)
     if draw:
         _draw(grid, draw)
         return
@@ -299,7 +302,7 @@ def _request(
     device: str,
     parallel_bridge: bool,
     **rest: Any,
-) -> "Request":
+) -> "GridRequest":
     if not store.exists() and store == DEMO_STORE:
         raise click.UsageError(
             f"there is no {DEMO_STORE}. Make the demo store (`make demo`, or pipelines/cache_layers.py --layers maxp_5_3 "
@@ -310,7 +313,7 @@ def _request(
     if precision == "tf32" and device == "cpu":
         raise click.UsageError("--precision tf32 is a GPU's; on the CPU choose fp32 or bf16.")
     from featurestore.devices import choose_device
-    from heads.grid import Request
+    from heads.grid import GridRequest
     from heads.train import Settings
     from heads.trials.matching import Sessions
 
@@ -324,7 +327,7 @@ def _request(
         device=str(chosen),
     )
     sessions = Sessions(dict(session_view), dict(session_source))
-    return Request(
+    return GridRequest(
         store=store, out=out, trials=trials, sessions=sessions, settings=settings, parallel=parallel_bridge, **rest
     )
 
@@ -375,7 +378,7 @@ def _line(label: str, epoch: "Epoch") -> str:
 
 
 def _report(grid: "Grid") -> None:
-    from heads.grid import write_runs_table
+    from heads.runs_table import write_runs_table
 
     table = write_runs_table(grid.out)
     names = {run.name(task) for task, runs in grid.parts for run in runs}
@@ -417,7 +420,7 @@ def _table(table: "pd.DataFrame") -> str:
 def _draw(grid: "Grid", path: Path) -> None:
     from featurestore import FeatureStore
     from heads.describe import draw, summary
-    from heads.models.triplet import build_head
+    from heads.registry import build_head
 
     each = [(task, run) for task, runs in grid.parts for run in runs]
     task, run = next((pair for pair in each if pair[1].head != "zero-shot"), each[0])

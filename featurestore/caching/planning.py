@@ -39,7 +39,7 @@ def make_plan(job: CachingJob, progress: CountPhotographs = lambda n: None) -> P
         )
     source = _existing_source(request.store, job.source_name)
     if source:
-        source.refuse_twins()
+        source.require_unique_keys()
     found = request.faces.table
     old = source.items.reset_index() if source else pd.DataFrame(columns=[*KEY, "path", "image_sha256"])
     known = pd.MultiIndex.from_frame(old[list(KEY)]).get_indexer(pd.MultiIndex.from_frame(found[list(KEY)]))

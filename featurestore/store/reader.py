@@ -53,7 +53,7 @@ class Source:
         if problem:
             raise FeatureStoreError(
                 f"{self.folder / METADATA} is damaged or was written by another program: {problem}. "
-                "Restore it from a copy, or cache the source anew."
+                "Restore it from a copy, or cache the source again."
             )
         others = {name: document for name, document in arrays.items() if name not in self._coordinates}
         parsed = {name: parse_layer(name, document, self.folder) for name, document in others.items()}
@@ -81,7 +81,7 @@ class Source:
     def find(self, keys: Keys) -> np.ndarray:
         """Row numbers (int64) of (face, view) pairs, many at once. FeatureStoreError names the keys that are not there."""
         wanted = _key_index(keys)
-        self.refuse_twins()
+        self.require_unique_keys()
         rows = self.keys.get_indexer(wanted)
         if (rows < 0).any():
             missing = wanted[rows < 0]
@@ -94,13 +94,13 @@ class Source:
             )
         return rows.astype(np.int64)
 
-    def refuse_twins(self) -> None:
+    def require_unique_keys(self) -> None:
         """FeatureStoreError if a key is there twice: no row could be told from the other's."""
         if not self.keys.is_unique:
-            twins = self.keys[self.keys.duplicated()]
+            repeated = self.keys[self.keys.duplicated()]
             raise FeatureStoreError(
-                f"{self.folder} holds {listing(twins, 3)} twice, so its rows cannot be told apart. It was not written by "
-                "this program; cache the source anew."
+                f"{self.folder} holds {listing(repeated, 3)} twice, so its rows cannot be told apart. It was not written by "
+                "this program; cache the source again."
             )
 
     def layer(self, name: str) -> Layer:

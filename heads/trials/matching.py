@@ -1,12 +1,11 @@
-"""Odd-one-out trials: read, checked, and matched to the items of a store by key.
+"""Odd-one-out trials, matched to the items of a store by key.
 
 A trial is three items and the face that was called the odd one. Rows are found by (face, view), never by position.
 """
 
 import hashlib
 import re
-import zlib
-from collections.abc import Iterable, Mapping, Sequence
+from collections.abc import Iterable, Mapping
 from dataclasses import dataclass, replace
 from pathlib import Path
 
@@ -14,14 +13,11 @@ import numpy as np
 import pandas as pd
 
 from featurestore.errors import FeatureStoreError
+from featurestore.keys import KEY
 from featurestore.store.reader import FeatureStore, Source
 from featurestore.text import listing, near_matches
-
-FACES = ("face_1", "face_2", "face_3")
-VIEWS = ("view_1", "view_2", "view_3")
-ODD = "odd"
-_PUBLISHED = {"head1": "face_1", "head2": "face_2", "head3": "face_3", "head_odd": ODD}
-_TIME_OUT = "0"  # in the published tables, whose faces count from 1
+from heads.trials.conditions import divide_conditions, rows_that_meet
+from heads.trials.tables import FACES, ODD, TIME_OUT, VIEWS, as_key, read_table
 
 
 @dataclass(frozen=True)
@@ -86,10 +82,12 @@ def load_trials(
     sessions = sessions or Sessions({}, {})
     table = read_table(path)
     n_read = len(table)
-    of_trials, of_items = _divide_conditions(where, table, store, source)
+    conditions = list(where)
+    columns = _item_columns(store, source) if conditions else []
+    of_trials, of_items = divide_conditions(conditions, list(table.columns), columns)
     for condition in of_trials:
-        table = table[holds(condition, table)].reset_index(drop=True)
-    no_answer = {""} if (table[list(FACES)] == _TIME_OUT).any(axis=None) else {"", _TIME_OUT}
+        table = table[rows_that_meet(condition, table)].reset_index(drop=True)
+    no_answer = {""} if (table[list(FACES)] == TIME_OUT).any(axis=None) else {"", TIME_OUT}
     answered = ~table[ODD].isin(no_answer)
     table, unanswered = table[answered].reset_index(drop=True), int((~answered).sum())
     if table.empty:
@@ -98,44 +96,12 @@ def load_trials(
         )
     trials = replace(match(table, store, source, view, sessions, str(path)), unanswered=unanswered)
     for condition in of_items:
-        parts = [holds(condition, store.source(name).items) for name in trials.sources]
+        parts = [rows_that_meet(condition, store.source(name).items) for name in trials.sources]
         trials = trials.where(np.concatenate(parts)[trials.items].all(axis=1))
     trials = replace(trials, excluded=n_read - unanswered - len(trials))
     if not len(trials):
         raise FeatureStoreError(f"no trial of {path} has three items with {' and '.join(of_items)}.")
     return trials
-
-
-def read_table(path: Path) -> pd.DataFrame:
-    """A file of trials with its columns under our names; faces, views and odd as str, ``line`` counts from 1 after the header."""
-    try:
-        if path.suffix.lower() in (".parquet", ".pq"):
-            table = pd.read_parquet(path)
-        else:
-            table = pd.read_csv(path, dtype=dict.fromkeys([*FACES, *VIEWS, ODD], str))
-    except FileNotFoundError:
-        raise FeatureStoreError(f"there is no file of trials {path}.") from None
-    except (ValueError, OSError, ImportError, EOFError, KeyError, NotImplementedError, zlib.error) as error:
-        raise FeatureStoreError(
-            f"{path} cannot be read as a table of trials: {str(error).partition(chr(10))[0]}"
-        ) from None
-    table = table.reset_index(drop=True)
-    for name, ours in _PUBLISHED.items():
-        if name in table.columns and ours not in table.columns:
-            table[ours] = table[name]
-    missing = [name for name in (*FACES, ODD) if name not in table.columns]
-    if missing:
-        raise FeatureStoreError(
-            f"{path} has no column {listing(missing)}; its columns are {listing(table.columns, 20)}. Trials need "
-            "face_1, face_2, face_3, odd (or head1, head2, head3, head_odd)."
-        )
-    if any(view in table.columns for view in VIEWS) and not all(view in table.columns for view in VIEWS):
-        raise FeatureStoreError(f"{path} has some of the columns {', '.join(VIEWS)} and not all.")
-    for name in (*FACES, *(view for view in VIEWS if view in table.columns), ODD):
-        text = table[name].map(_as_key, na_action=None)
-        table[name] = text.astype(object)
-    table["line"] = np.arange(1, len(table) + 1)
-    return table
 
 
 def match(
@@ -172,43 +138,6 @@ def match(
     return Trials(items, _odd_places(table, name), table, names)
 
 
-def same_person_trials(source: Source, n: int, seed: int, items: np.ndarray | None = None) -> pd.DataFrame:
-    """``n`` trials from keys alone: two views of one face, one view of another, which is the odd one; places at random.
-
-    Faces are drawn uniformly among those with two views or more, by a generator of their own, out of all items or of
-    ``items``. For ``match``.
-    """
-    if n < 1:
-        raise FeatureStoreError(f"{n} same-person trials cannot be drawn; ask for 1 or more.")
-    keys = source.keys if items is None else source.keys[items]
-    views = keys.to_frame(index=False).groupby("face_id")["view"].agg(list)
-    twice = views[views.map(len) > 1]
-    if len(twice) < 1 or len(views) < 2:
-        raise FeatureStoreError(
-            f"{source.folder} has {len(twice)} faces with two views or more, of {len(views)}; same-person trials need one "
-            "such face and another one."
-        )
-    rng = np.random.default_rng(seed)
-    rows = []
-    for _ in range(n):
-        same = twice.index[rng.integers(len(twice))]
-        other = same
-        while other == same:
-            other = views.index[rng.integers(len(views))]
-        first, second = rng.choice(len(views[same]), 2, replace=False)
-        three = [(same, views[same][first]), (same, views[same][second])]
-        three.insert(int(rng.integers(3)), (other, views[other][rng.integers(len(views[other]))]))
-        faces, seen = zip(*three, strict=True)
-        rows.append([*faces, *seen, other])
-    return pd.DataFrame(rows, columns=[*FACES, *VIEWS, ODD], dtype=object)
-
-
-def _as_key(value: object) -> str:
-    """A key as written, but 7.0 as 7: an empty cell in the column makes tables write whole numbers so."""
-    text = "" if value is None or value is pd.NA or value != value else str(value).strip()
-    return text[:-2] if re.fullmatch(r"\d+\.0", text) else text
-
-
 def _sources(
     table: pd.DataFrame, store: FeatureStore, source: str | None, sessions: Sessions, name: str
 ) -> pd.Series | str:
@@ -221,7 +150,7 @@ def _sources(
 def _by_session(table: pd.DataFrame, values: Mapping[str, str], name: str) -> pd.Series:
     if "session" not in table.columns:
         raise FeatureStoreError(f"{name} has no column session, so sessions cannot be told apart.")
-    session = table["session"].map(_as_key)
+    session = table["session"].map(as_key)
     unknown = sorted(set(session) - set(values))
     if unknown:
         raise FeatureStoreError(
@@ -287,7 +216,7 @@ def _fill_views(table: pd.DataFrame, source: Source, view: str | None, sessions:
 
 def _find(table: pd.DataFrame, source: Source, face: str, view: str, name: str) -> np.ndarray:
     keys = pd.MultiIndex.from_arrays([table[face].to_numpy(object), table[view].to_numpy(object)])
-    source.refuse_twins()
+    source.require_unique_keys()
     rows = source.keys.get_indexer(keys)
     if (rows < 0).any():
         missing = keys[rows < 0].unique()
@@ -313,56 +242,6 @@ def _odd_places(table: pd.DataFrame, name: str) -> np.ndarray:
     return is_odd.argmax(axis=1)
 
 
-def _divide_conditions(
-    conditions: Iterable[str], table: pd.DataFrame, store: FeatureStore, source: str | None
-) -> tuple[list[str], list[str]]:
-    """Which conditions are about trials and which about items, by the columns they name."""
-    conditions = list(conditions)
-    if not conditions:
-        return [], []
-    sources: Sequence[Source] = [store.source(source)] if source else list(store.sources.values())
-    items = {"face_id", "view", *(column for each in sources for column in each.items.columns)}
-    of_trials: list[str] = []
-    of_items: list[str] = []
-    for condition in conditions:
-        unquoted = re.sub(r"'[^']*'|\"[^\"]*\"", "", condition)
-        names = set(re.findall(r"`([^`]*)`", unquoted)) | set(re.findall(r"(?<![\w.])[A-Za-z_]\w*", unquoted))
-        of_trial, of_item = names & set(table.columns), names & items
-        if bool(of_trial) == bool(of_item):
-            problem = "mixes columns of trials and of items" if of_trial else "names no column there is"
-            raise FeatureStoreError(
-                f"--where {condition!r} {problem}. Columns of the trials: {listing(table.columns, 20)}. Of the items: "
-                f"{listing(sorted(items), 30)}. Give one --where for each kind."
-            )
-        (of_trials if of_trial else of_items).append(condition)
-    return of_trials, of_items
-
-
-def holds(condition: str, table: pd.DataFrame) -> np.ndarray:
-    """bool per row: whether a pandas expression on its columns or index is true.
-
-    FeatureStoreError if it cannot be evaluated, is no condition, or compares text with a number, which never are equal.
-    """
-    frame = table.reset_index() if table.index.names[0] else table
-    for name in frame.columns:
-        text = not pd.api.types.is_numeric_dtype(frame[name])
-        bare = rf"(?<![\w.])`?{re.escape(str(name))}`?\s*(?:[=!<>]=?|(?:not\s+)?in)\s*[\[(]?\s*[-+]?\d"
-        if text and re.search(bare, condition):
-            raise FeatureStoreError(
-                f"--where {condition!r} compares {name} with a number, but it holds text, such as {frame[name].iloc[0]!r}. "
-                "Put the number in quotes."
-            )
-    try:
-        held = frame.eval(condition)
-    except Exception as error:  # whatever an expression can raise is the user's to read
-        raise FeatureStoreError(
-            f"--where {condition!r} cannot be evaluated: {type(error).__name__}: {error}. "
-            'It is a comparison such as "gender == \'female\'" or "yaw <= 30".'
-        ) from None
-    held = np.asarray(held)
-    if held.dtype != bool or held.shape != (len(frame),):
-        raise FeatureStoreError(
-            f"--where {condition!r} is no condition: it gives {held.dtype}, not true or false. Compare with ==, <, in …: "
-            "\"gender == 'female'\"."
-        )
-    return held
+def _item_columns(store: FeatureStore, source: str | None) -> list[str]:
+    sources = [store.source(source)] if source else list(store.sources.values())
+    return sorted({*KEY, *(column for each in sources for column in each.items.columns)})

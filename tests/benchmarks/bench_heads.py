@@ -34,10 +34,13 @@ from featurestore.networks.registry import get_backbone
 from featurestore.photos.decode import decode
 from featurestore.photos.keys import find_faces
 from featurestore.store.writer import store_lock
-from heads.checkpoints import export, load_head
+from heads.checkpoints import load_head
 from heads.features import Features
-from heads.grid import Request, prepare, run_grid, write_runs_table
-from heads.models.triplet import draw_head
+from heads.grid import GridRequest, plan_grid
+from heads.published import export
+from heads.registry import draw_head
+from heads.runs_table import write_runs_table
+from heads.schedule import run_grid
 from heads.scores import noise_ceiling
 from heads.splits import split_trials
 from heads.train import Examples, Settings, train_epoch, validate
@@ -307,9 +310,9 @@ def reached(what: str, result: dict, base: float, wanted: float, label: str) -> 
     return Line(what, score, f"{base:.3f}", result["accuracy"] / base, label, result["accuracy"] >= wanted)
 
 
-def results(request: Request) -> dict[tuple[str, str], list[dict]]:
+def results(request: GridRequest) -> dict[tuple[str, str], list[dict]]:
     """Results of a grid by layer and head."""
-    grid = prepare(request)
+    grid = plan_grid(request)
     found: dict[tuple[str, str], list[dict]] = {}
     for task, runs in grid.parts:
 
@@ -327,7 +330,7 @@ def accuracy(folder: Path) -> list[Line]:
     """Demo trials: held-out trials, then held-out faces, beside zero-shot."""
     store, trials = demo()
     lines = []
-    found = results(Request(store, folder / "runs", trials=trials, layers=["maxp_5_3", "fc7-relu"]))
+    found = results(GridRequest(store, folder / "runs", trials=trials, layers=["maxp_5_3", "fc7-relu"]))
     for (layer, head), (result,) in found.items():
         if head == "zero-shot":
             continue
@@ -342,7 +345,9 @@ def faces(folder: Path) -> list[Line]:
     store, _ = demo()
     make_faces(folder / "many", DEMO_FACES, DEMO_VIEWS, n_trials=60_000)
     trials = folder / "many" / "trials.csv"
-    request = Request(store, folder / "runs", trials=trials, split="face", heads=["similarity"], layers=["fc7-relu"])
+    request = GridRequest(
+        store, folder / "runs", trials=trials, split="face", heads=["similarity"], layers=["fc7-relu"]
+    )
     found = results(request)
     (result,), (base,) = found["fc7-relu", "similarity"], found["fc7-relu", "zero-shot"]
     shown = f"{result['n_test']} trials, fc7-relu, zero-shot {base['accuracy']:.3f}"
@@ -364,7 +369,7 @@ def real(folder: Path) -> list[Line]:
     found: dict[str, list[dict]] = {}
     for seed in (0, 1, 2):
         settings = Settings(epochs=40, batch_size=64)
-        views = Request(
+        views = GridRequest(
             store, folder / "runs", heads=["identity"], layers=layers, split_seed=seed, fractions=(0.7, 0, 0.3), settings=settings
         )  # fmt: skip
         for (layer, _), (result,) in results(views).items():
@@ -376,7 +381,7 @@ def real(folder: Path) -> list[Line]:
         )
         lines.append(reached(what, mean, 1 / 40, 0.97, "0.97"))
     for seed in (0, 1, 2):
-        people = Request(
+        people = GridRequest(
             store, folder / "runs", heads=["similarity"], layers=layers, trials="same-person", n_trials=12_000,
             split="face", split_seed=seed, fractions=(0.6, 0.15, 0.25), settings=Settings(epochs=25, patience=6),
         )  # fmt: skip

@@ -11,9 +11,10 @@ import torch
 
 from featurestore import FeatureStore
 from featurestore.intervals import accuracy
+from heads.evaluation import audit_order, evaluate
 from heads.features import Features
-from heads.models.triplet import draw_head
-from heads.scores import accuracy_by, audit_order, by_position, evaluate, noise_ceiling, normalised, paired_test
+from heads.registry import draw_head
+from heads.scores import accuracy_by, by_position, noise_ceiling, normalised, paired_test
 from heads.trials.matching import Trials
 from tests.heads.conftest import write_store
 

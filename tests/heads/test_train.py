@@ -16,12 +16,18 @@ import torch
 from safetensors.torch import load_file
 
 from featurestore import FeatureStore, FeatureStoreError
-from heads.checkpoints import export, load_head
+from heads.checkpoints import load_head
+from heads.evaluation import evaluate
 from heads.features import Features
-from heads.grid import Request, prepare, run_grid, runs_table, write_runs_table
-from heads.models.triplet import IdentityHead, draw_head
-from heads.runs import Run, Task, train_run
-from heads.scores import evaluate, paired_test
+from heads.grid import GridRequest, plan_grid
+from heads.models.identity import IdentityHead
+from heads.published import export
+from heads.registry import draw_head
+from heads.runs import Run, train_run
+from heads.runs_table import runs_table, write_runs_table
+from heads.schedule import run_grid
+from heads.scores import paired_test
+from heads.tasks import Task
 from heads.train import STOP, Checkpoint, Settings, train
 from heads.trials.matching import Sessions
 from tests.conftest import ROOT
@@ -31,13 +37,13 @@ from tests.heads.published import Published
 QUICK = Settings(lr=3e-3, batch_size=64, epochs=4, patience=3, threads=1)
 
 
-def request(made: Path, judged: Path | str | None, out: Path, **options) -> Request:
+def request(made: Path, judged: Path | str | None, out: Path, **options) -> GridRequest:
     defaults = {"layers": ["fc7-relu"], "heads": ["similarity"], "settings": QUICK, "lr": [QUICK.lr]}
-    return Request(store=made, out=out, trials=judged, **{**defaults, **options})
+    return GridRequest(store=made, out=out, trials=judged, **{**defaults, **options})
 
 
 def task_of(made: Path, judged: Path, out: Path, **options) -> Task:
-    return prepare(request(made, judged, out, **options)).parts[0][0]
+    return plan_grid(request(made, judged, out, **options)).parts[0][0]
 
 
 def weights(folder: Path, task: Task, each: Run) -> dict[str, torch.Tensor]:
@@ -63,7 +69,7 @@ def test_the_same_seed_gives_the_same_weights_bit_for_bit(
 def test_heads_learn_what_is_there_and_the_accuracy_is_that_of_the_weights_saved(
     made: Path, judged: Path, tmp_path: Path
 ) -> None:
-    grid = prepare(request(made, judged, tmp_path, settings=replace(QUICK, epochs=30)))
+    grid = plan_grid(request(made, judged, tmp_path, settings=replace(QUICK, epochs=30)))
     ((task, runs),) = grid.parts
     run_grid(task, runs, tmp_path)
     table = write_runs_table(tmp_path)
@@ -71,30 +77,30 @@ def test_heads_learn_what_is_there_and_the_accuracy_is_that_of_the_weights_saved
     assert score["similarity"] > 0.7
     assert score["similarity"] > score["zero-shot"] > 0.35
     assert float(table.set_index("head").loc["similarity", "p_zero_shot"]) < 0.05
-    home = tmp_path / table.set_index("head").loc["similarity", "name"]
-    head = load_head(home / "weights.safetensors", "fc7-relu")
+    folder = tmp_path / table.set_index("head").loc["similarity", "name"]
+    head = load_head(folder / "weights.safetensors", "fc7-relu")
     test = np.flatnonzero(task.split.part == 2)
     logits = evaluate(head, Features([FeatureStore.open(made).source().rows("fc7-relu")]), task.items[test])
     assert (logits.argmax(1) == task.labels[test]).mean() == score["similarity"]
-    metrics, predicted = pd.read_csv(home / "metrics.csv"), pd.read_csv(home / "predictions.csv")
+    metrics, predicted = pd.read_csv(folder / "metrics.csv"), pd.read_csv(folder / "predictions.csv")
     assert predicted["correct"].mean() == pytest.approx(score["similarity"])
     assert (predicted["predicted"] == predicted["odd"]).equals(predicted["correct"])
-    best = json.loads((home / "result.json").read_text())["best_epoch"]
+    best = json.loads((folder / "result.json").read_text())["best_epoch"]
     assert best == metrics["validation_loss"].idxmin() + 1
     assert len(metrics) <= best + QUICK.patience
-    assert list(home.glob("events.out.tfevents.*"))
-    assert not (home / "state.safetensors").exists()
-    assert json.loads((home / "config.json").read_text())["split"] == task.split.hash
+    assert list(folder.glob("events.out.tfevents.*"))
+    assert not (folder / "state.safetensors").exists()
+    assert json.loads((folder / "config.json").read_text())["split"] == task.split.hash
     assert (tmp_path / "runs.csv").exists()
     assert {"accuracy_by_face.csv", "accuracy_by_view.csv", "accuracy_by_position.csv"} <= {
-        p.name for p in home.iterdir()
+        p.name for p in folder.iterdir()
     }
 
 
 def test_similarity_generalises_to_faces_never_seen(made: Path, tmp_path: Path) -> None:
     write_trials(tmp_path / "many.csv", 6000)
     settings = replace(QUICK, epochs=15)
-    grid = prepare(
+    grid = plan_grid(
         request(made, tmp_path / "many.csv", tmp_path, split="face", fractions=(0.5, 0.2, 0.3), settings=settings)
     )
     ((task, runs),) = grid.parts
@@ -132,7 +138,7 @@ def test_a_killed_run_goes_on_to_the_same_result(made: Path, judged: Path, tmp_p
     arguments = ["--store", made, "--trials", judged, "--layers", "fc7-relu", "--heads", "conv", "--lr", "1e-3"]
     code = (
         "import sys; import heads.train as t; t.Checkpoint.__init__.__defaults__ = (0.0,)\n"
-        "import heads.grid as g; g.run_grid.__defaults__ = (*g.run_grid.__defaults__[:-1], 0.0)\n"
+        "import heads.schedule as g; g.run_grid.__defaults__ = (*g.run_grid.__defaults__[:-1], 0.0)\n"
         "from pipelines.train_heads import main; main()"
     )
     line = [sys.executable, "-c", code, *map(str, arguments), "--epochs", "6", "--jobs", "1"]
@@ -166,13 +172,13 @@ def test_a_killed_run_goes_on_to_the_same_result(made: Path, judged: Path, tmp_p
         [*line, "--out", str(tmp_path / "killed")], capture_output=True, text=True, env=environment, cwd=ROOT
     )
     assert again.returncode == 0, again.stderr
-    homes = [next((tmp_path / folder).glob("fc7-relu-conv-*")) for folder in ("alone", "killed")]
-    first, second = (load_file(home / "weights.safetensors") for home in homes)
-    assert homes[0].name == homes[1].name
+    folders = [next((tmp_path / folder).glob("fc7-relu-conv-*")) for folder in ("alone", "killed")]
+    first, second = (load_file(folder / "weights.safetensors") for folder in folders)
+    assert folders[0].name == folders[1].name
     assert all(torch.equal(first[key], second[key]) for key in first)
     columns = ["epoch", "train_loss", "validation_loss", "best"]
-    assert pd.read_csv(homes[0] / "metrics.csv")[columns].equals(pd.read_csv(homes[1] / "metrics.csv")[columns])
-    assert (homes[0] / "predictions.csv").read_bytes() == (homes[1] / "predictions.csv").read_bytes()
+    assert pd.read_csv(folders[0] / "metrics.csv")[columns].equals(pd.read_csv(folders[1] / "metrics.csv")[columns])
+    assert (folders[0] / "predictions.csv").read_bytes() == (folders[1] / "predictions.csv").read_bytes()
 
 
 def test_a_finished_run_is_read_and_an_unfinished_lock_is_refused(made: Path, judged: Path, tmp_path: Path) -> None:
@@ -184,9 +190,9 @@ def test_a_finished_run_is_read_and_an_unfinished_lock_is_refused(made: Path, ju
     written = (tmp_path / each.name(task) / "predictions.csv").stat().st_mtime_ns
     assert train_run(task, each, tmp_path) == first
     assert (tmp_path / each.name(task) / "predictions.csv").stat().st_mtime_ns == written
-    home = tmp_path / Run("fc7-relu", "conv", QUICK).name(task)
-    home.mkdir()
-    with FileLock(home / ".lock"), pytest.raises(FeatureStoreError, match="another process"):
+    folder = tmp_path / Run("fc7-relu", "conv", QUICK).name(task)
+    folder.mkdir()
+    with FileLock(folder / ".lock"), pytest.raises(FeatureStoreError, match="another process"):
         train_run(task, Run("fc7-relu", "conv", QUICK), tmp_path)
 
 
@@ -194,7 +200,7 @@ def test_a_finished_run_is_read_and_an_unfinished_lock_is_refused(made: Path, ju
 def test_a_grid_through_dask_gives_what_one_process_gives(
     made: Path, judged: Path, tmp_path: Path, scheduler: str
 ) -> None:
-    grid = prepare(request(made, judged, tmp_path, seeds=[0, 1], settings=replace(QUICK, epochs=2)))
+    grid = plan_grid(request(made, judged, tmp_path, seeds=[0, 1], settings=replace(QUICK, epochs=2)))
     ((task, runs),) = grid.parts
     done, epochs = {}, []
     run_grid(
@@ -215,13 +221,15 @@ def test_a_grid_through_dask_gives_what_one_process_gives(
 
 
 def test_an_address_without_a_cluster_is_said_so(made: Path, judged: Path, tmp_path: Path) -> None:
-    ((task, runs),) = prepare(request(made, judged, tmp_path)).parts
+    ((task, runs),) = plan_grid(request(made, judged, tmp_path)).parts
     with pytest.raises(FeatureStoreError, match="no Dask scheduler at 'tcp:"):
         run_grid(task, runs, tmp_path, 1, "tcp://127.0.0.1:1", connect="1s")
 
 
 def test_a_failing_run_does_not_take_the_others_with_it(made: Path, judged: Path, tmp_path: Path) -> None:
-    grid = prepare(request(made, judged, tmp_path, heads=["conv"], lr=[1e30, 1e-3], settings=replace(QUICK, epochs=2)))
+    grid = plan_grid(
+        request(made, judged, tmp_path, heads=["conv"], lr=[1e30, 1e-3], settings=replace(QUICK, epochs=2))
+    )
     ((task, runs),) = grid.parts
     done: dict = {}
     run_grid(task, runs, tmp_path, done=lambda each, result: done.update({(each.head, each.settings.lr): result}))
@@ -242,9 +250,9 @@ def test_a_full_disk_is_said_and_the_checkpoint_stays(made: Path, judged: Path, 
     """The system refuses to write the second state; the one before it is still there, and training goes on from it."""
     task = task_of(made, judged, tmp_path)
     each = Run("fc7-relu", "conv", replace(QUICK, epochs=3))
-    home = tmp_path / each.name(task)
+    folder = tmp_path / each.name(task)
     wanted = train_run(task, each, tmp_path / "elsewhere")
-    home.mkdir()
+    folder.mkdir()
 
     soft, hard = resource.getrlimit(resource.RLIMIT_FSIZE)
 
@@ -257,7 +265,7 @@ def test_a_full_disk_is_said_and_the_checkpoint_stays(made: Path, judged: Path, 
             train_run(task, each, tmp_path, fill, every=0)
     finally:
         resource.setrlimit(resource.RLIMIT_FSIZE, (soft, hard))
-    assert (home / "state.safetensors").exists()
+    assert (folder / "state.safetensors").exists()
     epochs: list[int] = []
     again = train_run(task, each, tmp_path, lambda label, epoch: epochs.append(epoch.epoch))
     assert epochs == [2, 3]
@@ -265,7 +273,7 @@ def test_a_full_disk_is_said_and_the_checkpoint_stays(made: Path, judged: Path, 
 
 
 def test_identities_from_views_never_trained_on(made: Path, tmp_path: Path) -> None:
-    grid = prepare(
+    grid = plan_grid(
         request(
             made,
             None,
@@ -282,8 +290,8 @@ def test_identities_from_views_never_trained_on(made: Path, tmp_path: Path) -> N
     assert set(task.table["view"][task.split.part == 2]) == {"up"}
     for each in runs:
         assert train_run(task, each, tmp_path)["accuracy"] > 0.9
-    home = tmp_path / runs[0].name(task)
-    head = load_head(home / "weights.safetensors", "fc7-relu")
+    folder = tmp_path / runs[0].name(task)
+    head = load_head(folder / "weights.safetensors", "fc7-relu")
     assert isinstance(head, IdentityHead)
     assert head.faces == tuple(f"face-{i + 1:03d}" for i in range(N_FACES))
     assert task.chance == 1 / N_FACES
@@ -294,7 +302,7 @@ def test_identities_from_views_never_trained_on(made: Path, tmp_path: Path) -> N
 def test_a_trained_head_runs_in_the_published_modules(made: Path, judged: Path, tmp_path: Path, head: str) -> None:
     """Standardisation is folded in, so raw rows give the same logits there; and it loads back here."""
     identity = head == "identity"
-    grid = prepare(
+    grid = plan_grid(
         request(
             made,
             None if identity else judged,
@@ -390,7 +398,7 @@ def test_training_in_bfloat16_stays_close(made: Path, judged: Path, tmp_path: Pa
 
 def test_conditions_choose_the_items_of_identities(made: Path, tmp_path: Path) -> None:
     options = {"heads": ["identity"], "fractions": (0.5, 0.25, 0.25), "where": ["gender == 'female'"]}
-    ((task, _),) = prepare(request(made, None, tmp_path, **options)).parts
+    ((task, _),) = plan_grid(request(made, None, tmp_path, **options)).parts
     assert task.classes == tuple(f"face-{i:03d}" for i in range(1, N_FACES + 1, 2))
     assert len(task.items) == N_FACES // 2 * len(VIEWS)
 
@@ -421,17 +429,17 @@ def test_answers_that_are_not_numbers_are_never_scored(judged: Path, tmp_path: P
 
 def test_same_person_trials_obey_conditions_and_refuse_what_has_no_effect(made: Path, tmp_path: Path) -> None:
     options = {"n_trials": 200, "where": ["gender == 'female'"]}
-    ((task, _),) = prepare(request(made, "same-person", tmp_path, **options)).parts
+    ((task, _),) = plan_grid(request(made, "same-person", tmp_path, **options)).parts
     assert {int(face[-3:]) % 2 for face in task.table["face_1"]} == {1}
     with pytest.raises(FeatureStoreError, match=r"names no column|cannot be evaluated"):
-        prepare(request(made, "same-person", tmp_path, where=["nonsense > 3"]))
+        plan_grid(request(made, "same-person", tmp_path, where=["nonsense > 3"]))
     with pytest.raises(FeatureStoreError, match="have no sessions"):
-        prepare(request(made, "same-person", tmp_path, view="frontal"))
+        plan_grid(request(made, "same-person", tmp_path, view="frontal"))
 
 
 def test_each_measure_is_compared_with_its_own_zero_shot(made: Path, judged: Path, tmp_path: Path) -> None:
     for measure in ("cosine", "dot"):
-        grid = prepare(request(made, judged, tmp_path, measure=measure, settings=replace(QUICK, epochs=1)))
+        grid = plan_grid(request(made, judged, tmp_path, measure=measure, settings=replace(QUICK, epochs=1)))
         run_grid(*grid.parts[0], tmp_path)
     table = runs_table(tmp_path)
     assert table[table["head"] == "zero-shot"]["p_zero_shot"].isna().all()
@@ -458,12 +466,12 @@ def test_sources_stored_in_different_precisions_train_together(tmp_path: Path) -
     table = write_trials(tmp_path / "t.csv", 300)
     table.assign(session=["A", "B"] * 150).to_csv(tmp_path / "t.csv", index=False)
     sessions = Sessions({}, {"A": "a", "B": "b"})
-    ((task, runs),) = prepare(request(path, tmp_path / "t.csv", tmp_path, sessions=sessions)).parts
+    ((task, runs),) = plan_grid(request(path, tmp_path / "t.csv", tmp_path, sessions=sessions)).parts
     assert train_run(task, runs[0], tmp_path)["accuracy"] > 0.35
 
 
 def test_the_same_head_twice_is_one_run(made: Path, judged: Path, tmp_path: Path) -> None:
-    grid = prepare(request(made, judged, tmp_path, heads=["similarity", "similarity"], lr=[1e-3, 1e-3], seeds=[0, 0]))
+    grid = plan_grid(request(made, judged, tmp_path, heads=["similarity", "similarity"], lr=[1e-3, 1e-3], seeds=[0, 0]))
     assert grid.runs == 2
 
 

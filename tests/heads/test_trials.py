@@ -9,7 +9,9 @@ import pytest
 
 from featurestore import FeatureStore, FeatureStoreError
 from heads.splits import KINDS, Split, draw_split, split_trials
-from heads.trials.matching import FACES, VIEWS, Sessions, Trials, load_trials, match, same_person_trials
+from heads.trials.matching import Sessions, Trials, load_trials, match
+from heads.trials.same_person import same_person_trials
+from heads.trials.tables import FACES, VIEWS
 from tests.heads.conftest import write_store, write_trials
 
 

@@ -1,0 +1,67 @@
+"""The files of a run's folder: results and tables, each whole or not at all, and TensorBoard's events."""
+
+import json
+from pathlib import Path
+from typing import Any
+
+import pandas as pd
+
+from featurestore.errors import FeatureStoreError
+from featurestore.files import write_atomically
+from heads.train import Epoch
+
+
+def read_result(folder: Path) -> dict[str, Any] | None:
+    """A finished run's result; None for an unfinished one."""
+    try:
+        result = json.loads((folder / "result.json").read_text("utf-8"))
+    except (FileNotFoundError, ValueError):
+        return None
+    return result if isinstance(result, dict) and result.get("state") == "finished" else None
+
+
+def write_document(path: Path, document: dict[str, Any]) -> None:
+    """Whole or not at all; NaN becomes null, which JSON has."""
+    document = {key: None if isinstance(value, float) and value != value else value for key, value in document.items()}
+    _write(path, json.dumps(document, indent=1, allow_nan=False) + "\n")
+
+
+def write_csv(path: Path, table: pd.DataFrame) -> None:
+    """Whole or not at all."""
+    _write(path, table.to_csv(index=False))
+
+
+def _write(path: Path, text: str) -> None:
+    try:
+        write_atomically(path, text)
+    except OSError as error:
+        raise FeatureStoreError(
+            f"{path} could not be written: {error}. If the disk is full, free some space and run the same command again: "
+            "it goes on from the last checkpoint."
+        ) from None
+
+
+class TrainingCurves:
+    """TensorBoard's event file of a run, made at the first epoch: a zero-shot run has none."""
+
+    def __init__(self, folder: Path) -> None:
+        self._folder = folder
+        self._to: Any = None
+
+    def __enter__(self) -> "TrainingCurves":
+        return self
+
+    def add(self, epoch: Epoch) -> None:
+        """Losses, accuracies and speed after an epoch."""
+        if self._to is None:
+            from torch.utils.tensorboard import SummaryWriter  # takes seconds to load
+
+            self._to = SummaryWriter(str(self._folder), purge_step=epoch.epoch)
+        for name in ("loss", "accuracy"):
+            self._to.add_scalar(f"{name}/train", getattr(epoch, f"train_{name}"), epoch.epoch)
+            self._to.add_scalar(f"{name}/validation", getattr(epoch, f"validation_{name}"), epoch.epoch)
+        self._to.add_scalar("examples_per_second", epoch.examples_per_second, epoch.epoch)
+
+    def __exit__(self, *_: object) -> None:
+        if self._to is not None:
+            self._to.close()
