@@ -9,7 +9,7 @@ demo: .venv/ready
 	$(BIN)/python pipelines/train_heads.py --layers fc7-relu --heads similarity
 
 test: .venv/ready lint
-	$(BIN)/python -m pytest
+	$(BIN)/python -m pytest -n logical --maxprocesses 4 --dist loadgroup
 
 lint: .venv/ready
 	$(BIN)/ruff check .

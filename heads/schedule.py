@@ -1,6 +1,7 @@
 """Runs carried out side by side: in this process, in several on this machine, or on a Dask cluster."""
 
 import os
+import socket
 from collections.abc import Callable
 from contextlib import ExitStack
 from dataclasses import asdict, replace
@@ -51,6 +52,8 @@ def run_grid(
         return
     from distributed import Client, LocalCluster, as_completed  # half a second that a single run need not wait for
 
+    if not local:
+        _require_scheduler(scheduler)
     with ExitStack() as stack:
         address: Any = scheduler
         if local:
@@ -67,10 +70,7 @@ def run_grid(
         try:
             client = stack.enter_context(Client(address, timeout=connect))
         except (OSError, ValueError, TimeoutError) as error:
-            raise FeatureStoreError(
-                f"there is no Dask scheduler at {scheduler!r}: {error}. Give --scheduler threads, processes, or an address "
-                "such as tcp://host:8786."
-            ) from None
+            raise _no_scheduler(scheduler, error) from None
         client.subscribe_topic("epoch", lambda event: report(event[1]["label"], Epoch(**event[1]["epoch"])))
         shared = client.scatter(task, broadcast=True)
         waiting = {client.submit(_remote, shared, each, folder, every, pure=False): each for each in runs}
@@ -86,6 +86,24 @@ def run_grid(
             STOP.set()
             client.cancel(list(waiting))
             raise
+
+
+def _require_scheduler(address: str) -> None:
+    """FeatureStoreError at once if nobody answers there: Dask's own client goes on trying for as long as it may."""
+    from distributed.comm import get_address_host_port
+
+    try:
+        with socket.create_connection(get_address_host_port(address), timeout=5):
+            pass
+    except (OSError, ValueError, TypeError) as error:
+        raise _no_scheduler(address, error) from None
+
+
+def _no_scheduler(address: str, error: Exception) -> FeatureStoreError:
+    return FeatureStoreError(
+        f"there is no Dask scheduler at {address!r}: {error}. Give --scheduler threads, processes, or an address "
+        "such as tcp://host:8786."
+    )
 
 
 def _attempt(task: Task, each: Run, folder: Path, report: OnEpoch, every: float) -> dict[str, Any] | FeatureStoreError:

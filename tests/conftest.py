@@ -1,8 +1,6 @@
 """What tests share: real photographs where they are, and small stores made by the real pass."""
 
 import os
-import subprocess
-import sys
 from pathlib import Path
 
 import cv2
@@ -16,8 +14,8 @@ from featurestore.caching.planning import make_plan
 from featurestore.caching.run import Summary, cache_layers
 from featurestore.photos.keys import find_faces
 from featurestore.store.writer import store_lock
+from tests.commands import ROOT
 
-ROOT = Path(__file__).resolve().parents[1]
 SHARED = Path(os.environ.get("FEATURESTORE_SHARED", ROOT.parent / "shared"))
 
 
@@ -66,12 +64,6 @@ def run_pass(images: Path, store: Path, layers: list[str], **options) -> Summary
     job = prepare_job(request_for(images, store, layers, **options))
     with store_lock(store, "test"):
         return cache_layers(job, make_plan(job))
-
-
-def command(script: str, *args: object, cwd: Path | None = None, **options) -> subprocess.CompletedProcess[str]:
-    """Run one of the commands as a user does."""
-    line = [sys.executable, str(ROOT / "pipelines" / f"{script}.py"), *map(str, args)]
-    return subprocess.run(line, capture_output=True, text=True, cwd=cwd or ROOT, **options)
 
 
 # The cheapest layers of the real network: what a test of storing needs is real rows, not many of them.

@@ -7,7 +7,7 @@ from pathlib import Path
 
 import pytest
 
-from tests.conftest import ROOT
+from tests.commands import ROOT
 
 ORDER = ["featurestore", "heads", "pipelines"]  # each may import itself and what stands before it
 

@@ -11,8 +11,9 @@ import pytest
 
 from featurestore import FeatureStore
 from featurestore.photos.recipes import recipe_from_dict
-from tests.conftest import ROOT, command
+from tests.commands import ROOT, command
 
+pytestmark = pytest.mark.xdist_group("readme")  # one process makes what they share
 README = (ROOT / "README.md").read_text("utf-8")
 
 

@@ -16,7 +16,7 @@ from featurestore.networks.registry import BACKBONES, get_backbone
 from featurestore.networks.shapes import layer_shapes
 from featurestore.networks.tracing import extractor
 from featurestore.photos.decode import decode
-from tests.conftest import command
+from tests.commands import command
 from tests.featurestore.test_capture import far
 
 LAYOUTS = {

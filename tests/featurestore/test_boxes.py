@@ -17,7 +17,8 @@ from featurestore.photos.decode import ImageError, decode
 from featurestore.photos.keys import find_faces
 from featurestore.photos.resize import crop
 from featurestore.store.writer import store_lock
-from tests.conftest import command, write_photographs
+from tests.commands import command
+from tests.conftest import write_photographs
 
 HEADER = "NAME_ID,X,Y,W,H\n"
 

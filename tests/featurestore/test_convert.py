@@ -13,7 +13,7 @@ from featurestore.checkpoints.seeded import draw_weights
 from featurestore.checkpoints.weights import open_weights
 from featurestore.errors import FeatureStoreError
 from featurestore.networks.registry import get_backbone
-from tests.conftest import command
+from tests.commands import command
 from tests.featurestore.checkpoints import MINI, write_luatorch
 
 SHAPES = MINI.weight_shapes()

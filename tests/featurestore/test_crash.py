@@ -17,8 +17,11 @@ import pytest
 import zarr
 
 from featurestore import FeatureStore, FeatureStoreError
-from tests.conftest import ROOT, write_photographs
+from tests import commands
+from tests.commands import ROOT
+from tests.conftest import write_photographs
 
+pytestmark = pytest.mark.xdist_group("crash")  # one process makes what they share
 LAYERS = ["maxp_1_2", "maxp_2_2"]
 KILLS = 20
 
@@ -34,22 +37,8 @@ def start(images: Path, store: Path, layers: list[str]) -> subprocess.Popen:
     return subprocess.Popen(line, stdout=subprocess.PIPE, stderr=subprocess.STDOUT, text=True)
 
 
-# Forked from a process that has imported everything, a pass begins in a moment instead of in five seconds.
-forks = multiprocessing.get_context("forkserver")
-forks.set_forkserver_preload(["featurestore.caching.run", "featurestore.caching.plan", "pipelines.cache_layers"])
-
-
-def run_command(line: list[str]) -> None:
-    """The command in this process: what ``python pipelines/cache_layers.py …`` does."""
-    from pipelines.cache_layers import main
-
-    main(line, prog_name="cache_layers")
-
-
 def fork(images: Path, store: Path) -> multiprocessing.Process:
-    process = forks.Process(target=run_command, args=(arguments(images, store, LAYERS),))
-    process.start()
-    return process
+    return commands.start("cache_layers", *arguments(images, store, LAYERS))
 
 
 def finish(process: subprocess.Popen) -> str:

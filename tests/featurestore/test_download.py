@@ -20,7 +20,7 @@ from featurestore.errors import FeatureStoreError
 from featurestore.networks.registry import BACKBONES, get_backbone
 from featurestore.networks.spec import PublishedFile
 from pipelines.cache_layers import main as cache_layers
-from tests.conftest import command
+from tests.commands import command
 
 CONTENT = np.random.default_rng(0).bytes(3 << 20)
 SHA256 = hashlib.sha256(CONTENT).hexdigest()

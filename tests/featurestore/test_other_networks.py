@@ -23,7 +23,8 @@ from featurestore.networks.shapes import with_input_size
 from featurestore.networks.spec import PublishedFile
 from featurestore.networks.tracing import extractor
 from featurestore.photos.decode import decode
-from tests.conftest import command, run_pass
+from tests.commands import command
+from tests.conftest import run_pass
 from tests.featurestore.test_capture import far, hooked
 
 CPU = torch.device("cpu")

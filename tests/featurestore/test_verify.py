@@ -14,7 +14,8 @@ from featurestore.caching.verify import check_source, recompute_some
 from featurestore.devices import choose_device
 from featurestore.store.writer import SourceWriter, store_lock
 from pipelines.verify_store import main as verify_store
-from tests.conftest import LAYERS, command, run_pass, write_photographs
+from tests.commands import command
+from tests.conftest import LAYERS, run_pass, write_photographs
 
 
 @pytest.fixture

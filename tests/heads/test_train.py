@@ -30,7 +30,7 @@ from heads.scores import paired_test
 from heads.tasks import Task
 from heads.train import STOP, Checkpoint, Settings, train
 from heads.trials.matching import Sessions
-from tests.conftest import ROOT
+from tests.commands import ROOT
 from tests.heads.conftest import N_FACES, VIEWS, write_store, write_trials
 from tests.heads.published import Published
 

@@ -11,7 +11,8 @@ import numpy as np
 import pytest
 
 from featurestore import FeatureStore
-from tests.conftest import ROOT, command, write_photographs
+from tests.commands import ROOT, command
+from tests.conftest import write_photographs
 
 SCRIPTS = sorted(path.stem for path in (ROOT / "pipelines").glob("[a-z]*.py"))
 

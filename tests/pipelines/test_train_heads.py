@@ -9,7 +9,7 @@ import torch
 from featurestore import FeatureStore
 from heads.describe import draw, layer_table, summary
 from heads.registry import build_head
-from tests.conftest import command
+from tests.commands import command
 from tests.heads.conftest import write_store, write_trials
 
 

@@ -1,0 +1,25 @@
+"""What commands import, imported once: see ``tests/commands.py``."""
+
+import distributed
+import torch.utils.tensorboard
+import torchvision
+
+import featurestore.caching.planning
+import featurestore.caching.repair
+import featurestore.caching.run
+import featurestore.checkpoints.convert
+import featurestore.checkpoints.download
+import featurestore.demo.faces
+import featurestore.networks.external
+import featurestore.queries.identification
+import featurestore.store.lazy
+import heads.describe
+import heads.runs_table
+import heads.schedule
+import pipelines.cache_layers
+import pipelines.convert_weights
+import pipelines.make_faces
+import pipelines.train_heads
+import pipelines.verify_store
+
+__all__ = ["distributed", "featurestore", "heads", "pipelines", "torch", "torchvision"]
