@@ -1,8 +1,15 @@
 """An activation-caching feature store for face networks: pay for the backbone once, read it as memory maps."""
 
+import sys
 from typing import TYPE_CHECKING, Any
 
 from featurestore.errors import FeatureStoreError
+
+if sys.platform not in ("linux", "darwin"):
+    raise ImportError(
+        f"face-featurestore runs on Linux and macOS, not on {sys.platform}: its rows are memory-mapped side by side, which "
+        "this system cannot do. On Windows use WSL 2."
+    )
 
 if TYPE_CHECKING:
     from featurestore.queries.identification import identification_table

@@ -48,7 +48,7 @@ def evaluate(head: Head, features: Features, items: np.ndarray) -> np.ndarray:
         layer = features.parts[0].layer
         raise FeatureStoreError(
             f"the head's answers to {len(bad)} of {len(items)} examples are not finite numbers, so layer {layer.name!r} holds "
-            f"NaN or infinite rows, or the head's weights do. Find such rows: pipelines/verify_store.py {layer.folder.parents[1]}"
+            f"NaN or infinite rows, or the head's weights do. Find such rows: pipelines/verify_store.py {layer.store}"
         )
     return logits
 

@@ -62,7 +62,7 @@ class Features:
         if not np.isfinite(spread):
             raise FeatureStoreError(
                 f"rows of layer {name!r} hold NaN or infinite numbers, so nothing can be learned from them. Find them: "
-                f"pipelines/verify_store.py {self.parts[0].layer.folder.parents[1]}"
+                f"pipelines/verify_store.py {self.parts[0].layer.store}"
             )
         if spread <= 1e-9 * squares / n / len(mean):
             raise FeatureStoreError(

@@ -1,35 +1,109 @@
-"""The direction of imports, and what importing costs."""
+"""The direction of imports, circles, and what importing costs."""
 
 import ast
 import subprocess
 import sys
+from functools import cache
 from pathlib import Path
 
 import pytest
 
 from tests.commands import ROOT
 
-ORDER = ["featurestore", "heads", "pipelines"]  # each may import itself and what stands before it
+PACKAGES = ("featurestore", "heads", "pipelines")  # each may import itself and what stands before it
+GROUND = ("errors", "text", "files", "keys", "versions", "devices", "intervals", "discovery")
+# What each folder of featurestore may import beside itself and the modules of the ground; pipelines and heads may import all.
+BELOW = {
+    "photos": (),
+    "store": (),
+    "networks": ("photos",),
+    "checkpoints": ("networks", "photos"),
+    "caching": ("checkpoints", "networks", "photos", "store"),
+    "queries": ("store",),
+    "demo": (),
+}
 
 
-def imported(path: Path) -> set[str]:
-    names = set()
-    for node in ast.walk(ast.parse(path.read_text("utf-8"))):
+@cache
+def modules() -> dict[str, Path]:
+    files = [path for package in PACKAGES for path in (ROOT / package).rglob("*.py")]
+    return {".".join(path.relative_to(ROOT).with_suffix("").parts).removesuffix(".__init__"): path for path in files}
+
+
+def imports(module: str, known: dict[str, Path]) -> set[str]:
+    """The project's own modules that one imports, inside functions too; those for type checkers alone are left out."""
+    found: set[str] = set()
+
+    def visit(node: ast.AST) -> None:
+        if isinstance(node, ast.If) and "TYPE_CHECKING" in ast.dump(node.test):
+            return
         if isinstance(node, ast.Import):
-            names |= {alias.name.split(".")[0] for alias in node.names}
+            found.update(alias.name for alias in node.names)
         elif isinstance(node, ast.ImportFrom):
-            assert node.level == 0, f"{path}: relative imports hide the direction"
-            names.add((node.module or "").split(".")[0])
-    return names
+            assert node.level == 0, f"{module}: relative imports hide the direction"
+            for alias in node.names:
+                inner = f"{node.module}.{alias.name}"
+                found.add(inner if inner in known else str(node.module))
+        for child in ast.iter_child_nodes(node):
+            visit(child)
+
+    visit(ast.parse(known[module].read_text("utf-8")))
+    return {name for name in found if name in known and name != module}
 
 
-@pytest.mark.parametrize("package", ORDER)
-def test_imports_run_one_way(package: str) -> None:
-    later = set(ORDER[ORDER.index(package) + 1 :]) | {"tests"}
-    files = list((ROOT / package).rglob("*.py"))
-    assert files
-    for path in files:
-        assert not imported(path) & later, f"{path} imports {imported(path) & later}"
+@cache
+def graph() -> dict[str, set[str]]:
+    return {module: imports(module, modules()) for module in modules()}
+
+
+def circles(graph: dict[str, set[str]]) -> set[frozenset[str]]:
+    """Groups of modules that reach each other."""
+
+    def reached(start: str) -> set[str]:
+        seen: set[str] = set()
+        waiting = [start]
+        while waiting:
+            new = graph[waiting.pop()] - seen
+            seen |= new
+            waiting += new
+        return seen
+
+    reach = {module: reached(module) for module in graph}
+    return {frozenset(b for b in reach[a] if a in reach[b]) for a in graph if a in reach[a]}
+
+
+def test_no_module_imports_itself_in_a_circle() -> None:
+    assert not circles(graph())
+    assert circles({"a": {"b"}, "b": {"c"}, "c": {"a"}, "d": {"a"}}) == {frozenset("abc")}  # it would find one
+
+
+@pytest.mark.parametrize("package", PACKAGES)
+def test_packages_import_one_way(package: str) -> None:
+    later = PACKAGES[PACKAGES.index(package) + 1 :]
+    for module, names in graph().items():
+        if module.partition(".")[0] == package:
+            upward = {name for name in names if name.partition(".")[0] in later}
+            assert not upward, f"{module} imports {upward}"
+
+
+@pytest.mark.parametrize("folder", sorted(BELOW))
+def test_folders_of_featurestore_import_one_way(folder: str) -> None:
+    assert (ROOT / "featurestore" / folder / "__init__.py").exists()
+    allowed = {folder, *GROUND, *BELOW[folder]}
+    for module, names in graph().items():
+        if module.startswith(f"featurestore.{folder}."):
+            upward = {name for name in names if name != "featurestore" and name.split(".")[1] not in allowed}
+            assert not upward, f"{module} imports {upward}"
+
+
+def test_every_module_of_featurestore_has_its_place() -> None:
+    places = {module.split(".")[1] for module in modules() if module.startswith("featurestore.")}
+    assert places == {*GROUND, *BELOW}
+
+
+@pytest.mark.parametrize("module", [f"featurestore.{name}" for name in GROUND])
+def test_the_ground_imports_nothing_above_it(module: str) -> None:
+    assert not {name for name in graph()[module] if name.split(".")[1] not in GROUND}
 
 
 @pytest.mark.parametrize(
@@ -38,6 +112,7 @@ def test_imports_run_one_way(package: str) -> None:
         "featurestore",
         "featurestore.networks.registry",
         "heads",
+        "heads.registry",
         "pipelines.cache_layers",
         "pipelines.convert_weights",
         "pipelines.train_heads",
@@ -61,3 +136,10 @@ def test_a_list_of_layers_builds_no_weights() -> None:
     )
     done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=True, cwd=ROOT)
     assert int(done.stdout) < 100 * 1024  # KiB
+
+
+def test_another_operating_system_is_refused_with_the_reason() -> None:
+    code = "import sys; sys.platform = 'win32'; import featurestore"
+    done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, cwd=ROOT)
+    assert done.returncode != 0
+    assert "runs on Linux and macOS" in done.stderr.splitlines()[-1]

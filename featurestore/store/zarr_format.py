@@ -51,6 +51,11 @@ class Layer:
     folder: Path
 
     @property
+    def store(self) -> Path:
+        """The store that it lies in."""
+        return self.folder.parent.parent
+
+    @property
     def record(self) -> RecordFormat:
         """How its rows are written."""
         return RecordFormat(self.dtype, math.prod(self.shape), self.compress)  # type: ignore[arg-type]

@@ -1,0 +1,66 @@
+"""A store, trials and run folders written by version 0.1.0: they open for ever.
+
+Nine faces × two views, rows of 20 numbers; a similarity head of rank 3 and its zero-shot baseline.
+"""
+
+import shutil
+from pathlib import Path
+
+import numpy as np
+import pandas as pd
+import pytest
+import torch
+
+from featurestore import FeatureStore
+from heads import load_head
+from heads.grid import GridRequest, plan_grid
+from heads.runs import train_run
+from heads.runs_table import runs_table
+from heads.train import Settings
+
+KEPT = Path(__file__).parent / "data" / "version-0.1"
+
+
+@pytest.fixture
+def kept(tmp_path: Path) -> Path:
+    return Path(shutil.copytree(KEPT, tmp_path / "kept"))
+
+
+def test_the_table_of_runs_is_as_it_was_written(kept: Path) -> None:
+    written = pd.read_csv(kept / "runs" / "runs.csv")
+    read = runs_table(kept / "runs")
+    assert list(read["name"]) == list(written["name"])
+    for column in ("accuracy", "low", "high", "p_zero_shot", "rank", "pull"):
+        assert np.allclose(read[column].astype(float), written[column].astype(float), equal_nan=True), column
+
+
+def test_a_head_answers_as_it_did(kept: Path) -> None:
+    (folder,) = (kept / "runs").glob("fc7-relu-similarity-*")
+    head = load_head(folder / "weights.safetensors", "fc7-relu")
+    predictions = pd.read_csv(folder / "predictions.csv")
+    store = FeatureStore.open(kept / "store.zarr")
+    rows = [
+        store.rows("fc7-relu").gather(
+            store.find(predictions[[f"face_{i}", f"view_{i}"]].set_axis(["face_id", "view"], axis=1))
+        )
+        for i in (1, 2, 3)
+    ]
+    with torch.no_grad():
+        probabilities = head(*rows).softmax(dim=1).numpy()
+    assert np.allclose(probabilities, predictions[["p_1", "p_2", "p_3"]], atol=1e-6)
+
+
+def test_the_same_request_finds_them_finished(kept: Path) -> None:
+    request = GridRequest(
+        store=kept / "store.zarr",
+        out=kept / "runs",
+        trials=kept / "trials.csv",
+        layers=["fc7-relu"],
+        heads=["similarity"],
+        rank=3,
+        settings=Settings(epochs=3),
+    )
+    grid = plan_grid(request)
+    assert (grid.runs, grid.finished) == (2, 2)
+    ((task, runs),) = grid.parts
+    assert train_run(task, runs[1], kept / "runs")["best_epoch"] == 3  # read, not trained: it has no state
