@@ -118,7 +118,7 @@ def _read_metadata(path: Path) -> dict[str, Any] | None:
             f"{path} is a head of format version {metadata.get('format_version')}; this program reads version 1."
         )
     try:
-        document = json.loads(metadata["head"])
+        document: dict[str, Any] = json.loads(metadata["head"])
         architecture = document["architecture"] = options_from_file(document["architecture"])
         sound = architecture["head"] in HEADS and all(0 < int(side) < 1 << 31 for side in architecture["shape"])
         if sound and isinstance(document["layer"], str):

@@ -57,7 +57,7 @@ def summary(head: Head, n: int = 1) -> str:
     return str(info)
 
 
-def draw(head: Head, path: str | os.PathLike) -> Path:
+def draw(head: Head, path: str | os.PathLike[str]) -> Path:
     """A drawing of the head, SVG or PNG by the file's ending, traced by torchview and laid out by Graphviz.
 
     FeatureStoreError for another ending, or if these two are not installed.

@@ -19,7 +19,7 @@ _BACKBONE = "vgg_core."  # begins the backbone's own weights, in checkpoints tra
 _EARLIER = "vgg_core_fc8."  # begins those of the earlier system's bridge
 
 
-def export(head: Head, path: str | os.PathLike, layer: str) -> None:
+def export(head: Head, path: str | os.PathLike[str], layer: str) -> None:
     """Write ``head`` as a ``.pth`` state dict with the published keys, so that the published code loads it.
 
     The published heads take raw rows and name no faces, so the standardisation is folded into the first linear

@@ -30,7 +30,7 @@ def runs_table(folder: Path) -> pd.DataFrame:
     if table.empty:
         return table
 
-    def same(row: dict[str, Any]) -> tuple:
+    def same(row: dict[str, Any]) -> tuple[Any, ...]:
         return *(row[name] for name in ("layer", "split", "sources", "photographs")), row.get("measure", "cosine")
 
     baseline = {same(row): row["name"] for row in rows if row["head"] == "zero-shot"}

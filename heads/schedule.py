@@ -90,7 +90,7 @@ def run_grid(
 
 def _require_scheduler(address: str) -> None:
     """FeatureStoreError at once if nobody answers there: Dask's own client goes on trying for as long as it may."""
-    from distributed.comm import get_address_host_port
+    from distributed.comm.addressing import get_address_host_port
 
     try:
         with socket.create_connection(get_address_host_port(address), timeout=5):

@@ -4,6 +4,7 @@ Nothing heavy is imported here, so that ``--help`` and tab completion answer at 
 """
 
 import sys
+from collections.abc import Collection
 from pathlib import Path
 from typing import Any
 
@@ -97,7 +98,7 @@ def complete_backbones(ctx: click.Context, param: click.Parameter, incomplete: s
     return [CompletionItem(name) for name in [*BACKBONES, TORCHVISION] if name.startswith(incomplete)]
 
 
-def note_left_out(failures: list, what: str) -> None:
+def note_left_out(failures: Collection[object], what: str) -> None:
     """List what was skipped, at the end where it is seen."""
     if failures:
         click.echo(f"\n{len(failures)} photographs were {what}:", err=True)

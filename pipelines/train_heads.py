@@ -41,7 +41,7 @@ Run it again after an interruption: finished runs are read, unfinished ones go o
 """
 
 
-class _Pairs(click.ParamType):
+class _Pairs(click.ParamType):  # type: ignore[type-arg]
     """SESSION=VALUE."""
 
     name = "SESSION=VALUE"
@@ -54,7 +54,7 @@ class _Pairs(click.ParamType):
         return left, right
 
 
-class _Finite(click.ParamType):
+class _Finite(click.ParamType):  # type: ignore[type-arg]
     """A finite number, above zero or from zero on."""
 
     name = "number"
@@ -73,7 +73,7 @@ class _Finite(click.ParamType):
         return number
 
 
-class _Rank(click.ParamType):
+class _Rank(click.ParamType):  # type: ignore[type-arg]
     """A number, or ``full``."""
 
     name = "N|full"
@@ -414,7 +414,7 @@ def _table(table: "pd.DataFrame") -> str:
         "best_epoch",
         "time",
     ]
-    return shown[columns].rename(columns=lambda name: name.replace("_", " ")).to_string(index=False)
+    return str(shown[columns].rename(columns=lambda name: name.replace("_", " ")).to_string(index=False))
 
 
 def _draw(grid: "Grid", path: Path) -> None:

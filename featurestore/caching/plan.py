@@ -9,6 +9,7 @@ import numpy as np
 import pandas as pd
 
 from featurestore.errors import FeatureStoreError
+from featurestore.photos.loading import Failure
 from featurestore.store.shards import index_bytes
 from featurestore.store.zarr_format import Layer
 from featurestore.text import human_bytes, listing
@@ -55,7 +56,7 @@ class Plan:
     table_changed: bool
     changed: tuple[str, ...]
     recompute: np.ndarray
-    failures: tuple = ()
+    failures: tuple[Failure, ...] = ()
     left_out: tuple[str, ...] = ()
     free: int = 0
     notes: tuple[str, ...] = field(default=())

@@ -137,10 +137,10 @@ def _settle(values: pd.Series) -> np.ndarray:
     """A column as bool, int64 or float64 where all of it is, and as strings (missing: "") otherwise."""
     inferred = values.infer_objects()
     if not inferred.isna().any() and inferred.dtype.kind in "bi":
-        return inferred.to_numpy(bool if inferred.dtype.kind == "b" else np.int64)
+        return np.asarray(inferred, bool if inferred.dtype.kind == "b" else np.int64)
     present = inferred.dropna().infer_objects()
     if len(present) and present.dtype.kind in "if":
-        return inferred.astype(np.float64).to_numpy()
+        return np.asarray(inferred, np.float64)
     return np.array(["" if pd.isna(value) else str(value) for value in values], object)
 
 
@@ -170,7 +170,8 @@ def _changed(
 
 def _moved(old: pd.DataFrame, found: pd.DataFrame) -> np.ndarray:
     """bool per item: whether the box that its rows were computed from is another one now."""
-    return (old.reindex(columns=list(BOX)).to_numpy(np.float64) != found[list(BOX)].to_numpy(np.float64)).any(axis=1)
+    cached, given = (np.asarray(table.reindex(columns=list(BOX)), np.float64) for table in (old, found))
+    return np.asarray((cached != given).any(axis=1))
 
 
 def _sha256_or_none(path: str) -> str | None:

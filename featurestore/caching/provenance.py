@@ -53,7 +53,7 @@ def weights_of(source: Source, given: str | None, trusted: str | None = None) ->
 
 def precision_of(source: Source) -> str:
     """The precision a source was computed in."""
-    precision = source.attributes["precision"]
+    precision: str = source.attributes["precision"]
     if precision not in PRECISIONS:
         raise FeatureStoreError(f"{source.name} was computed in {precision!r}, which this version does not know.")
     return precision

@@ -93,7 +93,7 @@ class ShardSink:
         """bool per row: whether this layer is to get it."""
         if rows[0] >= self._registered:
             return np.ones(len(rows), bool)
-        return plan.needed[rows]
+        return np.take(plan.needed, rows)
 
     def _register(self, batch: Batch) -> None:
         if batch.rows[0] < self._registered:

@@ -16,6 +16,7 @@ from featurestore.checkpoints.formats.base import Stored, TensorFile
 from featurestore.networks.vggface import BLOCKS, LINEAR
 
 Tensors = dict[str, Stored]
+Understood = tuple[Tensors] | tuple[Tensors, tuple[str, ...]]  # under our keys, and notes
 
 # Modules of torchvision's VGG16, in the order of our convolutions and linear layers.
 _TORCHVISION_FEATURES = (0, 2, 5, 7, 10, 12, 14, 17, 19, 21, 24, 26, 28)
@@ -202,7 +203,7 @@ def _channels_first(stored: Stored, channels: int) -> Stored:
     return Stored(stored.shape, change)
 
 
-_LAYOUTS: dict[str, Callable[[Tensors], tuple | None]] = {
+_LAYOUTS: dict[str, Callable[[Tensors], Understood | None]] = {
     "convolutions alone": _convolutions_alone,
     "torchvision's VGG16 keys": _torchvision,
     "a trained system": _trained_system,

@@ -99,8 +99,9 @@ def _surface(
     )
 
 
-def _mix(base: np.ndarray, colour: np.ndarray | tuple, amount: np.ndarray) -> np.ndarray:
-    return base + (np.asarray(colour, _FLOAT) - base) * np.clip(amount, 0, 1)[..., None]
+def _mix(base: np.ndarray, colour: np.ndarray | tuple[float, float, float], amount: np.ndarray) -> np.ndarray:
+    mixed: np.ndarray = base + (np.asarray(colour, _FLOAT) - base) * np.clip(amount, 0, 1)[..., None]
+    return mixed
 
 
 def _skin_colour(face: Face) -> np.ndarray:
@@ -163,7 +164,7 @@ def _relief(face: Face, x: np.ndarray, y: np.ndarray) -> np.ndarray:
     mouth = 0.21 + 0.022 * face["mouth_width"]
     lips = 1 + 0.28 * face["lips"]
     across = np.exp(-((x / mouth) ** 4))
-    return (
+    relief: np.ndarray = (
         (0.135 + 0.016 * face["nose_length"]) * ridge
         + 0.065 * _bump(x, y, (0, tip), (0.085 * nose, 0.075))
         + 0.055 * _bump(side, y, (0.105 * nose, tip - 0.02), (0.05 * nose, 0.055))
@@ -178,6 +179,7 @@ def _relief(face: Face, x: np.ndarray, y: np.ndarray) -> np.ndarray:
         - 0.020 * np.exp(-((x / 0.03) ** 2)) * _bump(x, y, (0, -0.36), (0.05, 0.05))
         + (0.055 + 0.025 * face["chin"]) * _bump(x, y, (0, -0.80), (0.17, 0.13))
     )
+    return relief
 
 
 def _complexion(face: Face, x: np.ndarray, y: np.ndarray, front: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
@@ -360,7 +362,8 @@ def _shade(colours: np.ndarray, normals: np.ndarray, gloss: np.ndarray) -> np.nd
     half = key + np.array([0, 0, 1], _FLOAT)
     shine = np.clip(normals @ (half / np.linalg.norm(half)), 0, 1) ** 28
     rim = 1 - 0.25 * (1 - np.clip(normals[:, 2], 0, 1)) ** 3
-    return (colours * (diffuse * rim)[:, None] + (gloss * shine)[:, None]).astype(_FLOAT)
+    shaded: np.ndarray = colours * (diffuse * rim)[:, None] + (gloss * shine)[:, None]
+    return shaded.astype(_FLOAT)
 
 
 def _write_face(face: Face, folder: Path, yaws: list[float], names: list[str]) -> np.ndarray:

@@ -20,7 +20,7 @@ _BOX_FILE = ["NAME_ID", "X", "Y", "W", "H"]
 _ENDINGS = re.compile(rf"({'|'.join(map(re.escape, sorted(IMAGE_SUFFIXES)))})$", re.IGNORECASE)
 
 
-def with_boxes(found: FoundFaces, boxes: str | os.PathLike) -> FoundFaces:
+def with_boxes(found: FoundFaces, boxes: str | os.PathLike[str]) -> FoundFaces:
     """``found`` with each face's box out of a CSV as VGGFace2's ``loose_bb_*.csv``: ``NAME_ID`` (face/view), ``X, Y, W, H``.
 
     Boxes of photographs that are not here are passed over. Raises FeatureStoreError for a file that is no such table,

@@ -42,7 +42,7 @@ class FoundFaces:
     boxed: bool = False
 
 
-def find_faces(images: str | os.PathLike, pattern: str | None = None) -> FoundFaces:
+def find_faces(images: str | os.PathLike[str], pattern: str | None = None) -> FoundFaces:
     """Key every photograph of a folder, or of a CSV with ``face_id, view, path`` columns.
 
     ``pattern`` is a layout's name (see ``LAYOUTS``) or a regular expression with groups ``face`` and ``view``,

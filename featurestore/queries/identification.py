@@ -2,6 +2,7 @@
 
 import math
 from collections.abc import Iterable
+from typing import Any
 
 import numpy as np
 import pandas as pd
@@ -68,7 +69,7 @@ def _split(source: Source, held: set[str]) -> tuple[np.ndarray, np.ndarray]:
     return probes, gallery
 
 
-def _row(source: Source, layer: str, probes: np.ndarray, gallery: np.ndarray) -> tuple:
+def _row(source: Source, layer: str, probes: np.ndarray, gallery: np.ndarray) -> tuple[Any, ...]:
     rows = source.rows(layer)
     probes, gallery = probes[rows.present[probes]], gallery[rows.present[gallery]]
     faces = source.coordinate("face_id")
@@ -97,7 +98,7 @@ def nearest(rows: Rows, probes: np.ndarray, gallery: np.ndarray) -> np.ndarray:
             better = cosine > best[mine]
             best[mine] = torch.where(better, cosine, best[mine])
             which[mine] = torch.where(better, place + first, which[mine])
-    return gallery[which.numpy()]
+    return np.take(gallery, which.numpy())
 
 
 def _unit(rows: Rows, items: np.ndarray) -> torch.Tensor:

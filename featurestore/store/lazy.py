@@ -24,7 +24,7 @@ def dask_array(layer: Layer) -> da.Array:
     items = tuple(min(block_items, layer.n_items - first) for first in range(0, layer.n_items, block_items)) or (0,)
     files = [path.stat() for path in map(layer.shard_path, range(layer.n_shards)) if path.exists()]
     written = [(file.st_mtime_ns, file.st_ino, file.st_size) for file in files]  # other rows have another name
-    return da.map_blocks(
+    array: da.Array = da.map_blocks(
         _read_block,
         layer=layer,
         per_block=per_block,
@@ -33,6 +33,7 @@ def dask_array(layer: Layer) -> da.Array:
         meta=np.empty((0,) * (1 + len(layer.shape)), layer.dtype),
         name=f"{layer.name}-{tokenize(layer, written)}",
     )
+    return array
 
 
 def _read_block(layer: Layer, per_block: int, block_id: tuple[int, ...] = (0,)) -> np.ndarray:

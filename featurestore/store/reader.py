@@ -28,6 +28,7 @@ if TYPE_CHECKING:
 
     from featurestore.store.rows import Rows
 
+Document = dict[str, Any]  # JSON
 Keys: TypeAlias = "Iterable[tuple[str, str]] | pd.MultiIndex | pd.DataFrame"
 
 
@@ -44,7 +45,7 @@ class Source:
         document = read_document(self.folder)
         self.attributes: dict[str, Any] = document["attributes"]
         try:
-            arrays: dict[str, dict] = document["consolidated_metadata"]["metadata"]
+            arrays: dict[str, Document] = document["consolidated_metadata"]["metadata"]
             self._coordinates = {name: arrays[name] for name in self.attributes["coordinates"].split()}
             self.n_items: int = arrays[KEY[0]]["shape"][0]
             problem = _problem(self.attributes, arrays, self._coordinates)
@@ -92,7 +93,7 @@ class Source:
                 f"{len(missing)} of {len(wanted)} keys are not in {self.folder}: "
                 f"{listing(missing, 3)}. {hint or 'Keys are (face, view) pairs of strings.'}"
             )
-        return rows.astype(np.int64)
+        return np.asarray(rows, np.int64)
 
     def require_unique_keys(self) -> None:
         """FeatureStoreError if a key is there twice: no row could be told from the other's."""
@@ -139,7 +140,7 @@ class FeatureStore:
         self.sources = dict(sources)
 
     @classmethod
-    def open(cls, path: str | os.PathLike) -> "FeatureStore":
+    def open(cls, path: str | os.PathLike[str]) -> "FeatureStore":
         """Open for reading. FeatureStoreError if ``path`` is missing, is no store, or has another format version."""
         root = Path(path)
         if not root.exists():
@@ -196,7 +197,7 @@ class FeatureStore:
         return self.source(source).xarray()
 
 
-def _problem(attributes: dict[str, Any], arrays: dict[str, dict], coordinates: dict[str, dict]) -> str:
+def _problem(attributes: dict[str, Any], arrays: dict[str, Document], coordinates: dict[str, Document]) -> str:
     """What is wrong with a source's document; empty if nothing is."""
     missing = [name for name in ("backbone", "weights", "recipe", "precision") if name not in attributes]
     if missing:

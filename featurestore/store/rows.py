@@ -176,7 +176,7 @@ class _Region:
 
 
 def _mmap(address: int | None, nbytes: int, protection: int, flags: int, fd: int) -> int:
-    found = _libc.mmap(address, nbytes, protection, flags, fd, 0)
+    found: int = _libc.mmap(address, nbytes, protection, flags, fd, 0)
     if found == ctypes.c_void_p(-1).value:
         number = ctypes.get_errno()
         raise OSError(number, f"cannot map {nbytes} bytes: {os.strerror(number)}")

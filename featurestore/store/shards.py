@@ -90,7 +90,7 @@ class RecordFormat:
     def encode(self, row: np.ndarray) -> bytes:
         """A compressed record, checksum included."""
         payload = _compressor(self.compress, self.dtype.itemsize).encode(row)
-        return payload + crc32c(payload).to_bytes(CRC_BYTES, "little")
+        return bytes(payload + crc32c(payload).to_bytes(CRC_BYTES, "little"))
 
     def decode(self, record: bytes | memoryview) -> np.ndarray:
         """A record's row, as a flat array. Raises DamagedShard if its checksum or length is wrong."""
@@ -250,7 +250,7 @@ class ShardWriter:
                 self._note(slots[i], self.record.stride)
             _write_all(self._fd, buffers)
 
-    def _place(self, slot: int, buffers: list) -> None:
+    def _place(self, slot: int, buffers: list[bytes | memoryview]) -> None:
         """Uncompressed records lie at their slot's own offset, so a slot left out leaves a gap, not a shift."""
         offset = slot * self.record.stride
         if offset != self._position:
@@ -287,7 +287,7 @@ def _allocate(fd: int, nbytes: int) -> None:
                 raise
 
 
-def _write_all(fd: int, buffers: list) -> None:
+def _write_all(fd: int, buffers: list[bytes | memoryview]) -> None:
     """``writev`` until everything is written: the kernel may take less than it is given."""
     views = [memoryview(buffer) for buffer in buffers]
     while views:

@@ -29,7 +29,7 @@ DTYPES = ("float32", "float16")
 _DIMENSIONS = {1: ("feature",), 2: ("token", "feature"), 3: ("channel", "y", "x")}  # of one image
 COORDINATE_CHUNK = 16384  # items a chunk; an append rewrites the last one
 _NUMBERS = {"float64": ("<f8", "NaN"), "int64": ("<i8", 0), "bool": ("|b1", False)}
-_TAIL = [{"name": "zstd", "configuration": {"level": 3, "checksum": False}}, {"name": "crc32c"}]
+_TAIL: list[dict[str, Any]] = [{"name": "zstd", "configuration": {"level": 3, "checksum": False}}, {"name": "crc32c"}]
 # Chunks of different types have different names, so that a column which changes its type never overwrites
 # a chunk that the published document still describes. Bool and int64 share one: their chunks differ in length.
 _CHUNK_KEYS = {"string": ("default", "/"), "float64": ("default", "."), "int64": ("v2", "."), "bool": ("v2", ".")}
@@ -127,7 +127,7 @@ def _array(
     data_type: str,
     chunk: tuple[int, ...],
     fill_value: Any,
-    codecs: list,
+    codecs: list[dict[str, Any]],
     dimensions: list[str],
 ) -> dict[str, Any]:
     return {
@@ -147,7 +147,7 @@ def _array(
 
 def coordinate_metadata(kind: str, n_items: int) -> dict[str, Any]:
     """The array document of a coordinate; ``kind`` is ``string``, ``float64``, ``int64`` or ``bool``."""
-    first = {"name": "vlen-utf8", "configuration": {}}
+    first: dict[str, Any] = {"name": "vlen-utf8", "configuration": {}}
     fill: Any = ""
     if kind != "string":
         first = {"name": "bytes", "configuration": {"endian": "little"}}
@@ -259,7 +259,7 @@ def read_document(folder: Path) -> dict[str, Any]:
     """A group's document, its format and version checked."""
     path = folder / METADATA
     try:
-        document = json.loads(path.read_text("utf-8"))
+        document: dict[str, Any] = json.loads(path.read_text("utf-8"))
         attributes = document["attributes"]
         found, version = attributes.get("format"), attributes.get("format_version")
     except (FileNotFoundError, NotADirectoryError):

@@ -7,6 +7,8 @@ touches. That multiplies by some zeros of the band and still is several times fa
 product, without a copied window. Same mathematics, another order of the sums.
 """
 
+from typing import Any
+
 import torch
 import torch.nn.functional as F
 
@@ -19,7 +21,7 @@ class _BlockProduct(torch.autograd.Function):
     """
 
     @staticmethod
-    def forward(ctx, blocks: torch.Tensor, band: torch.Tensor, bias: torch.Tensor) -> torch.Tensor:
+    def forward(ctx: Any, blocks: torch.Tensor, band: torch.Tensor, bias: torch.Tensor) -> torch.Tensor:
         rows, width = blocks.shape
         out = torch.addmm(bias, blocks, band[:width])
         for q, start in enumerate(range(width, len(band), width), start=1):
@@ -29,7 +31,7 @@ class _BlockProduct(torch.autograd.Function):
         return out
 
     @staticmethod
-    def backward(ctx, gradient: torch.Tensor):
+    def backward(ctx: Any, gradient: torch.Tensor) -> tuple[torch.Tensor | None, torch.Tensor, torch.Tensor]:
         blocks, band = ctx.saved_tensors
         rows, width = blocks.shape
         to_blocks = gradient @ band[:width].t() if ctx.needs_input_grad[0] else None
@@ -74,4 +76,5 @@ def convolve(
         signals = F.pad(signals, (0, 0, 0, short))
     blocks = signals.reshape(-1, block * stride * channels)
     band = _band(kernel.flatten(1), block, stride * channels)
-    return _BlockProduct.apply(blocks, band, bias.repeat(block)).view(n, -1, kernel.shape[0])
+    product: torch.Tensor = _BlockProduct.apply(blocks, band, bias.repeat(block))
+    return product.view(n, -1, kernel.shape[0])

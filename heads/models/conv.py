@@ -66,7 +66,9 @@ class ConvDecision(nn.Sequential):
     def forward(self, bridged: torch.Tensor) -> torch.Tensor:
         """Plainly: (n, 3, width) to logits (n, 3)."""
         stacked = bridged[:, [0, 1, 0, 2, 1, 2]].unsqueeze(1)  # (n, 1, 6, width)
-        return super().forward(stacked).flatten(1)
+        for module in self:
+            stacked = module(stacked)
+        return stacked.flatten(1)  # (n, 1, 1, 3) to (n, 3)
 
     def fast(self, bridged: torch.Tensor, generator: torch.Generator | None) -> torch.Tensor:
         """The same from (3, n, width), the three items first, by matrix products."""

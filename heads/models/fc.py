@@ -38,7 +38,8 @@ class FcDecision(nn.Module):
         x = bridged.flatten(1)
         if self.hidden is not None:
             x = F.dropout(F.relu(self.hidden(x)), DROPOUT, self.training)
-        return self.last(x)
+        logits: torch.Tensor = self.last(x)
+        return logits
 
     def fast(self, bridged: torch.Tensor, generator: torch.Generator | None) -> torch.Tensor:
         """The same from (3, n, width), with dropout drawn from ``generator``."""
@@ -47,7 +48,8 @@ class FcDecision(nn.Module):
             x = F.relu(self.hidden(x))
             if generator is not None:
                 x = (x / (1 - DROPOUT)).masked_fill(dropout_mask(x.shape, generator), 0)
-        return self.last(x)
+        logits: torch.Tensor = self.last(x)
+        return logits
 
 
 def build(shape: tuple[int, ...], parallel: bool = False) -> TripletHead:

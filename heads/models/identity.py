@@ -30,13 +30,14 @@ class IdentityHead(StandardisedHead):
 
     def forward(self, rows: torch.Tensor) -> torch.Tensor:
         """Logits (n, faces) of rows (n, *shape), in the order of ``faces``."""
-        return self.linear(self.standardised(rows))
+        logits: torch.Tensor = self.linear(self.standardised(rows))
+        return logits
 
     def logits(
         self, rows: torch.Tensor, examples: torch.Tensor, generator: torch.Generator | None = None
     ) -> torch.Tensor:
         """See ``Head.logits``; examples (n, 1)."""
-        return self(rows)[examples[:, 0]]
+        return self.forward(rows)[examples[:, 0]]
 
 
 build = IdentityHead

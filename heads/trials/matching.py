@@ -217,7 +217,7 @@ def _fill_views(table: pd.DataFrame, source: Source, view: str | None, sessions:
 def _find(table: pd.DataFrame, source: Source, face: str, view: str, name: str) -> np.ndarray:
     keys = pd.MultiIndex.from_arrays([table[face].to_numpy(object), table[view].to_numpy(object)])
     source.require_unique_keys()
-    rows = source.keys.get_indexer(keys)
+    rows: np.ndarray = source.keys.get_indexer(keys)
     if (rows < 0).any():
         missing = keys[rows < 0].unique()
         raise FeatureStoreError(
@@ -239,7 +239,7 @@ def _odd_places(table: pd.DataFrame, name: str) -> np.ndarray:
                 f"{name}, line {row['line']}: the odd face {row[ODD]!r} {what} the three, {listing(map(repr, faces[first]))}; "
                 f"so in {int(problem.sum())} trials. Correct them, or leave them out with --where."
             )
-    return is_odd.argmax(axis=1)
+    return np.asarray(is_odd.argmax(axis=1))
 
 
 def _item_columns(store: FeatureStore, source: str | None) -> list[str]:

@@ -73,13 +73,13 @@ class _Reader:
         self.at = 0
         self.seen: dict[int, Any] = {}
 
-    def numbers(self, form: str) -> tuple:
+    def numbers(self, form: str) -> tuple[Any, ...]:
         values = struct.unpack_from(form, self.content, self.at)
         self.at += struct.calcsize(form)
         return values
 
     def integer(self) -> int:
-        return self.numbers("<i")[0]
+        return int(self.numbers("<i")[0])
 
     def longs(self, n: int) -> tuple[int, ...]:
         if not 0 <= n <= 16:

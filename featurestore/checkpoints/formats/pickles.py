@@ -73,7 +73,7 @@ class _Array:
         return torch.from_numpy(np.ascontiguousarray(values, values.dtype.newbyteorder("=")).copy())
 
 
-def _stand_ins() -> dict[tuple[str, str], Callable]:
+def _stand_ins() -> dict[tuple[str, str], Callable[..., Any]]:
     """What a pickle may name, made anew for each file, since a pickle may also set attributes of what it names."""
 
     class Array(_Array):
@@ -94,7 +94,7 @@ def _stand_ins() -> dict[tuple[str, str], Callable]:
     def encode(text: Any, *_: Any) -> Any:
         return text.encode("latin1") if isinstance(text, str) else text
 
-    stand_ins: dict[tuple[str, str], Callable] = {
+    stand_ins: dict[tuple[str, str], Callable[..., Any]] = {
         ("numpy", "ndarray"): Array,
         ("numpy", "dtype"): Dtype,
         ("_codecs", "encode"): encode,

@@ -28,9 +28,10 @@ def open_file(path: Path) -> TensorFile:
 
     def read(key: str) -> torch.Tensor:
         try:
-            return file.get_tensor(key)
+            tensor: torch.Tensor = file.get_tensor(key)
         except SafetensorError as error:
             raise FeatureStoreError(f"{path}: {key} cannot be read: {error}.") from None
+        return tensor
 
     tensors = {key: Stored(shape, partial(read, key)) for key, shape in shapes.items()}
     return TensorFile(path, "safetensors", tensors, metadata)
