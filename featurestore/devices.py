@@ -22,7 +22,7 @@ def choose_device(name: str) -> torch.device:
     elif not there[name]():
         built = torch.version.cuda if name == "cuda" else torch.backends.mps.is_built()
         why = "no such device answers" if built else f"this torch {torch.__version__} was built without it"
-        raise FeatureStoreError(f"--device {name}: {why}. Use --device cpu, or auto to take what there is.")
+        raise FeatureStoreError(f"`device` {name}: {why}. Use `device` cpu, or auto to take what there is.")
     return torch.device(name)
 
 

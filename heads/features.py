@@ -81,7 +81,7 @@ class Features:
         return out
 
     def _buffer(self, n: int) -> torch.Tensor:
-        """The first ``n`` rows of a buffer that only grows: allocating anew costs more than the gather."""
+        """The first ``n`` rows of a buffer that only grows: allocating a new one costs more than the gather."""
         buffer = self._reused
         if buffer is None or len(buffer) < n:
             pinned = self.device.type == "cuda"

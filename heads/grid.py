@@ -86,7 +86,7 @@ class Grid:
         if self.disk(jobs) > free:
             raise FeatureStoreError(
                 f"these runs need up to {human_bytes(self.disk(jobs))} in {self.out}, where {human_bytes(free)} are free. Free "
-                "some space, or train fewer at a time (--jobs) or on another disk (--out)."
+                "some space, or train fewer at a time (`jobs`) or on another disk (`out`)."
             )
 
 
@@ -129,13 +129,13 @@ def _layers(request: GridRequest, store: FeatureStore) -> list[str]:
 def _triplets(request: GridRequest, store: FeatureStore) -> tuple[Task, tuple[int, int]]:
     if request.trials is None:
         raise FeatureStoreError(
-            "triplet heads learn from trials: give --trials FILE, or --trials same-person to make them from the keys."
+            "triplet heads learn from trials: give `trials` FILE, or `trials` same-person to make them from the keys."
         )
     trials: Trials
     if request.trials == SAME_PERSON:
         if request.view or (request.sessions and (request.sessions.views or request.sessions.sources)):
             raise FeatureStoreError(
-                "same-person trials have no sessions, and show all views; restrict them with --where."
+                "same-person trials have no sessions, and show all views; restrict them with `where`."
             )
         source = store.source(request.source)
         items = identity_items(source, request.where)
@@ -158,8 +158,8 @@ def _identities(request: GridRequest, store: FeatureStore) -> Task:
         split = Split.load(Path(request.split), of, len(items))
     elif request.split not in (None, "view"):
         raise FeatureStoreError(
-            f"the multi-view head (identity) cannot be tested by --split {request.split}: it learns each face from some views "
-            "and is tested on others, --split view."
+            f"the multi-view head (identity) cannot be tested by `split` {request.split}: it learns each face from some views "
+            "and is tested on others, `split` view."
         )
     else:
         views = source.keys[items].get_level_values(1).to_numpy(str)[:, None]

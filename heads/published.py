@@ -70,11 +70,11 @@ def published_head(
 def _recognised_head(
     path: Path, found: Mapping[str, tuple[int, ...]], shape: tuple[int, ...], faces: Sequence[str] | None
 ) -> Head:
-    """The head that a published file is of, told by its keys."""
+    """The head that a published file is of, recognised by its keys."""
     if "decision_layer.fc_d.weight" in found:
         n = found["decision_layer.fc_d.weight"][0]
         if faces is not None and len(faces) != n:
-            raise FeatureStoreError(f"{path} tells {n} faces apart; {len(faces)} names were given.")
+            raise FeatureStoreError(f"{path} has {n} classes; {len(faces)} faces were named.")
         return build_head("identity", shape, faces=list(faces or (f"class-{i + 1}" for i in range(n))))
     conv = any(key.startswith("decision_block.conv_d_") for key in found)
     if any(key.startswith(_EARLIER) for key in found):

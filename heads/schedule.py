@@ -89,7 +89,7 @@ def run_grid(
 
 
 def _require_scheduler(address: str) -> None:
-    """FeatureStoreError at once if nobody answers there: Dask's own client goes on trying for as long as it may."""
+    """FeatureStoreError at once if nobody answers there: Dask's own client retries until its timeout."""
     from distributed.comm.addressing import get_address_host_port
 
     try:
@@ -101,7 +101,7 @@ def _require_scheduler(address: str) -> None:
 
 def _no_scheduler(address: str, error: Exception) -> FeatureStoreError:
     return FeatureStoreError(
-        f"there is no Dask scheduler at {address!r}: {error}. Give --scheduler threads, processes, or an address "
+        f"there is no Dask scheduler at {address!r}: {error}. Give `scheduler` threads, processes, or an address "
         "such as tcp://host:8786."
     )
 
@@ -116,7 +116,7 @@ def _attempt(task: Task, each: Run, folder: Path, report: OnEpoch, every: float)
 
 
 def _remote(task: Task, each: Run, folder: Path, every: float) -> dict[str, Any] | FeatureStoreError:
-    """In a Dask worker: epochs are sent to whoever waits."""
+    """In a Dask worker: epochs are sent to the client."""
     from distributed import get_worker
 
     worker = get_worker()

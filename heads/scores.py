@@ -1,4 +1,4 @@
-"""Scores: an accuracy never stands alone, but with its interval, chance, and what people themselves reach."""
+"""Scores: each accuracy with its interval, chance, and the noise ceiling of the participants."""
 
 import math
 from collections.abc import Sequence
@@ -29,7 +29,7 @@ def noise_ceiling(trials: Trials) -> Ceiling | None:
 
     Tied majorities count as a guess among them. With the rater's own answer among the votes the number would be
     inflated: five raters who choose by chance would read 0.556 instead of 0.333. Answers of the same participant do not
-    predict each other. None where no triplet was answered by two participants (or twice, if nobody is named).
+    predict each other. None where no triplet was answered by two participants (or twice, where participants are not named).
     """
     order = np.argsort(trials.items, axis=1, kind="stable")
     triplets = np.take_along_axis(trials.items, order, axis=1)
@@ -97,7 +97,7 @@ def accuracy_by(table: pd.DataFrame, correct: np.ndarray, what: str) -> pd.DataF
 
 
 def by_position(odd: np.ndarray, predicted: np.ndarray) -> pd.DataFrame:
-    """Order bias at a glance: for places 1 … 3, accuracy where the odd one stood there, and how often it was answered."""
+    """Order bias at a glance: for places 1 … 3, accuracy where the odd one was shown there, and how often it was answered."""
     rows = {}
     for place in range(3):
         there = odd == place

@@ -79,7 +79,7 @@ class Split:
             if document["of"] != examples_hash:
                 raise FeatureStoreError(
                     f"{path} was drawn for other examples ({document['of'][:12]}…, these are {examples_hash[:12]}…): another "
-                    "file, order, --where or store. Draw a new one: --split trial, face or view."
+                    "file, order, `where` or store. Draw a new one: `split` trial, face or view."
                 )
             part = np.full(n, -1, np.int8)
             for number, name in enumerate(PARTS):
@@ -108,7 +108,7 @@ def split_trials(
     """
     if kind == "trial":
         if len(test):
-            raise FeatureStoreError("a split by trial has no faces or views to hold out; use --split face or view.")
+            raise FeatureStoreError("a split by trial has no faces or views to hold out; use `split` face or view.")
         labels = np.array(["|".join(map(str, three)) for three in np.sort(trials.items, axis=1)])[:, None]
     else:
         labels = trials.table[list(FACES if kind == "face" else VIEWS)].to_numpy(str)
@@ -134,7 +134,7 @@ def draw_split(
         or shares[2] == 0
     ):
         raise FeatureStoreError(
-            f"--fractions {' '.join(map(str, fractions))}: give three numbers that add up to 1, for training, validation "
+            f"`fractions` {' '.join(map(str, fractions))}: give three numbers that add up to 1, for training, validation "
             "and test, such as .7 .15 .15. Only validation may be 0: training then runs all epochs."
         )
     distinct, inverse = np.unique(labels, return_inverse=True)
@@ -155,8 +155,8 @@ def draw_split(
         if share and not len(split.indices(name)):
             raise FeatureStoreError(
                 f"the {name} part of the split by {kind} is empty: of {len(part)} examples with {len(distinct)} different "
-                f"{kind}s none has all of its {kind}s in that part. Give it more: --fractions, now "
-                f"{' '.join(f'{share:g}' for share in fractions)}; another --split-seed; or more trials."
+                f"{kind}s none has all of its {kind}s in that part. Give it more: `fractions`, now "
+                f"{' '.join(f'{share:g}' for share in fractions)}; another `split_seed`; or more trials."
             )
     return split
 

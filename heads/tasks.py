@@ -88,7 +88,7 @@ def identity_task(store: FeatureStore, source: Source, items: np.ndarray, split:
     if untrained:
         raise FeatureStoreError(
             f"{len(untrained)} faces ({classes[min(untrained)]} …) have no view in the training part, so they cannot be "
-            "learned. The multi-view head needs views that faces share; see --fractions and --hold-out."
+            "learned. The multi-view head needs views that faces share; see `fractions` and `hold_out`."
         )
     return Task(
         store=store.path.resolve(),

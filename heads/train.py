@@ -20,7 +20,7 @@ from heads.features import Features
 from heads.models.base import Head
 
 PRECISIONS = ("fp32", "tf32", "bf16")
-_ADVICE = "Try a smaller learning rate (--lr), and check the layer's rows: pipelines/verify_store.py finds NaN in them."
+_ADVICE = "Try a smaller learning rate (`lr`), and check the layer's rows: pipelines/verify_store.py finds NaN in them."
 
 
 STOP = threading.Event()  # Ctrl-C reaches only the main thread; runs in other threads look here before every step
@@ -76,7 +76,7 @@ class Epoch:
 
 @dataclass
 class TrainingState:
-    """Where training stands after whole epochs. ``best`` holds the weights with the lowest validation loss so far."""
+    """Training after a number of whole epochs. ``best`` holds the weights with the lowest validation loss so far."""
 
     history: list[Epoch] = field(default_factory=list)
     best: dict[str, torch.Tensor] = field(default_factory=dict)
@@ -238,7 +238,7 @@ class Checkpoint:
             history = [Epoch(**line) for line in about["history"]]
         except (SafetensorError, OSError, KeyError, ValueError, TypeError, RuntimeError) as error:
             raise FeatureStoreError(
-                f"{self.path}, the state of an unfinished run, is damaged: {error}. Delete it to start this run anew."
+                f"{self.path}, the state of an unfinished run, is damaged: {error}. Delete it to start this run again."
             ) from None
         return TrainingState(history, _under(tensors, "best."), about["best_epoch"], about["best_loss"])
 

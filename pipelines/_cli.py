@@ -3,6 +3,7 @@
 Nothing heavy is imported here, so that ``--help`` and tab completion answer at once.
 """
 
+import re
 import sys
 from collections.abc import Collection
 from pathlib import Path
@@ -44,7 +45,7 @@ class Command(click.Command):
         return super().parse_args(ctx, spread)
 
     def format_epilog(self, ctx: click.Context, formatter: click.HelpFormatter) -> None:
-        """Examples are printed as they stand: a command that is wrapped cannot be copied."""
+        """Examples are printed without wrapping: a command that is wrapped cannot be copied."""
         if self.epilog:
             formatter.write(f"\n{self.epilog.strip()}\n")
 
@@ -52,7 +53,7 @@ class Command(click.Command):
         try:
             return super().invoke(ctx)
         except FeatureStoreError as error:
-            raise click.ClickException(str(error)) from error
+            raise click.ClickException(as_typed(str(error))) from error
         except OSError as error:
             where = f" ({error.filename})" if error.filename else ""
             raise click.ClickException(f"{error.strerror or error}{where}") from error
@@ -61,8 +62,14 @@ class Command(click.Command):
             sys.exit(130)
 
 
+def as_typed(message: str) -> str:
+    """A message of the library with arguments as the running command's options: `` `on_error` `` as ``--on-error``."""
+    options = {param.name: param.opts[0] for param in click.get_current_context().command.params}
+    return re.sub(r"`(\w+)`", lambda match: options.get(match[1], match[0]), message)
+
+
 def weights_file(given: str, backbone: str, dry_run: bool = False) -> str:
-    """``--weights`` as given, or the file that ``download`` stands for, fetched with a bar if it is not here yet.
+    """``--weights`` as given, or the published file for ``download``, fetched with a bar if it is not here yet.
 
     A dry run fetches nothing: FeatureStoreError if the file is not here.
     """

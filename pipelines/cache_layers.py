@@ -12,6 +12,7 @@ from pipelines._cli import (
     DEMO_IMAGES,
     DEMO_STORE,
     Command,
+    as_typed,
     complete_backbones,
     note_left_out,
     progress_bar,
@@ -86,7 +87,7 @@ def _complete_recipes(ctx: click.Context, param: click.Parameter, incomplete: st
 @click.option(
     "--store",
     type=click.Path(path_type=Path),
-    help="Where the store is or goes. [default: store/<name of images>.zarr, store/demo.zarr for demo faces]",
+    help="Path of the store, made if it is not there. [default: store/<name of images>.zarr, store/demo.zarr for demo faces]",
 )
 @click.option(
     "--boxes",
@@ -106,13 +107,13 @@ def _complete_recipes(ctx: click.Context, param: click.Parameter, incomplete: st
     "--weights",
     metavar="FILE|download|random:SEED",
     help="A checkpoint (.pth, .safetensors, .t7, HDF5, .pkl); `download` fetches the published one; random:SEED draws "
-    "numbers that are no trained network's; `built` takes those of my_module:build_model.",
+    "random numbers, not a trained network; `built` takes those of my_module:build_model.",
 )
 @click.option(
     "--recipe",
     shell_complete=_complete_recipes,
     metavar="NAME|FILE",
-    help="How a picture becomes input: by name, or a .toml or .json file. [default: the backbone's published one]",
+    help="Preprocessing from picture to input: by name, or a .toml or .json file. [default: the backbone's published one]",
 )
 @click.option(
     "--device",
@@ -142,7 +143,7 @@ def _complete_recipes(ctx: click.Context, param: click.Parameter, incomplete: st
     help="At a photograph that cannot be read: stop, or leave it out and list it at the end.",
 )
 @click.option(
-    "--recompute-changed", is_flag=True, help="Compute photographs anew whose file changed since they were cached."
+    "--recompute-changed", is_flag=True, help="Recompute photographs whose file has changed since they were cached."
 )
 @click.option(
     "--items-per-shard",
@@ -163,11 +164,11 @@ def main(list_layers: bool, dry_run: bool, **options: Any) -> None:
 
     job = prepare_job(request)
     if dry_run:
-        click.echo(f"Plan (nothing is run)\n{_plan(job)}")
+        click.echo(f"Plan (nothing is run)\n{as_typed(str(_plan(job)))}")
         return
     with store_lock(request.store, "pipelines/cache_layers.py"):
         plan = _plan(job)
-        click.echo(f"Plan\n{plan}\n")
+        click.echo(f"Plan\n{as_typed(str(plan))}\n")
         plan.refuse_if_full()
         with progress_bar(plan.images, "computing") as bar:
             summary = cache_layers(job, plan, bar.update)
@@ -197,14 +198,14 @@ def _request(
     if images is None:
         click.echo(
             f"No --images: using demo faces in {DEMO_IMAGES}"
-            + ("" if weights else f" and seeded random weights ({DEMO_WEIGHTS}), which are no trained network's")
+            + ("" if weights else f" and seeded random weights ({DEMO_WEIGHTS}), not a trained network")
             + ".\n"
         )
         images, weights, store = _demo_faces(), weights or DEMO_WEIGHTS, store or DEMO_STORE
     elif weights is None:
         raise click.UsageError(
             "--weights is missing: photographs of your own need a checkpoint FILE, or download for the published one. "
-            "To try things out without one, ask for random numbers by name: --weights random:0."
+            "To try the software without one: --weights random:0 (random numbers, not a trained network)."
         )
     from featurestore.caching.job import CachingRequest
     from featurestore.photos.boxes import with_boxes

@@ -1,4 +1,4 @@
-"""Write a checkpoint of any known format as safetensors that says where it comes from."""
+"""Convert a checkpoint of any known format to safetensors with its origin."""
 
 from pathlib import Path
 

@@ -9,7 +9,7 @@ import click
 from click.shell_completion import CompletionItem
 
 from heads.registry import HEADS
-from pipelines._cli import DEMO_IMAGES, DEMO_STORE, Command, progress_bar
+from pipelines._cli import DEMO_IMAGES, DEMO_STORE, Command, as_typed, progress_bar
 
 if TYPE_CHECKING:
     import pandas as pd
@@ -113,14 +113,14 @@ def _complete_heads(ctx: click.Context, param: click.Parameter, incomplete: str)
     metavar="NAME …",
     default=("conv", "similarity"),
     shell_complete=_complete_heads,
-    help=f"Any of {', '.join(HEADS)}. zero-shot comes along with every triplet head. [default: conv similarity]",
+    help=f"Any of {', '.join(HEADS)}. zero-shot is always added to triplet heads. [default: conv similarity]",
 )
 @click.option(
     "--store",
     type=click.Path(path_type=Path),
     default=DEMO_STORE,
     show_default=True,
-    help="The store that pipelines/cache_layers.py filled.",
+    help="A store made by pipelines/cache_layers.py.",
 )
 @click.option("--source", metavar="NAME", help="Which source of the store, if it holds several.")
 @click.option(
@@ -149,9 +149,15 @@ def _complete_heads(ctx: click.Context, param: click.Parameter, incomplete: str)
 @click.option(
     "--split",
     metavar="trial|face|view|FILE",
-    help="What may not be shared between training and test, or a saved split. [default: trial; view for identity]",
+    help="What training and test trials do not share, or the file of a saved split. [default: trial; view for identity]",
 )
-@click.option("--split-seed", type=click.IntRange(0), default=0, show_default=True, help="Seed of the split alone.")
+@click.option(
+    "--split-seed",
+    type=click.IntRange(0),
+    default=0,
+    show_default=True,
+    help="Seed of the split, independent of --seeds.",
+)
 @click.option(
     "--fractions",
     nargs=3,
@@ -167,7 +173,7 @@ def _complete_heads(ctx: click.Context, param: click.Parameter, incomplete: str)
     type=_Finite(zero=False),
     default=(5e-4,),
     metavar="RATE …",
-    help="Of Adam. [default: 5e-4]",
+    help="Learning rates of Adam. [default: 5e-4]",
 )
 @click.option(
     "--seeds",
@@ -175,10 +181,12 @@ def _complete_heads(ctx: click.Context, param: click.Parameter, incomplete: str)
     type=click.IntRange(0, 2**31 - 1),
     default=(0,),
     metavar="N …",
-    help="Seeds of weights and order. [default: 0]",
+    help="Seeds of initial weights and of the order of trials. [default: 0]",
 )
-@click.option("--batch-size", type=click.IntRange(1), default=256, show_default=True, help="Trials in one step.")
-@click.option("--epochs", type=click.IntRange(1), default=100, show_default=True, help="At most.")
+@click.option(
+    "--batch-size", type=click.IntRange(1), default=256, show_default=True, help="Trials in one training step."
+)
+@click.option("--epochs", type=click.IntRange(1), default=100, show_default=True, help="Largest number of epochs.")
 @click.option(
     "--patience",
     type=click.IntRange(1),
@@ -191,14 +199,18 @@ def _complete_heads(ctx: click.Context, param: click.Parameter, incomplete: str)
     "--parallel-bridge", is_flag=True, help="conv, fc: one bridge for each of the three places, not a shared one."
 )
 @click.option(
-    "--rank", type=_Rank(), default=64, show_default=True, help="similarity: rank of the map's change, or full."
+    "--rank",
+    type=_Rank(),
+    default=64,
+    show_default=True,
+    help="similarity: rank of the map's difference from the identity, or full.",
 )
 @click.option(
     "--measure",
     type=click.Choice(["cosine", "dot"]),
     default="cosine",
     show_default=True,
-    help="similarity, zero-shot.",
+    help="similarity, zero-shot: how two faces are compared.",
 )
 @click.option(
     "--l2",
@@ -214,17 +226,19 @@ def _complete_heads(ctx: click.Context, param: click.Parameter, incomplete: str)
     type=click.Choice(["auto", "cpu", "cuda", "mps"]),
     default="auto",
     show_default=True,
-    help="Where heads train.",
+    help="Device that heads are trained on.",
 )
 @click.option(
     "--precision",
     type=click.Choice(["fp32", "tf32", "bf16"]),
     default="fp32",
     show_default=True,
-    help="Of the bridge's products while training; tf32 on a GPU alone.",
+    help="Precision of the bridge's matrix products in training; tf32 needs a GPU.",
 )
 @click.option(
-    "--jobs", type=click.IntRange(1), help="Runs at a time. [default: 1 for large heads, else one for each core]"
+    "--jobs",
+    type=click.IntRange(1),
+    help="Runs trained at the same time. [default: 1 for large heads, else one for each core]",
 )
 @click.option(
     "--scheduler",
@@ -238,7 +252,7 @@ def _complete_heads(ctx: click.Context, param: click.Parameter, incomplete: str)
     type=click.Path(path_type=Path, file_okay=False),
     default=Path("store/runs"),
     show_default=True,
-    help="Folder of the runs.",
+    help="Folder that the runs are written to.",
 )
 @click.option("--dry-run", is_flag=True, help="Print the plan and stop.")
 @click.option(
@@ -284,7 +298,7 @@ def main(jobs: int | None, scheduler: str, dry_run: bool, draw: Path | None, **o
     if failed:
         click.echo(f"\n{len(failed)} runs failed:", err=True)
         for run, error in failed:
-            click.echo(f"  {run.label}: {error}", err=True)
+            click.echo(f"  {run.label}: {as_typed(str(error))}", err=True)
         click.get_current_context().exit(1)
 
 
@@ -311,7 +325,7 @@ def _request(
     if trials is None and store == DEMO_STORE:
         trials = str(DEMO_TRIALS)
     if precision == "tf32" and device == "cpu":
-        raise click.UsageError("--precision tf32 is a GPU's; on the CPU choose fp32 or bf16.")
+        raise click.UsageError("--precision tf32 needs a GPU; on the CPU choose fp32 or bf16.")
     from featurestore.devices import choose_device
     from heads.grid import GridRequest
     from heads.train import Settings
@@ -335,7 +349,7 @@ def _request(
 def _plan(grid: "Grid", jobs: int) -> str:
     lines = []
     for task, _ in grid.parts:
-        kind = f"photographs of {len(task.classes)} faces to tell apart," if task.classes else "odd-one-out trials"
+        kind = f"photographs of {len(task.classes)} faces to identify," if task.classes else "odd-one-out trials"
         sizes = ", ".join(f"{name} {len(task.split.indices(name))}" for name in ("train", "validation", "test"))
         left_out = int((task.split.part < 0).sum())
         lines.append(f"  {len(task.items)} {kind} from {' + '.join(task.sources)} in {task.store}")

@@ -1,11 +1,11 @@
-"""Check a store: every record, a few recomputed; mend what is damaged."""
+"""Check a store: every record, a few of them recomputed; repair what is damaged."""
 
 from pathlib import Path
 from typing import TYPE_CHECKING
 
 import click
 
-from pipelines._cli import Command, note_left_out, progress_bar
+from pipelines._cli import Command, as_typed, note_left_out, progress_bar
 
 if TYPE_CHECKING:
     from collections.abc import Sequence
@@ -27,7 +27,7 @@ Examples:
 @click.option(
     "--backbone",
     metavar="NAME",
-    help="Run this network of your own (my_module:build_model) to recompute: a store's word is not taken for it.",
+    help="Run this network of your own (my_module:build_model) to recompute: code is never imported because a store names it.",
 )
 @click.option("--source", metavar="NAME", help="Only this source. [default: all]")
 @click.option(
@@ -42,9 +42,9 @@ Examples:
     default=4,
     show_default=True,
     metavar="N",
-    help="Items to compute anew and compare; 0 for none.",
+    help="Items to recompute and compare; 0 for none.",
 )
-@click.option("--repair", is_flag=True, help="Compute damaged records anew, and only those.")
+@click.option("--repair", is_flag=True, help="Recompute damaged records, and only those.")
 @click.option("--device", type=click.Choice(["auto", "cpu", "cuda", "mps"]), default="auto", show_default=True)
 def main(
     store: Path,
@@ -140,9 +140,9 @@ def _print(report: "StoreReport", recomputed: "Recomputation", not_recomputed: l
             f"  recomputed rows agree within {recomputed.difference[worst]:.1e} of the largest value (worst: {worst})"
         )
     for line in [*map(str, (*report.damage, *recomputed.damage)), *report.suspicious]:
-        click.echo(f"  WRONG  {line}")
+        click.echo(f"  WRONG  {as_typed(line)}")
     for line in [*report.notes, *not_recomputed]:
-        click.echo(f"  note   {line}")
+        click.echo(f"  note   {as_typed(line)}")
     click.echo("  sound" if report.sound and not recomputed.damage else "  NOT SOUND")
 
 

@@ -1,6 +1,7 @@
 """The direction of imports, circles, and what importing costs."""
 
 import ast
+import re
 import subprocess
 import sys
 from functools import cache
@@ -8,7 +9,7 @@ from pathlib import Path
 
 import pytest
 
-from tests.commands import ROOT
+from tests.commands import ROOT, command
 
 PACKAGES = ("featurestore", "heads", "pipelines")  # each may import itself and what stands before it
 GROUND = ("errors", "text", "files", "keys", "versions", "devices", "intervals", "discovery")
@@ -143,3 +144,30 @@ def test_another_operating_system_is_refused_with_the_reason() -> None:
     done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, cwd=ROOT)
     assert done.returncode != 0
     assert "runs on Linux and macOS" in done.stderr.splitlines()[-1]
+
+
+def test_the_library_names_arguments_as_python_has_them() -> None:
+    """In backticks, which a command prints as its option; whole command lines are for the shell."""
+    for module, path in modules().items():
+        if module.startswith("pipelines"):
+            continue
+        tree = ast.parse(path.read_text("utf-8"))
+        documented = (ast.Module, ast.ClassDef, ast.FunctionDef)
+        docs = {
+            id(node.body[0].value)
+            for node in ast.walk(tree)
+            if isinstance(node, documented) and ast.get_docstring(node)
+        }
+        pieces = {id(piece) for node in ast.walk(tree) if isinstance(node, ast.JoinedStr) for piece in node.values}
+        for node in ast.walk(tree):
+            if id(node) in docs | pieces:
+                continue
+            whole = ast.unparse(node) if isinstance(node, ast.JoinedStr) else getattr(node, "value", "")
+            if not isinstance(node, ast.JoinedStr | ast.Constant) or not isinstance(whole, str):
+                continue
+            assert not re.search(r"(?<![-\w])--[a-z]", whole) or "pipelines/" in whole, f"{module}: {whole}"
+
+
+def test_a_command_names_its_options() -> None:
+    done = command("cache_layers", "--layers", "conv_1_1", "--images", "nowhere", "--weights", "random:0")
+    assert "Check the path given with --images." in done.stderr

@@ -1,7 +1,7 @@
 """The captured layers of a network that is not ours, checked against forward hooks on two random inputs, at every load.
 
-Capture turns in-place operations into new tensors, which is right as long as nobody reads the old tensor again. For the face
-networks of this package that is tested; for other people's it is checked here, before anything is stored.
+Capture turns in-place operations into new tensors, which is right unless the old tensor is read later. For the face
+networks of this package that is tested; for torchvision's and the user's own it is checked here, before anything is stored.
 """
 
 from collections.abc import Mapping
@@ -14,7 +14,7 @@ from featurestore.errors import FeatureStoreError
 from featurestore.networks.spec import BackboneSpec
 
 _SAME = 1e-4  # of the largest value: the same operations on the same pictures
-_ALONE = 1e-2  # a picture alone and among others: libraries sum in another order, and deep networks amplify that
+_ALONE = 1e-2  # one picture alone and in a batch: libraries sum in another order, and deep networks amplify that
 
 
 def check_capture(cut: nn.Module, spec: BackboneSpec, paths: Mapping[str, str], weights: Weights) -> None:
@@ -33,22 +33,22 @@ def check_capture(cut: nn.Module, spec: BackboneSpec, paths: Mapping[str, str], 
             first, again, alone = cut(images), cut(images), cut(images[:1])
     except FeatureStoreError:
         raise
-    except Exception as error:  # torch raises many types, and the network is not ours to mend
+    except Exception as error:  # torch raises many types, and the network is the user's
         raise FeatureStoreError(
             f"{spec.name} cannot be run: {type(error).__name__}: {error}".rstrip(". ") + "."
         ) from error
     for name in paths:
         if len(first[name]) != 2 or len(alone[name]) != 1:
-            raise FeatureStoreError(f"layer {name!r} of {spec.name} has not one row for each picture. Leave it out.")
+            raise FeatureStoreError(f"layer {name!r} of {spec.name} does not give one row per picture. Leave it out.")
         if _far(first[name], again[name]) > _SAME:
             raise FeatureStoreError(
-                f"layer {name!r} of {spec.name} gives other numbers each time: something random, such as a dropout, is active "
+                f"layer {name!r} of {spec.name} gives different numbers each time: something random, such as dropout, is active "
                 "in eval mode. Switch it off in the network."
             )
         if name not in expected or _far(first[name], expected[name]) > _SAME:
             raise FeatureStoreError(
-                f"layer {name!r} of {spec.name} does not come out as in the whole network. Something in its forward works in "
-                "place on a tensor that is read again, is drawn anew for each network, or hangs on hooks. "
+                f"layer {name!r} of {spec.name} differs from the same module's output in the whole network. Something in its "
+                "forward works in place on a tensor that is read later, is random for each instance, or depends on hooks. "
                 "Write new tensors (inplace=False, x = x + y), and keep constants in buffers."
             )
         if _far(alone[name][0], first[name][0]) > _ALONE:

@@ -70,6 +70,6 @@ def refuse_non_finite(batch: Batch, outputs: Outputs) -> None:
             raise NonFiniteError(
                 f"layer {name!r} of {batch.photos[first]} has {int(bad[first])} NaN or infinite activations "
                 f"({int((bad > 0).sum())} images of this batch have some). Nothing of this batch was stored. "
-                "Half precision overflows at 65504: try --precision bf16 or fp32 and --dtype float32; "
+                "Half precision overflows at 65504: try `precision` bf16 or fp32 and `dtype` float32; "
                 "if that is what you use, look at the weights."
             )

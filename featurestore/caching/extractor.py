@@ -22,7 +22,7 @@ def refuse_absent(spec: BackboneSpec, layers: Iterable[str], weights: Weights) -
     if lacking:
         raise FeatureStoreError(
             f"{weights.name} does not hold all of {spec.name} ({len(weights.absent)} keys are missing at its end), so it "
-            f"cannot give {listing(lacking)}. Ask for earlier layers, or give --weights a file of the whole network."
+            f"cannot give {listing(lacking)}. Ask for earlier layers, or give `weights` a file of the whole network."
         )
 
 

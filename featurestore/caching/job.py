@@ -48,7 +48,7 @@ class CachingRequest:
 class CachingJob:
     """A request whose every name has been checked and whose weights fit.
 
-    ``graph`` is the sha256 of the operations of a network of the user's own, whose name alone says little; else empty.
+    ``graph`` is the sha256 of the operations of a network of the user's own, whose name does not identify it; otherwise empty.
     """
 
     request: CachingRequest
@@ -106,7 +106,7 @@ def prepare_job(request: CachingRequest) -> CachingJob:
     if request.faces.boxed and recipe.box_margin is None:
         recipe = replace(recipe, box_margin=BOX_MARGIN)
     if recipe.box_margin is not None and not request.faces.boxed:
-        raise FeatureStoreError(f"recipe {recipe.name!r} cuts faces out by their boxes. Give them with --boxes FILE.")
+        raise FeatureStoreError(f"recipe {recipe.name!r} cuts faces out by their boxes. Give them with `boxes` FILE.")
     spec = with_input_size(spec, recipe.size)
     layers = spec.check_layers(request.layers)
     device = choose_device(request.device)

@@ -14,7 +14,7 @@ from featurestore.store.shards import index_bytes
 from featurestore.store.zarr_format import Layer
 from featurestore.text import human_bytes, listing
 
-CountPhotographs = Callable[[int], Any]  # told of so many more that are done
+CountPhotographs = Callable[[int], Any]  # called with the number of photographs just finished
 
 
 @dataclass(frozen=True)
@@ -84,8 +84,8 @@ class Plan:
         if self.bytes_to_write > self.free:
             raise FeatureStoreError(
                 f"not enough disk for {self.store}: the pass writes up to {human_bytes(self.bytes_to_write)}, "
-                f"{human_bytes(self.free)} are free. Cache fewer layers, use --dtype float16 or --compress zstd on a "
-                "larger disk, or choose another --store."
+                f"{human_bytes(self.free)} are free. Cache fewer layers, use `dtype` float16 or `compress` zstd on a "
+                "larger disk, or choose another `store`."
             )
 
     def __str__(self) -> str:
@@ -93,10 +93,10 @@ class Plan:
         lines.append(f"  {'items':<9} {len(self.existing)} in the store, {len(self.new)} to append")
         if self.left_out:
             lines.append(
-                f"  {'left out':<9} {len(self.left_out)} images do not match --pattern: {listing(self.left_out, 3)}"
+                f"  {'left out':<9} {len(self.left_out)} images do not match `pattern`: {listing(self.left_out, 3)}"
             )
         if self.changed:
-            what = "recomputed" if self.recompute.any() else "kept as cached; --recompute-changed computes them anew"
+            what = "recomputed" if self.recompute.any() else "kept as cached; `recompute_changed` recomputes them"
             lines.append(
                 f"  {'changed':<9} {len(self.changed)} photographs (or their boxes) differ from those cached ({what}): "
                 f"{listing(self.changed, 5)}"

@@ -59,7 +59,7 @@ def make_plan(job: CachingJob, progress: CountPhotographs = lambda n: None) -> P
         raise FeatureStoreError(
             f"{len(mixed)} photographs changed since they were cached (or recomputing them was interrupted), so another "
             f"layer of them would not belong to the cached ones: {listing(_names(old.iloc[mixed]))}. "
-            "Add --recompute-changed to compute them anew in every layer."
+            "Add `recompute_changed` to recompute them in every layer."
         )
     return Plan(
         store=request.store,
@@ -115,25 +115,25 @@ def _names(table: pd.DataFrame) -> list[str]:
 
 
 def _join(
-    old: pd.DataFrame, found: pd.DataFrame, known: np.ndarray, believe: np.ndarray
+    old: pd.DataFrame, found: pd.DataFrame, known: np.ndarray, current: np.ndarray
 ) -> tuple[pd.DataFrame, pd.DataFrame]:
-    """Coordinates of registered items, brought up to date from what is believed of ``found``, and those it adds.
+    """Coordinates of registered items, updated from ``found`` where that is ``current``, and the coordinates of new items.
 
     Both have the same columns of the same types, so that the store's do not depend on how often it was appended to.
     """
     given = found.assign(image_sha256="")
     columns = list(dict.fromkeys([*KEY, "path", "image_sha256", *old.columns, *given.columns]))
     updated = old.reindex(columns=columns).astype(object)
-    again = (known >= 0) & believe
+    again = (known >= 0) & current
     for name in given.columns.difference([*KEY, "image_sha256"]):
         updated.loc[known[again], name] = given.loc[again, name].to_numpy(object)
     added = given[known < 0].reindex(columns=columns).astype(object)
     whole = pd.concat([updated, added], ignore_index=True)
-    settled = pd.DataFrame({name: _settle(whole[name]) for name in columns})
-    return settled.iloc[: len(old)].reset_index(drop=True), settled.iloc[len(old) :].reset_index(drop=True)
+    typed = pd.DataFrame({name: _typed(whole[name]) for name in columns})
+    return typed.iloc[: len(old)].reset_index(drop=True), typed.iloc[len(old) :].reset_index(drop=True)
 
 
-def _settle(values: pd.Series) -> np.ndarray:
+def _typed(values: pd.Series) -> np.ndarray:
     """A column as bool, int64 or float64 where all of it is, and as strings (missing: "") otherwise."""
     inferred = values.infer_objects()
     if not inferred.isna().any() and inferred.dtype.kind in "bi":
@@ -196,7 +196,7 @@ def _layer_plans(job: CachingJob, source: Source | None, recompute: np.ndarray) 
             try:
                 present = present_rows(layer)
             except DamagedShard as error:
-                raise DamagedShard(f"{error}. Mend it: pipelines/verify_store.py {request.store} --repair") from None
+                raise DamagedShard(f"{error}. Repair it: pipelines/verify_store.py {request.store} --repair") from None
         else:
             present = np.zeros(n_items, bool)
             folder = request.store / job.source_name / name
@@ -214,6 +214,6 @@ def _refuse_other_encoding(layer: Layer, request: CachingRequest) -> None:
     ):
         if asked is not None and asked != stored:
             raise FeatureStoreError(
-                f"layer {layer.name!r} is stored with --{option} {stored}, not {asked}. "
-                f"Leave --{option} out to add to it, or choose another --store."
+                f"layer {layer.name!r} is stored with `{option}` {stored}, not {asked}. "
+                f"Leave `{option}` out to add to it, or choose another `store`."
             )

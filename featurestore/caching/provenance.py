@@ -1,6 +1,6 @@
 """What a source was made with, as its attributes say: the network, the weights, the recipe, the precision.
 
-A store may come from a stranger: nothing is imported because a file names it.
+A store may be untrusted: nothing is imported because a file names it.
 """
 
 from featurestore.checkpoints.weights import BUILT, BUILT_BY, Weights, open_weights
@@ -19,8 +19,8 @@ def backbone_of(source: Source, trusted: str | None = None) -> BackboneSpec:
     spec = known_backbone(name) or (get_backbone(name) if name == trusted else None)
     if spec is None:
         raise FeatureStoreError(
-            f"{source.name} was computed by {name!r}, which is code outside of this program. To run it, if you trust it: "
-            f"--backbone {name}"
+            f"{source.name} was computed by {name!r}, which is code outside of this program. If you trust it, name it: "
+            f"`backbone` {name}"
         )
     recipe = recipe_of(source)
     if spec.input_size not in (None, recipe.size):
@@ -40,7 +40,7 @@ def weights_of(source: Source, given: str | None, trusted: str | None = None) ->
         given = BUILT
     if given is None:
         raise FeatureStoreError(
-            f"recomputing needs the weights file {name} (sha256 {identity[:12]}…). Give it with --weights."
+            f"recomputing needs the weights file {name} (sha256 {identity[:12]}…). Give it with `weights`."
         )
     weights = open_weights(given, backbone_of(source, trusted))
     if weights.identity != identity:

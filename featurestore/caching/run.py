@@ -60,7 +60,7 @@ def cache_layers(job: CachingJob, plan: Plan, progress: CountPhotographs = lambd
     except OSError as error:
         raise FeatureStoreError(
             f"{job.request.store} cannot be written: {error.strerror or error}. What was computed so far is kept; "
-            "free some space or choose another --store, then run the same command again."
+            "free some space or choose another `store`, then run the same command again."
         ) from error
     run.summary.seconds = time.perf_counter() - started - run.summary.loading
     return run.summary
@@ -174,7 +174,7 @@ class _Run:
     def _note(self, failure: Failure) -> None:
         if self.job.request.on_error != "skip":
             raise FeatureStoreError(
-                f"{failure}. Repair or remove it, or leave such photographs out with --on-error skip. "
+                f"{failure}. Repair or remove it, or leave such photographs out with `on_error` skip. "
                 "What was computed so far is kept."
             )
         self.summary.failures.append(failure)

@@ -106,7 +106,7 @@ def check_source(source: Source, progress: Callable[[int], object] = lambda n: N
             absent[name] = missing
     spec = known_backbone(source.attributes["backbone"])
     repeats = tuple(_repeats(source, checksums, spec))
-    # Which layers of somebody else's network are equal by construction, such as a dropout and its input, is not known.
+    # Which layers of a user's own network are equal by construction, such as a dropout and its input, is not known.
     known = spec is not None and spec.equal is not None
     suspicious = (*_suspicious_keys(source), *(repeats if known else ()))
     return StoreReport(source.name, records, tuple(damage), absent, suspicious, () if known else repeats)
@@ -123,7 +123,7 @@ def _suspicious_keys(source: Source) -> Iterator[str]:
     if unknown:
         yield (
             f"{unknown} items have no photograph hash: a recompute was interrupted; run the caching command again with "
-            "--recompute-changed"
+            "`recompute_changed`"
         )
 
 
@@ -159,7 +159,7 @@ def _check_shard(layer: Layer, shard: int, names: list[str]) -> _ShardCheck:
 def _repeats(source: Source, checksums: dict[str, np.ndarray], spec: BackboneSpec | None) -> Iterator[str]:
     """Pairs of layers with the same bytes in every row, where the network gives no reason for it.
 
-    The mark of an in-place operation that overwrote a captured output. Equal checksums are taken for equal rows:
+    The sign of an in-place operation that overwrote a captured output. Equal checksums are taken for equal rows:
     a chance match of all of them is out of the question for two rows or more.
     """
     equal = spec.equal if spec and spec.equal else frozenset()

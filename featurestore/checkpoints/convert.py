@@ -1,4 +1,4 @@
-"""Any checkpoint of a known network, written as safetensors that says where it comes from."""
+"""Any checkpoint of a known network, written as safetensors with its origin."""
 
 import json
 from pathlib import Path
@@ -20,14 +20,15 @@ from featurestore.versions import library_versions
 def recognise(path: Path) -> list[str]:
     """The face networks that a file's keys and shapes fit, whole or cut short at a known place.
 
-    Those that share an architecture, such as resnet50_ft and resnet50_scratch, come together. FeatureStoreError if there is none.
+    Those that share an architecture, such as resnet50_ft and resnet50_scratch, are listed together.
+    FeatureStoreError if there is none.
     """
     file = open_tensors(path)
     fitting = [name for name, spec in BACKBONES.items() if not best_fit(file, spec).problems]
     if not fitting:
         raise FeatureStoreError(
             f"{path} is no checkpoint of {', '.join(BACKBONES)}. {looks_like(file)}"
-            "If it belongs to another network, say which: --backbone torchvision:NAME or my_module:build_model."
+            "If it belongs to another network, say which: `backbone` torchvision:NAME or my_module:build_model."
         )
     return fitting
 
@@ -40,12 +41,12 @@ def convert(path: Path, spec: BackboneSpec, out: Path, overwrite: bool = False) 
     fit, and for one that would be overwritten.
     """
     if out.suffix != ".safetensors":
-        raise FeatureStoreError(f"--out {out} has to end in .safetensors, which is what is written.")
+        raise FeatureStoreError(f"`out` {out} has to end in .safetensors, which is what is written.")
     if out.resolve() == path.resolve():
-        raise FeatureStoreError(f"{path} cannot be converted into itself. Choose another --out.")
+        raise FeatureStoreError(f"{path} cannot be converted into itself. Choose another `out`.")
     weights = open_weights(str(path), spec)
     if out.exists() and not overwrite:
-        raise FeatureStoreError(f"{out} exists. Choose another --out, or add --overwrite.")
+        raise FeatureStoreError(f"{out} exists. Choose another `out`, or add `overwrite`.")
     metadata = {
         "origin": weights.name,
         "origin_sha256": weights.identity,

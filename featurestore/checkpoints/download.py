@@ -1,4 +1,4 @@
-"""Fetch a network's published weights: resumed where it broke off, checked, and kept beside others of its kind."""
+"""Fetch a network's published weights: resumed after an interruption, checked, and kept for the next time."""
 
 import gzip
 import json
@@ -31,7 +31,7 @@ def published_file(spec: BackboneSpec, which: str = "") -> PublishedFile:
     if not spec.files:
         raise FeatureStoreError(
             spec.elsewhere
-            or f"{spec.name} has no published weights to download. Give --weights a FILE, or random:SEED."
+            or f"{spec.name} has no published weights to download. Give `weights` a FILE, or random:SEED."
         )
     if which and which not in spec.files:
         raise FeatureStoreError(f"{spec.name} has no download {which!r}. {near_matches(which, spec.files)}")
@@ -54,7 +54,7 @@ def kept(published: PublishedFile, folder: Path) -> Path:
 def fetch(published: PublishedFile, folder: Path, progress: Progress = lambda done, total: None) -> Path:
     """The file in ``folder``, downloaded unless it is there, its checksum compared where one is published.
 
-    ``progress(bytes so far, bytes in all or None)`` is called as it comes. A download that broke off goes on where it stopped,
+    ``progress(bytes so far, bytes in all or None)`` is called for every block. An interrupted download is resumed,
     if the server still has the same file. Raises FeatureStoreError without a network, for a wrong checksum, and for
     an archive without the member wanted.
     """
@@ -85,11 +85,13 @@ def _download(url: str, partial: Path, progress: Progress) -> None:
     headers = {"Range": f"bytes={done}-", "If-Range": validator} if done else {}
     try:
         with urllib.request.urlopen(urllib.request.Request(url, headers=headers), timeout=_TIMEOUT) as response:
-            # A server may pass over If-Range and send the rest of another file.
+            # A server may ignore If-Range and send the rest of another file.
             resumed = response.status == 206 and _starts_at(response) == done and _validator_of(response) == validator
             if response.status == 206 and not resumed:
                 partial.unlink(missing_ok=True)
-                raise ConnectionError("the file has changed since its first part came; the next try begins anew")
+                raise ConnectionError(
+                    "the file has changed since its first part was downloaded; try again to start from the beginning"
+                )
             done = done if resumed else 0
             length = response.headers.get("Content-Length")
             total = done + int(length) if length else None
@@ -113,15 +115,17 @@ def _download(url: str, partial: Path, progress: Progress) -> None:
     except (OSError, HTTPException) as error:
         reason = getattr(error, "reason", error)
         rest = (
-            f"{partial.stat().st_size} bytes are kept: the same command goes on from there. "
+            f"{partial.stat().st_size} bytes are kept: run the same command again to resume. "
             if partial.exists()
             else ""
         )
-        raise FeatureStoreError(f"{url} cannot be reached or broke off: {reason}. {rest}{_BY_HAND}") from None
+        raise FeatureStoreError(
+            f"{url} cannot be reached, or the download was interrupted: {reason}. {rest}{_BY_HAND}"
+        ) from None
     about.unlink(missing_ok=True)
 
 
-_BY_HAND = "Without a network here, fetch the file elsewhere and give --weights FILE."
+_BY_HAND = "Without a network here, fetch the file elsewhere and give `weights` FILE."
 
 
 def _validator(about: Path) -> str:
@@ -157,14 +161,14 @@ def _check(path: Path, published: PublishedFile) -> None:
         path.unlink()
         raise FeatureStoreError(
             f"{published.url} has the sha256 {found[:16]}…, not {published.sha256[:16]}… as published: it was changed or "
-            "damaged on the way, and has been removed. Try again, or fetch it elsewhere and give --weights FILE."
+            "damaged in transit, and has been removed. Try again, or fetch it elsewhere and give `weights` FILE."
         )
 
 
 def _unpack(archive: Path, member: str, wanted: Path) -> None:
     """One file out of an archive; nothing else is written, whatever names are in it."""
     try:
-        with gzip.open(archive) as whole:  # to its end, where its checksum stands
+        with gzip.open(archive) as whole:  # to its end, where its checksum is
             while whole.read(_BLOCK):
                 pass
         with tarfile.open(archive) as packed:

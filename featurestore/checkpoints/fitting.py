@@ -10,9 +10,9 @@ from featurestore.networks.registry import BACKBONES, get_backbone
 from featurestore.networks.spec import BackboneSpec, Shapes
 from featurestore.text import listing
 
-COUNTER = "num_batches_tracked"  # kept by batch norm, used by nobody in eval mode, and left out of some files
+COUNTER = "num_batches_tracked"  # batch norm's; without effect in eval mode, and missing from some files
 _MOST_CLASSES = 1 << 20
-_ALSO_KNOWN = ("torchvision:vgg16", "torchvision:resnet50")  # for which a file is easily taken
+_ALSO_KNOWN = ("torchvision:vgg16", "torchvision:resnet50")  # whose files are often mistaken for a face network's
 
 
 @dataclass(frozen=True)
@@ -29,7 +29,7 @@ class Fit:
 
 
 def best_fit(file: TensorFile, spec: BackboneSpec) -> Fit:
-    """The reading of a file that fits a network, or comes nearest."""
+    """The reading of a file that fits a network, or is closest to fitting."""
     fits = [_fit(reading, spec) for reading in readings(file)]
     return min(fits, key=lambda fit: (bool(fit.problems), -_share(fit.reading, fit.spec)))
 

@@ -1,4 +1,4 @@
-"""What the tensors of a checkpoint are called, and in which order their axes stand, as published files differ in it.
+"""Layouts of published checkpoints: the names of their tensors and the order of their axes.
 
 ``readings`` gives every way in which a file's names can be understood, as tensors under our state-dict keys; which one is
 meant is seen by comparing shapes with the network (``featurestore.weights``).
@@ -45,7 +45,7 @@ def readings(file: TensorFile) -> Iterator[Reading]:
     plain = file.tensors
     if plain and all(key.startswith("module.") for key in plain):  # saved from torch's DataParallel
         plain = {key.removeprefix("module."): stored for key, stored in plain.items()}
-    yield Reading(f"{file.kind}, keys as they stand", plain)
+    yield Reading(f"{file.kind}, published keys", plain)
     for layout, understand in _LAYOUTS.items():
         reading = understand(plain)
         if reading:
@@ -106,10 +106,10 @@ def _network_order(tensors: Tensors) -> tuple[Tensors] | None:
 
 
 def _hdf5(tensors: Tensors) -> tuple[Tensors, tuple[str, ...]] | None:
-    """Datasets ``conv1_1_w … fc8_b``, with or without the group ``data``; axes as their shapes tell.
+    """Datasets ``conv1_1_w … fc8_b``, with or without the group ``data``; the order of axes is inferred from shapes.
 
-    A convolution stands out × in × y × x or y × x × in × out. A square linear layer stands as the other ones do.
-    Into fc6, pictures are flattened as the convolutions' axes stand: channel, y, x or y, x, channel.
+    A convolution is out × in × y × x or y × x × in × out. A square linear layer is taken to have the order of the other ones.
+    The input of fc6 is taken to be flattened in the order of the convolutions' axes: channel, y, x or y, x, channel.
     """
     found = {key.rpartition("/")[2]: stored for key, stored in tensors.items()}
     if len(found) != len(tensors) or not all(
@@ -129,19 +129,19 @@ def _hdf5(tensors: Tensors) -> tuple[Tensors, tuple[str, ...]] | None:
     notes: tuple[str, ...] = ()
     if "fc6_w" in found and len(found["fc6_w"].shape) == 2:
         flattened = "y, x, channel" if spatial_first else "channel, y, x"
-        notes = (f"fc6 is taken to be flattened in {flattened} order, as the file's convolutions stand",)
+        notes = (f"fc6 is taken to be flattened in {flattened} order, the order of the file's convolutions",)
     return named, notes
 
 
 def _hdf5_weight(name: str, weight: Stored, channels: int) -> Stored:
-    """A weight whose axes stand as ours; ``channels`` of the last map if pictures were flattened y, x, channel, else 0."""
+    """A weight with our order of axes; ``channels`` of the last map if pictures were flattened y, x, channel, else 0."""
     if name.startswith("fc") and len(weight.shape) == 4:
         return _flat(weight)
     return _channels_first(weight, channels) if name == "fc6" and channels else weight
 
 
 def _axis_orders(found: Tensors) -> dict[str, str] | None:
-    """How the axes of each weight stand, by its dataset's name; None if one of them fits neither way."""
+    """The order of each weight's axes, by dataset; None if one of them fits neither order."""
     orders = {name: _axis_order(found, name) for name in _HDF5_NAMES if f"{name}_w" in found}
     square = "in out" if "in out" in orders.values() else "out in"
     known = {name: square if order == "square" else order for name, order in orders.items() if order}

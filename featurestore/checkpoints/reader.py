@@ -1,4 +1,4 @@
-"""Named tensors out of checkpoint files that a stranger may have made, told apart by their content.
+"""Named tensors out of untrusted checkpoint files, whose format is recognised by content.
 
 A format is a module of ``checkpoints.formats`` that defines ``recognises`` and ``open_file``; it is found by being there.
 """

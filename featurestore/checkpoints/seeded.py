@@ -1,4 +1,4 @@
-"""Random weights from a seed, the same on every machine: fit for trying things out, never for results."""
+"""Random weights from a seed, the same on every machine: for trials of the software, never for results."""
 
 import math
 import re

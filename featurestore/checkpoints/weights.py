@@ -18,7 +18,7 @@ from featurestore.files import sha256_of
 from featurestore.networks.digests import state_digest
 from featurestore.networks.spec import TORCHVISION, BackboneSpec
 
-BUILT = "built"  # --weights: those that the user's own function gives its network
+BUILT = "built"  # ``weights``: those that the user's own function gives its network
 BUILT_BY = "built by "  # begins the name of such weights
 _MOST_DIGITS = 18  # of a seed
 
@@ -50,23 +50,23 @@ class Weights:
 def open_weights(given: str, spec: BackboneSpec) -> Weights:
     """Weights from ``random:SEED``, ``built`` or a checkpoint file, checked against the network.
 
-    A file's format and layout are told by its content; see ``formats`` and ``layouts``. Raises FeatureStoreError for a
+    A file's format and layout are recognised by content; see ``formats`` and ``layouts``. Raises FeatureStoreError for a
     missing file, an unreadable or unsafe one, and for missing, unexpected or differently shaped keys.
     """
     kind, _, seed = given.partition(":")
     if kind == "random":
         if not seed.isdecimal() or len(seed) > _MOST_DIGITS:
-            raise FeatureStoreError(f"--weights {given!r}: the seed must be a whole number, such as random:0.")
+            raise FeatureStoreError(f"`weights` {given!r}: the seed must be a whole number, such as random:0.")
         return _random(int(seed), spec)
     if given == BUILT:
         return _built(spec)
     path = Path(given).expanduser()
     if path.is_dir():
-        raise FeatureStoreError(f"--weights {path} is a folder. Give a file in it.")
+        raise FeatureStoreError(f"`weights` {path} is a folder. Give a file in it.")
     if not path.is_file():
         raise FeatureStoreError(
-            f"there is no weights file {path}. Give --weights a checkpoint, download to fetch the published one, or "
-            "random:SEED for seeded random weights (fit for trying things out, not for results)."
+            f"there is no weights file {path}. Give `weights` a checkpoint, download to fetch the published one, or "
+            "random:SEED for seeded random weights (for trying the software out, not for results)."
         )
     return _from_file(path, spec)
 
@@ -88,14 +88,15 @@ def _random(seed: int, spec: BackboneSpec) -> Weights:
 def _built(spec: BackboneSpec) -> Weights:
     if not spec.imported:
         raise FeatureStoreError(
-            f"--weights {BUILT} is for networks of your own (my_module:build_model), which bring theirs; {spec.name} does not."
+            f"`weights` {BUILT} is for networks of your own (my_module:build_model), whose function sets them; {spec.name} "
+            "is not one."
         )
     state = spec.build().state_dict()
     digest = state_digest(state)
     if state_digest(spec.build().state_dict()) != digest:
         raise FeatureStoreError(
-            f"{spec.name} returns other numbers each time it is called, so its rows could never be computed again. Let it load "
-            "its weights (or call torch.manual_seed), or give --weights FILE or random:SEED."
+            f"{spec.name} returns different weights at each call, so its rows could not be reproduced. Let it load "
+            "its weights (or call torch.manual_seed), or give `weights` FILE or random:SEED."
         )
     return Weights(
         BUILT_BY + spec.name,
@@ -112,7 +113,7 @@ def _from_file(path: Path, spec: BackboneSpec) -> Weights:
     if fit.problems:
         raise FeatureStoreError(
             f"{path} ({file.kind}) is not a checkpoint of {spec.name}. {fit.problems}. {looks_like(file)}"
-            "Check --backbone, or give --weights the file that belongs to it."
+            "Check `backbone`, or give `weights` the file that belongs to it."
         )
     tensors = fit.reading.tensors
     digest = sha256_of(path)
@@ -150,7 +151,7 @@ def _refuse_other_transforms(path: Path, digest: str, spec: BackboneSpec) -> Non
         network = spec.name.partition("@")[0]
         raise FeatureStoreError(
             f"{path} is torchvision's {known[0]}, which has transforms of its own, not those of {own}. "
-            f"Say so: --backbone {network}@{known[0]}"
+            f"Say so: `backbone` {network}@{known[0]}"
         )
 
 

@@ -47,7 +47,7 @@ def _settings(module: nn.Module) -> str:
 
 
 def _source(function: Any) -> str:
-    """The text of a function of the user's own (one that torch.fx was told to call as a whole)."""
+    """The text of a function of the user's own (wrapped by ``torch.fx.wrap``)."""
     if (getattr(function, "__module__", None) or "").partition(".")[0] in _LIBRARIES:
         return ""
     try:

@@ -92,19 +92,19 @@ def imported_backbone(full: str) -> BackboneSpec:
     except ModuleNotFoundError as error:
         if error.name is None or not f"{module_name}.".startswith(f"{error.name}."):
             raise FeatureStoreError(
-                f"--backbone {full}: {module_name} needs {error.name}, which is missing."
+                f"`backbone` {full}: {module_name} needs {error.name}, which is missing."
             ) from error
         raise FeatureStoreError(
-            f"--backbone {full}: there is no module {module_name!r}. Give its name without folder and ending "
+            f"`backbone` {full}: there is no module {module_name!r}. Give its name without folder and ending "
             "(my_net:build_model), and cd to the folder of my_net.py, or put that on PYTHONPATH."
         ) from None
     except Exception as error:  # anything may go wrong in a module that is not ours
-        raise FeatureStoreError(f"--backbone {full}: importing {module_name} failed: {error!r}.") from error
+        raise FeatureStoreError(f"`backbone` {full}: importing {module_name} failed: {error!r}.") from error
     build = getattr(module, attribute, None)
     if not callable(build):
         there = [name for name, value in vars(module).items() if callable(value) and not name.startswith("_")]
         raise FeatureStoreError(
-            f"--backbone {full}: {module_name} has no function {attribute!r}. {near_matches(attribute, there)}"
+            f"`backbone` {full}: {module_name} has no function {attribute!r}. {near_matches(attribute, there)}"
         )
     spec = BackboneSpec(
         name=full,
@@ -122,11 +122,11 @@ def _call(full: str, build: Any) -> nn.Module:
         network = build()
     except Exception as error:
         raise FeatureStoreError(
-            f"--backbone {full}: {type(error).__name__}: {error}. It is called without arguments."
+            f"`backbone` {full}: {type(error).__name__}: {error}. It is called without arguments."
         ) from error
     if not isinstance(network, nn.Module):
         raise FeatureStoreError(
-            f"--backbone {full} returned an object of type {type(network).__name__}, not a torch.nn.Module."
+            f"`backbone` {full} returned an object of type {type(network).__name__}, not a torch.nn.Module."
         )
     return network
 
@@ -136,7 +136,7 @@ def _with_layers(spec: BackboneSpec) -> BackboneSpec:
         paths = module_paths(spec.build_meta())
     except FeatureStoreError:
         raise
-    except Exception as error:  # torch.fx raises many types; the network is not ours to mend
+    except Exception as error:  # torch.fx raises many types; the network is the user's
         raise FeatureStoreError(
             f"{spec.name} cannot be traced by torch.fx ({type(error).__name__}: {error}), so its layers cannot be captured. "
             "Its forward may not branch on the values of tensors; wrap such parts with torch.fx.wrap."

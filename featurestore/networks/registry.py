@@ -22,7 +22,7 @@ RECIPES: dict[str, Recipe] = {recipe.name: recipe for spec in BACKBONES.values()
 def get_backbone(name: str) -> BackboneSpec:
     """The backbone of that name: a face network, ``torchvision:NAME`` or ``my_module:build_model``.
 
-    The last imports ``my_module`` and so runs its code: never pass a name that somebody else wrote. FeatureStoreError,
+    The last imports ``my_module`` and so runs its code: never pass a name from an untrusted source. FeatureStoreError,
     with near matches, if there is none.
     """
     if name in BACKBONES:
@@ -38,7 +38,7 @@ def get_backbone(name: str) -> BackboneSpec:
 
 
 def known_backbone(name: str) -> BackboneSpec | None:
-    """The backbone of a name that a store gives, or None: nothing is imported because a stranger's file says so."""
+    """The backbone of a name that a store gives, or None: an untrusted file must not decide what is imported."""
     try:
         return get_backbone(name) if name in BACKBONES or name.startswith(TORCHVISION) else None
     except FeatureStoreError:

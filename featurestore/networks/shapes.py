@@ -48,7 +48,7 @@ def with_input_size(spec: BackboneSpec, recipe_size: int) -> BackboneSpec:
         reason = next(iter(str(error).splitlines()), type(error).__name__).rstrip(".")
         raise FeatureStoreError(
             f"{spec.name} cannot be run on {recipe_size} × {recipe_size} pixels: {reason}. "
-            "If it was trained on another size, give --recipe that one."
+            "If it was trained on another size, give `recipe` that one."
         ) from error
     if not shapes:
         raise FeatureStoreError(f"{spec.name} has no module whose output is a tensor with a row for each picture.")

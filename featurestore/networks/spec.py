@@ -75,7 +75,7 @@ class BackboneSpec:
             if name not in self.layers:
                 raise FeatureStoreError(
                     f"{self.name} has no layer {name!r}. {_near_layers(name, list(self.layers))} "
-                    f"All: --list-layers --backbone {self.name}"
+                    f"All: pipelines/cache_layers.py --list-layers --backbone {self.name}"
                 )
         return [name for name in self.layers if name in names]
 
@@ -116,7 +116,7 @@ class BackboneSpec:
         """The published recipe; FeatureStoreError if the network has none."""
         if not self.recipes:
             raise FeatureStoreError(
-                f"{self.name} is a network of your own, so say how a picture becomes its input: --recipe FILE.toml with "
+                f"{self.name} is a network of your own, so say how a picture becomes its input: `recipe` FILE.toml with "
                 'size, resize, channels, mean and scale, such as size = 224, resize = "pil", channels = "RGB", '
                 "mean = [127.5, 127.5, 127.5], scale = 128."
             )

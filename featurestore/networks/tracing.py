@@ -2,7 +2,7 @@
 
 The published extractors kept a reference to a convolution's output which the next in-place ReLU then overwrote:
 15 of 38 layers were silently wrong. Here the traced graph decides: an operation works in place only on a tensor
-that nobody else, reader or layer, will look at again.
+that no other operation and no captured layer reads.
 """
 
 import inspect

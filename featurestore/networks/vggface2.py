@@ -152,7 +152,7 @@ def _network(name: str, squeeze: bool) -> BackboneSpec:
         gains=_SQUEEZE_GAINS if squeeze else (),
         elsewhere=(
             f"{name}_weight.pkl is on its authors' Google Drive, linked from github.com/cydonia999/VGGFace2-pytorch, which "
-            f"serves no plain download. Fetch it with a browser and give --weights {name}_weight.pkl."
+            f"serves no plain download. Fetch it with a browser and give `weights` {name}_weight.pkl."
         ),
     )
 

@@ -31,14 +31,14 @@ def with_boxes(found: FoundFaces, boxes: str | os.PathLike[str]) -> FoundFaces:
     clash = [name for name in BOX if name in found.table.columns]
     if clash:
         raise FeatureStoreError(
-            f"the photographs' CSV has a column {clash[0]} already. Rename it, or leave --boxes out."
+            f"the photographs' CSV has a column {clash[0]} already. Rename it, or leave `boxes` out."
         )
     names = found.table["face_id"] + "/" + found.table["view"]
     lacking = names[~names.isin(table.index)]
     if len(lacking):
         raise FeatureStoreError(
             f"{len(lacking)} of {len(names)} photographs have no box in {path}: {listing(lacking, 3)}. Its NAME_ID are such as "
-            f"{listing(table.index[:1])}, and have to be face/view. Add boxes, or give --images a CSV (face_id, view, path) "
+            f"{listing(table.index[:1])}, and have to be face/view. Add boxes, or give `images` a CSV (face_id, view, path) "
             "of those that have one."
         )
     cut = table.loc[names].reset_index(drop=True)
@@ -48,7 +48,7 @@ def with_boxes(found: FoundFaces, boxes: str | os.PathLike[str]) -> FoundFaces:
 def _read_boxes(path: Path) -> pd.DataFrame:
     """Columns ``BOX`` (float64) by NAME_ID."""
     if not path.is_file():
-        raise FeatureStoreError(f"there is no file {path} (or it is a folder). Check the path given with --boxes.")
+        raise FeatureStoreError(f"there is no file {path} (or it is a folder). Check the path given with `boxes`.")
     table = read_csv(path, dtype={"NAME_ID": str}, keep_default_na=False, skipinitialspace=True)
     missing = [name for name in _BOX_FILE if name not in table.columns]
     if missing:

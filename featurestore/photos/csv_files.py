@@ -1,4 +1,4 @@
-"""CSV files that a stranger may have made."""
+"""Untrusted CSV files."""
 
 import csv
 from pathlib import Path

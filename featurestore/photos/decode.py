@@ -7,7 +7,7 @@ from PIL import Image, ImageOps
 
 from featurestore.errors import FeatureStoreError
 
-# Only raster formats of photographs: PIL would also hand a stranger's file to Ghostscript.
+# Only raster formats of photographs: PIL would also pass an untrusted file to Ghostscript.
 FORMATS = ("PNG", "JPEG", "PPM", "BMP", "TIFF", "WEBP")
 
 

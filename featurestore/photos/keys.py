@@ -51,10 +51,10 @@ def find_faces(images: str | os.PathLike[str], pattern: str | None = None) -> Fo
     """
     root = Path(images).expanduser()
     if not root.exists():
-        raise FeatureStoreError(f"there is no folder or CSV {root}. Check the path given with --images.")
+        raise FeatureStoreError(f"there is no folder or CSV {root}. Check the path given with `images`.")
     if root.is_file():
         if pattern is not None:
-            raise FeatureStoreError(f"--pattern is for folders; the keys of {root} are its face_id and view columns.")
+            raise FeatureStoreError(f"`pattern` is for folders; the keys of {root} are its face_id and view columns.")
         found = FoundFaces(_read_csv(root), layout=f"CSV {root.name}")
     else:
         found = _scan(root, pattern)
@@ -116,8 +116,8 @@ def _scan(root: Path, pattern: str | None) -> FoundFaces:
         tried = pattern or "face/view.ext and head-007_angle-348.75.ext or head-007_frontal.ext"
         raise FeatureStoreError(
             f"{len(left_out)} of {len(files)} images in {root} have no key: {listing(left_out, 3)}. Looked for {tried}. "
-            "Give --pattern a regular expression with the groups face and view, such as "
-            r"'(?P<face>\w+)-(?P<view>\w+)\.jpg', or --images a CSV with face_id, view, path."
+            "Give `pattern` a regular expression with the groups face and view, such as "
+            r"'(?P<face>\w+)-(?P<view>\w+)\.jpg', or `images` a CSV with face_id, view, path."
         )
     return FoundFaces(pd.DataFrame(rows, columns=[*KEY, "path"]), " and ".join(sorted(layouts)), tuple(left_out))
 
@@ -130,11 +130,11 @@ def _regexes(pattern: str | None) -> dict[str, re.Pattern[str]]:
     try:
         regex = re.compile(pattern)
     except re.error as error:
-        raise FeatureStoreError(f"--pattern {pattern!r} is not a regular expression: {error}.") from None
+        raise FeatureStoreError(f"`pattern` {pattern!r} is not a regular expression: {error}.") from None
     if not {"face", "view"} <= set(regex.groupindex):
         hint = near_matches(pattern, LAYOUTS) if pattern.isidentifier() else ""
         raise FeatureStoreError(
-            f"--pattern {pattern!r} lacks the groups (?P<face>…) and (?P<view>…) that make a key. {hint}".rstrip()
+            f"`pattern` {pattern!r} lacks the groups (?P<face>…) and (?P<view>…) that make a key. {hint}".rstrip()
         )
     return {pattern: regex}
 
@@ -189,5 +189,5 @@ def _refuse_duplicates(table: pd.DataFrame) -> None:
         same = twice[(twice["face_id"] == face) & (twice["view"] == view)]["path"]
         raise FeatureStoreError(
             f"two files for one key: face {face!r}, view {view!r} is {listing(same, 3)} "
-            f"({len(twice)} files share a key). Rename or remove one, or tell them apart with --pattern."
+            f"({len(twice)} files share a key). Rename or remove one, or give them different keys with `pattern`."
         )

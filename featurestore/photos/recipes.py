@@ -38,9 +38,9 @@ class Recipe:
     - ``pil``: Pillow (antialiased), aspect ignored;
     - ``pil-crop``: Pillow to a short side of ``short_side`` (long side truncated), then centre crop.
 
-    ``interpolation`` is Pillow's. ``mean`` is taken off channels 0, 1, 2 (0 … 255) as they stand after ``channels``; the
+    ``interpolation`` is Pillow's. ``mean`` is subtracted from channels 0, 1, 2 (0 … 255) in the order of ``channels``; the
     result is divided by ``scale``, one number or one for each channel. With a ``box_margin`` the picture is first cut
-    to a given box, enlarged by that share of its width and height on each side, as far as the picture goes.
+    to a given box, enlarged by that share of its width and height on each side, within the picture.
 
     Raises FeatureStoreError for values that make no recipe.
     """
@@ -120,7 +120,7 @@ class Recipe:
         return batch if self.scale == 1.0 else batch.div_(self.scale)
 
     def as_dict(self) -> dict[str, Any]:
-        """What makes two recipes equal, as JSON types; the note is for people and left out.
+        """What makes two recipes equal, as JSON types; the note is left out.
 
         What a recipe does not use is left out too, so that a field added later renames no source in a store.
         """

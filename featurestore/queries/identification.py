@@ -1,4 +1,4 @@
-"""How well each layer tells people apart: the nearest neighbour of a view that was held out, by cosine."""
+"""Identification accuracy of each layer: the nearest neighbour, by cosine, of views that were held out."""
 
 import math
 from collections.abc import Iterable

@@ -18,7 +18,7 @@ BLOCK_BYTES = 1 << 26  # small shards are read together up to this, so that task
 
 def dask_array(layer: Layer) -> da.Array:
     """(item, *shape): blocks are whole shards, mapped from the file rather than read; absent rows are NaN."""
-    layer = replace(layer, folder=layer.folder.resolve())  # a worker may stand in another folder
+    layer = replace(layer, folder=layer.folder.resolve())  # a worker may have another current directory
     per_block = max(1, BLOCK_BYTES // max(1, layer.slots * layer.row_bytes))
     block_items = per_block * layer.slots
     items = tuple(min(block_items, layer.n_items - first) for first in range(0, layer.n_items, block_items)) or (0,)

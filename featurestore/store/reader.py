@@ -96,11 +96,11 @@ class Source:
         return np.asarray(rows, np.int64)
 
     def require_unique_keys(self) -> None:
-        """FeatureStoreError if a key is there twice: no row could be told from the other's."""
+        """FeatureStoreError if a key is there twice: a row could not be identified by its key."""
         if not self.keys.is_unique:
             repeated = self.keys[self.keys.duplicated()]
             raise FeatureStoreError(
-                f"{self.folder} holds {listing(repeated, 3)} twice, so its rows cannot be told apart. It was not written by "
+                f"{self.folder} holds {listing(repeated, 3)} twice, so its rows cannot be identified by key. It was not written by "
                 "this program; cache the source again."
             )
 
@@ -160,7 +160,7 @@ class FeatureStore:
         if name is None:
             if len(self.sources) > 1:
                 raise FeatureStoreError(
-                    f"{self.path} holds {len(self.sources)} sources, so say which: source= one of {', '.join(self.sources)}."
+                    f"{self.path} holds {len(self.sources)} sources, so say which: `source`, one of {', '.join(self.sources)}."
                 )
             return next(iter(self.sources.values()))
         found = [source for full, source in self.sources.items() if full.startswith(name)]

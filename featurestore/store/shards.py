@@ -161,7 +161,7 @@ def read_index(fd: int, slots: int, record: RecordFormat, name: object) -> Shard
 class ShardWriter:
     """Writes one shard to a temporary name, slot by slot in order, and renames it when it is whole.
 
-    ``keep`` are slots of the present file to carry over byte for byte unless they are written anew, so that a pass
+    ``keep`` are slots of the present file to carry over byte for byte unless they are rewritten, so that a run
     which ends early loses no row; ``end`` is one past the last slot that will be written, for preallocation.
     A full disk is met here, before anything is computed into the file.
     """
@@ -299,5 +299,5 @@ def _write_all(fd: int, buffers: list[bytes | memoryview]) -> None:
 
 
 def read_record(fd: int, index: ShardIndex, slot: int) -> bytes:
-    """A slot's record as it stands in an open shard, checksum included; see ``RecordFormat.decode``."""
+    """A slot's record of an open shard, checksum included; see ``RecordFormat.decode``."""
     return os.pread(fd, int(index.nbytes[slot]), int(index.offsets[slot]))

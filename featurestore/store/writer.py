@@ -1,7 +1,7 @@
 """The one writer of a store: its lock, its source's metadata, its shards.
 
 Order makes it safe. Shards and coordinate chunks are written first, each by rename; the source's document is renamed
-last and is what readers believe. A process killed in between leaves files that nothing refers to, and
+last and is what readers go by. A process killed in between leaves files that nothing refers to, and
 ``SourceWriter`` drops them before it writes anything else.
 """
 
@@ -47,7 +47,7 @@ def store_lock(store: Path, doing: str) -> Iterator[None]:
         ) from None
     except OSError as error:
         raise FeatureStoreError(
-            f"{store} cannot be written: {error.strerror or error} ({lock_path}). Choose another --store."
+            f"{store} cannot be written: {error.strerror or error} ({lock_path}). Choose another `store`."
         ) from None
     try:
         yield
@@ -78,7 +78,7 @@ def refuse_other_folder(store: Path) -> None:
         return
     if not store.is_dir() or any(not (path.name.startswith(METADATA) and path.name.endswith(PARTIAL)) for path in store.iterdir()):
         what = "a folder with other things in it" if store.is_dir() else "a file"
-        raise FeatureStoreError(f"{store} is {what}, not a store. Choose another --store.")
+        raise FeatureStoreError(f"{store} is {what}, not a store. Choose another `store`.")
 
 
 class SourceWriter:
@@ -199,7 +199,7 @@ class SourceWriter:
     def _drop_unregistered(self) -> None:
         """Remove the rows that a killed pass wrote and whose items it never registered.
 
-        Left in place, such a row would be taken for the row of whichever item is registered at its number next.
+        Otherwise the item registered next under that row number would be given this row.
         """
         for layer in self.layers.values():
             for path in (layer.folder / "c").glob("*"):

@@ -39,7 +39,7 @@ _CHUNK_KEYS = {"string": ("default", "/"), "float64": ("default", "."), "int64":
 class Layer:
     """One cached layer: a (item, *shape) array, ``slots`` items to a shard.
 
-    ``shape`` is one image's: (channel, y, x), (feature,), or (token, feature) of transformers. ``folder`` is where its files lie.
+    ``shape`` is one image's: (channel, y, x), (feature,), or (token, feature) of transformers. ``folder`` holds its files.
     """
 
     name: str
@@ -52,7 +52,7 @@ class Layer:
 
     @property
     def store(self) -> Path:
-        """The store that it lies in."""
+        """The store that holds it."""
         return self.folder.parent.parent
 
     @property
@@ -206,7 +206,7 @@ def read_coordinate(folder: Path, document: Mapping[str, Any]) -> np.ndarray:
         except (OSError, RuntimeError, ValueError) as error:
             raise FeatureStoreError(
                 f"{path} cannot be read: {error}. If a pass has written the store since it was opened, open it again; "
-                "otherwise it is damaged, and its items have to be cached anew."
+                "otherwise it is damaged, and its items have to be cached again."
             ) from None
     return np.concatenate(parts)[:n_items]
 
@@ -277,7 +277,7 @@ def read_document(folder: Path) -> dict[str, Any]:
 
 
 def source_names(store: Path) -> list[str]:
-    """The member groups that are sources; groups and files that somebody else put there are passed over."""
+    """The member groups that are sources; groups and files of other programs are ignored."""
     names = []
     for path in sorted(store.glob(f"*/{METADATA}")):
         try:

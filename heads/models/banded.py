@@ -49,7 +49,7 @@ def _band(kernel: torch.Tensor, block: int, stride: int) -> torch.Tensor:
     """The kernel (o, k) laid out ``block`` times, each ``stride`` further down: (stride * (block - 1) + k, block * o)."""
     out, taps = kernel.shape
     height = stride * (block - 1) + taps
-    # Rows of length height + stride, cut anew at length height: each begins ``stride`` later in the one before it.
+    # Rows of length height + stride, cut again at length height: each begins ``stride`` later in the one before it.
     padded = F.pad(kernel, (0, height + stride - taps)).unsqueeze(1).expand(out, block, height + stride)
     shifted = padded.reshape(out, -1)[:, : block * height].reshape(out, block, height)
     return shifted.permute(2, 1, 0).reshape(height, block * out)

@@ -29,7 +29,7 @@ class SimilarityHead(Head):
         n = self.n_features
         if rank is None and n > 4096:
             raise FeatureStoreError(
-                f"a full map of {n} features has {n * n:,} numbers. Give a rank, such as --rank 64."
+                f"a full map of {n} features has {n * n:,} numbers. Give a rank, such as `rank` 64."
             )
         if rank is not None and rank < 0:
             raise FeatureStoreError(f"a map of rank {rank} is not possible; give 1 or more, or full.")

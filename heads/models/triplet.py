@@ -1,4 +1,4 @@
-"""A bridge from each of three items, and a decision block on what comes out of it."""
+"""A bridge from each of three items, and a decision block on the three."""
 
 from collections.abc import Callable
 from typing import Protocol
@@ -96,7 +96,7 @@ class TripletHead(StandardisedHead):
         return torch.cat(embedded), torch.stack(places, dim=1)
 
     def _cross(self, bridge: Bridge, rows: torch.Tensor) -> torch.Tensor:
-        """Rows (m, features) to (m, width), dropout left to come."""
+        """Rows (m, features) to (m, width), before dropout."""
         with torch.autocast(rows.device.type, torch.bfloat16, enabled=self.low_precision):
             return F.relu(bridge.linear(rows)).to(rows.dtype)
 

@@ -23,8 +23,8 @@ def divide_conditions(
         if bool(of_trial) == bool(of_item):
             problem = "mixes columns of trials and of items" if of_trial else "names no column there is"
             raise FeatureStoreError(
-                f"--where {condition!r} {problem}. Columns of the trials: {listing(trials, 20)}. Of the items: "
-                f"{listing(sorted(items), 30)}. Give one --where for each kind."
+                f"`where` {condition!r} {problem}. Columns of the trials: {listing(trials, 20)}. Of the items: "
+                f"{listing(sorted(items), 30)}. Give one `where` for each kind."
             )
         (of_trials if of_trial else of_items).append(condition)
     return of_trials, of_items
@@ -41,20 +41,20 @@ def rows_that_meet(condition: str, table: pd.DataFrame) -> np.ndarray:
         bare = rf"(?<![\w.])`?{re.escape(str(name))}`?\s*(?:[=!<>]=?|(?:not\s+)?in)\s*[\[(]?\s*[-+]?\d"
         if text and re.search(bare, condition):
             raise FeatureStoreError(
-                f"--where {condition!r} compares {name} with a number, but it holds text, such as {frame[name].iloc[0]!r}. "
+                f"`where` {condition!r} compares {name} with a number, but it holds text, such as {frame[name].iloc[0]!r}. "
                 "Put the number in quotes."
             )
     try:
         held = frame.eval(condition)
     except Exception as error:  # whatever an expression can raise is the user's to read
         raise FeatureStoreError(
-            f"--where {condition!r} cannot be evaluated: {type(error).__name__}: {error}. "
+            f"`where` {condition!r} cannot be evaluated: {type(error).__name__}: {error}. "
             'It is a comparison such as "gender == \'female\'" or "yaw <= 30".'
         ) from None
     held = np.asarray(held)
     if held.dtype != bool or held.shape != (len(frame),):
         raise FeatureStoreError(
-            f"--where {condition!r} is no condition: it gives {held.dtype}, not true or false. Compare with ==, <, in …: "
+            f"`where` {condition!r} is no condition: it gives {held.dtype}, not true or false. Compare with ==, <, in …: "
             "\"gender == 'female'\"."
         )
     return held

@@ -92,7 +92,7 @@ def load_trials(
     table, unanswered = table[answered].reset_index(drop=True), int((~answered).sum())
     if table.empty:
         raise FeatureStoreError(
-            f"{path} has no trials with an answer{' that meet --where' if of_trials else ''} ({unanswered} without)."
+            f"{path} has no trials with an answer{' that meet `where`' if of_trials else ''} ({unanswered} without)."
         )
     trials = replace(match(table, store, source, view, sessions, str(path)), unanswered=unanswered)
     for condition in of_items:
@@ -116,7 +116,7 @@ def match(
     sessions = sessions or Sessions({}, {})
     if view and sessions.views:
         raise FeatureStoreError(
-            "the view shown is either one for all trials (--view) or one for each session, not both."
+            "the view shown is either one for all trials (`view`) or one for each session, not both."
         )
     table = table.reset_index(drop=True)
     if "line" not in table.columns:
@@ -155,7 +155,7 @@ def _by_session(table: pd.DataFrame, values: Mapping[str, str], name: str) -> pd
     if unknown:
         raise FeatureStoreError(
             f"{name} has the session {listing(map(repr, unknown))}, for which nothing is said; given are {listing(values)}. "
-            f"Say it, or leave those trials out: --where \"session == '{next(iter(values))}'\"."
+            f"Say it, or leave those trials out: `where` \"session == '{next(iter(values))}'\"."
         )
     return session.map(dict(values))
 
@@ -176,14 +176,14 @@ def _match_faces(table: pd.DataFrame, source: Source, name: str) -> pd.DataFrame
             called[face] = face
         elif len(candidates) == 1:
             called[face] = candidates[0]
-    strangers = [face for face in pd.unique(table[list(FACES)].to_numpy().ravel()) if face not in called]
-    if strangers:
+    unknown = [face for face in pd.unique(table[list(FACES)].to_numpy().ravel()) if face not in called]
+    if unknown:
         hint = (
-            near_matches(strangers[0], sorted(known)) if len(known) <= 200 else f"It holds {listing(sorted(known), 3)}."
+            near_matches(unknown[0], sorted(known)) if len(known) <= 200 else f"It holds {listing(sorted(known), 3)}."
         )
         raise FeatureStoreError(
-            f"{len(strangers)} faces of {name} are not in {source.folder}: {listing(map(repr, strangers))}. {hint} "
-            "Cache their photographs too, or leave those trials out with --where."
+            f"{len(unknown)} faces of {name} are not in {source.folder}: {listing(map(repr, unknown))}. {hint} "
+            "Cache their photographs too, or leave those trials out with `where`."
         )
     table = table.copy()
     for column in (*FACES, ODD):
@@ -195,7 +195,7 @@ def _fill_views(table: pd.DataFrame, source: Source, view: str | None, sessions:
     if all(column in table.columns for column in VIEWS):
         if view or sessions.views:
             raise FeatureStoreError(
-                f"{name} says which view was shown, in {', '.join(VIEWS)}; leave --view and --session-view out."
+                f"{name} says which view was shown, in {', '.join(VIEWS)}; leave `view` and the views of sessions out."
             )
         return table
     table = table.copy()
@@ -205,7 +205,7 @@ def _fill_views(table: pd.DataFrame, source: Source, view: str | None, sessions:
         if len(views) > 1:
             raise FeatureStoreError(
                 f"{name} does not say which view was shown, and {source.folder} has {len(views)}: {listing(views)}. "
-                f"Say which: --view {'frontal' if 'frontal' in views else views[0]}, --session-view SESSION=VIEW, or "
+                f"Say which: `view` {'frontal' if 'frontal' in views else views[0]}, one for each session, or "
                 "columns view_1, view_2, view_3."
             )
         seen = str(views[0])
@@ -237,7 +237,7 @@ def _odd_places(table: pd.DataFrame, name: str) -> np.ndarray:
             row = table.iloc[first]
             raise FeatureStoreError(
                 f"{name}, line {row['line']}: the odd face {row[ODD]!r} {what} the three, {listing(map(repr, faces[first]))}; "
-                f"so in {int(problem.sum())} trials. Correct them, or leave them out with --where."
+                f"so in {int(problem.sum())} trials. Correct them, or leave them out with `where`."
             )
     return np.asarray(is_odd.argmax(axis=1))
 

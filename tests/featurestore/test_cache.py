@@ -114,7 +114,7 @@ def test_a_changed_photograph_is_named_and_kept_until_asked_for(photographs: Pat
     change(photographs)
     plan = plan_of(photographs, store, LAYERS)
     assert plan.changed == ("('f2', '1')",)
-    assert "--recompute-changed" in str(plan)
+    assert "`recompute_changed`" in str(plan)
     assert run_pass(photographs, store, LAYERS).computed == 0
     assert np.array_equal(values(store), before)
     assert plan_of(photographs, store, LAYERS).changed == ("('f2', '1')",)  # not forgotten by the run in between
@@ -125,7 +125,7 @@ def test_another_layer_of_a_changed_photograph_would_mix_two(photographs: Path, 
     run_pass(photographs, store, LAYERS[:1])
     change(photographs)
     before = contents(store)
-    with pytest.raises(FeatureStoreError, match=r"1 photographs changed since .*\('f2', '1'\).*--recompute-changed"):
+    with pytest.raises(FeatureStoreError, match=r"1 photographs changed since .*\('f2', '1'\).*`recompute_changed`"):
         run_pass(photographs, store, LAYERS)
     assert contents(store) == before
 
@@ -151,7 +151,7 @@ def test_an_unreadable_photograph_stops_or_is_left_out(photographs: Path, tmp_pa
     store = tmp_path / "s.zarr"
     bad = photographs / "f3" / "2.png"
     bad.write_bytes(bad.read_bytes()[:60])
-    with pytest.raises(FeatureStoreError, match=r"\('f3', '2'\).*cannot be decoded.*--on-error skip"):
+    with pytest.raises(FeatureStoreError, match=r"\('f3', '2'\).*cannot be decoded.*`on_error` skip"):
         run_pass(photographs, store, LAYERS)
     assert FeatureStore.open(store).items.index.tolist()[-1] == ("f3", "1")  # what came before it is kept
     summary = run_pass(photographs, store, LAYERS, on_error="skip")
@@ -240,15 +240,15 @@ def test_what_cannot_be_done_is_refused_before_anything_runs(
 
 @pytest.mark.skipif(torch.cuda.is_available(), reason="there is a CUDA device")
 def test_cuda_that_is_not_there(photographs: Path, tmp_path: Path) -> None:
-    with pytest.raises(FeatureStoreError, match=r"--device cuda: .*--device cpu"):
+    with pytest.raises(FeatureStoreError, match=r"`device` cuda: .*`device` cpu"):
         run_pass(photographs, tmp_path / "s.zarr", LAYERS, device="cuda")
 
 
 def test_rows_are_not_stored_in_two_ways(photographs: Path, tmp_path: Path) -> None:
     run_pass(photographs, tmp_path / "s.zarr", LAYERS[:1])
-    with pytest.raises(FeatureStoreError, match="stored with --dtype float32, not float16"):
+    with pytest.raises(FeatureStoreError, match="stored with `dtype` float32, not float16"):
         run_pass(photographs, tmp_path / "s.zarr", LAYERS[:1], dtype="float16")
-    with pytest.raises(FeatureStoreError, match="stored with --compress none, not zstd"):
+    with pytest.raises(FeatureStoreError, match="stored with `compress` none, not zstd"):
         run_pass(photographs, tmp_path / "s.zarr", LAYERS[:1], compress="zstd")
 
 
@@ -404,7 +404,7 @@ def test_a_recompute_that_ends_early_keeps_the_rows_it_did_not_reach(photographs
         assert np.array_equal(values(store, layer)[1:], before[layer][1:])
         assert not np.array_equal(values(store, layer)[0], before[layer][0])
     assert opened.items["image_sha256"].tolist()[:3:2] == ["", ""]  # nobody may take these for finished
-    with pytest.raises(FeatureStoreError, match=r"recomputing them was interrupted.*--recompute-changed"):
+    with pytest.raises(FeatureStoreError, match=r"recomputing them was interrupted.*`recompute_changed`"):
         run_pass(photographs, store, [*LAYERS, "conv_1_1"], on_error="skip")
 
 

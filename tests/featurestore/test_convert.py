@@ -47,10 +47,10 @@ def test_the_command(pkl: Path, tmp_path: Path) -> None:
     out = tmp_path / "senet.safetensors"
     done = command("convert_weights", pkl, "--out", out)
     assert done.returncode == 0, done.stderr
-    assert "384 tensors of senet50_ft or senet50_scratch, read as pickle, keys as they stand" in done.stdout
+    assert "384 tensors of senet50_ft or senet50_scratch, read as pickle, published keys" in done.stdout
     assert hashlib.sha256(pkl.read_bytes()).hexdigest() in done.stdout
     assert "non-commercial" in done.stdout
-    with pytest.raises(FeatureStoreError, match=r"exists\. Choose another --out, or add --overwrite"):
+    with pytest.raises(FeatureStoreError, match=r"exists\. Choose another `out`, or add `overwrite`"):
         convert(pkl, get_backbone("senet50_ft"), out)
     convert(pkl, get_backbone("senet50_scratch"), out, overwrite=True)
     with safe_open(out, framework="pt") as file:

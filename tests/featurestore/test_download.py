@@ -88,7 +88,7 @@ def test_a_file_comes_once_with_progress(server: Server, tmp_path: Path) -> None
 def test_a_download_that_broke_off_goes_on(server: Server, tmp_path: Path) -> None:
     published = PublishedFile(server.url, SHA256)
     server.breaks_after = 1 << 20
-    with pytest.raises(FeatureStoreError, match=r"broke off.*1048576 bytes are kept"):
+    with pytest.raises(FeatureStoreError, match=r"interrupted.*1048576 bytes are kept"):
         fetch(published, tmp_path)
     server.breaks_after = None
     first: list[int] = []
@@ -124,7 +124,7 @@ def test_a_server_that_passes_over_if_range(server: Server, tmp_path: Path, monk
         original(self)
 
     monkeypatch.setattr(Handler, "do_GET", careless)
-    with pytest.raises(FeatureStoreError, match="has changed since its first part came"):
+    with pytest.raises(FeatureStoreError, match="has changed since its first part was downloaded"):
         fetch(PublishedFile(server.url), tmp_path)
     assert fetch(PublishedFile(server.url), tmp_path).read_bytes() == CONTENT[::-1]
 
@@ -172,7 +172,7 @@ def test_one_file_out_of_an_archive(server: Server, tmp_path: Path) -> None:
 
 
 def test_without_a_network(tmp_path: Path) -> None:
-    with pytest.raises(FeatureStoreError, match=r"cannot be reached.*give --weights FILE"):
+    with pytest.raises(FeatureStoreError, match=r"cannot be reached.*give `weights` FILE"):
         fetch(PublishedFile("http://127.0.0.1:9/file.bin"), tmp_path)
 
 
@@ -189,7 +189,7 @@ def test_what_is_published() -> None:
     with pytest.raises(FeatureStoreError, match=r"no download .casia-webfase.. Did you mean casia-webface"):
         published_file(get_backbone("inception_resnet_v1"), "casia-webfase")
     for name in ("resnet50_ft", "senet50_scratch"):
-        with pytest.raises(FeatureStoreError, match=f"Google Drive.*--weights {name}_weight.pkl"):
+        with pytest.raises(FeatureStoreError, match=f"Google Drive.*`weights` {name}_weight.pkl"):
             published_file(get_backbone(name))
     assert all("non-commercial" in spec.licence for spec in BACKBONES.values())
 

@@ -55,7 +55,7 @@ def test_a_pattern_reads_keys_and_says_what_it_left_out(tmp_path: Path) -> None:
 
 def test_images_without_a_key_are_never_dropped_silently(tmp_path: Path) -> None:
     touch(tmp_path, "s1/1.png", "stray.png", "a/b/c.png")
-    with pytest.raises(FeatureStoreError, match=r"2 of 3 images .*stray\.png.*--pattern"):
+    with pytest.raises(FeatureStoreError, match=r"2 of 3 images .*stray\.png.*`pattern`"):
         find_faces(tmp_path)
 
 
@@ -82,7 +82,7 @@ def test_missing_and_empty_folders(tmp_path: Path, make, message: str) -> None:
 @pytest.mark.parametrize("pattern", ["(", "(?P<face>x)", "fodlers"])
 def test_a_bad_pattern_is_explained(tmp_path: Path, pattern: str) -> None:
     touch(tmp_path, "s1/1.png")
-    with pytest.raises(FeatureStoreError, match="--pattern"):
+    with pytest.raises(FeatureStoreError, match="`pattern`"):
         find_faces(tmp_path, pattern)
 
 

@@ -227,7 +227,7 @@ def test_weights_with_other_transforms_are_noticed(tmp_path: Path, monkeypatch: 
         "V2": PublishedFile("https://x/r-00000000.pth", "00000000"),
         "V1": PublishedFile("https://x/r.pth", digest[:8]),
     }
-    with pytest.raises(FeatureStoreError, match=r"is torchvision's V1.*--backbone torchvision:resnet18@V1"):
+    with pytest.raises(FeatureStoreError, match=r"is torchvision's V1.*`backbone` torchvision:resnet18@V1"):
         open_weights(str(tmp_path / "v1.pth"), replace(spec, files=files))
     own_first = dict(reversed(files.items()))
     assert open_weights(str(tmp_path / "v1.pth"), replace(spec, files=own_first)).identity == digest
@@ -287,7 +287,7 @@ def test_a_store_does_not_name_code_to_run(own: Path, photographs: Path) -> None
     module.write_text(module.read_text() + "\nopen('imported', 'w').close()\n")
     checked = command("verify_store", "own.zarr", cwd=own)
     assert checked.returncode == 0, checked.stdout + checked.stderr
-    assert "To run it, if you trust it: --backbone" in checked.stdout
+    assert "If you trust it, name it: --backbone" in checked.stdout
     assert not (own / "imported").exists()
     checked = command("verify_store", "own.zarr", "--backbone", name, cwd=own)
     assert checked.returncode == 0, checked.stdout + checked.stderr
@@ -312,13 +312,13 @@ def test_what_can_be_wrong_with_it(own: Path, function: str, message: str) -> No
 @pytest.mark.parametrize(
     ("function", "message"),
     [
-        ("dropped_result", "layer 'two' .* does not come out as in the whole network"),
-        ("aliased_residual", "layer 'two2' .* does not come out"),
-        ("through_a_view", "layer 'two' .* does not come out"),
-        ("noise", "gives other numbers each time"),
-        ("hooked", "does not come out"),
+        ("dropped_result", "layer 'two' .* differs from the same module's output"),
+        ("aliased_residual", "layer 'two2' .* differs from the same module"),
+        ("through_a_view", "layer 'two' .* differs from the same module"),
+        ("noise", "gives different numbers each time"),
+        ("hooked", "differs from the same module"),
         ("over_the_batch", "depend on the batch"),
-        ("other_constants", "does not come out|other numbers"),
+        ("other_constants", "differs from|different numbers"),
     ],
 )
 def test_what_cannot_be_captured_faithfully_is_refused(
@@ -345,7 +345,7 @@ def test_weights_that_are_drawn_at_each_call_are_refused(own: Path) -> None:
             "def build_model():\n    torch.manual_seed(0)", "def build_model():\n    torch.seed()"
         )
     )
-    with pytest.raises(FeatureStoreError, match="returns other numbers each time it is called"):
+    with pytest.raises(FeatureStoreError, match="returns different weights at each call"):
         open_weights("built", get_backbone(f"{module.stem}:build_model"))
 
 
@@ -370,7 +370,7 @@ def build():
 
 def test_it_needs_a_recipe(own: Path, photographs: Path) -> None:
     name = f"{module_of(own)}:build_model"
-    with pytest.raises(FeatureStoreError, match=r"--recipe FILE\.toml"):
+    with pytest.raises(FeatureStoreError, match=r"`recipe` FILE\.toml"):
         run_pass(photographs, own / "own.zarr", ["pool"], backbone=name, weights="built")
 
 

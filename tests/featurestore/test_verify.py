@@ -1,4 +1,4 @@
-"""Damage is found, named and mended."""
+"""Damage is found, named and repaired."""
 
 import json
 import shutil
@@ -77,8 +77,8 @@ def test_damage_is_named_and_repaired_and_nothing_else_touched(store: Path, dama
 
     assert re.search(where, found.stdout), found.stdout
     assert "NOT SOUND" in found.stdout
-    mended = command("verify_store", store, "--device", "cpu", "--repair")
-    assert mended.returncode == 0, mended.stdout + mended.stderr
+    repaired = command("verify_store", store, "--device", "cpu", "--repair")
+    assert repaired.returncode == 0, repaired.stdout + repaired.stderr
     assert {path: path.stat().st_mtime_ns for path in others} == others
     assert {path: path.read_bytes() for path in store.rglob("*") if path.is_file()} == before
 
@@ -137,14 +137,14 @@ def test_unfinished_is_not_damaged(store: Path) -> None:
     assert found.returncode == 0
 
 
-def test_the_wrong_weights_cannot_mend(store: Path) -> None:
+def test_the_wrong_weights_cannot_repair(store: Path) -> None:
     flip(shard(store, LAYERS[0], 1), 5000)
     done = command("verify_store", store, "--repair", "--weights", "random:1")
     assert done.returncode == 1
     assert "is not the weights of" in done.stderr
 
 
-def test_a_twin_key_is_reported(store: Path) -> None:
+def test_a_repeated_key_is_reported(store: Path) -> None:
     source = FeatureStore.open(store).source()
     writer = SourceWriter(store, source.name, {})
     table = writer.table.copy()
@@ -153,7 +153,7 @@ def test_a_twin_key_is_reported(store: Path) -> None:
     writer.publish()
     assert json.loads((store / "zarr.json").read_text())["attributes"]["format_version"] == 1
     assert check_source(FeatureStore.open(store).source()).suspicious == ("key ('f1', '1') is there twice",)
-    with pytest.raises(FeatureStoreError, match="twice, so its rows cannot be told apart"):
+    with pytest.raises(FeatureStoreError, match="twice, so its rows cannot be identified"):
         FeatureStore.open(store).find([("f1", "1")])
 
 
@@ -171,7 +171,7 @@ def test_a_twin_key_is_reported(store: Path) -> None:
         {"recipe": {"name": "x", "box_margin": 0.15, "size": 224, "resize": "cv2", "channels": "BGR", "mean": [0, 0, 0]}},
     ],
 )  # fmt: skip
-def test_attributes_that_a_stranger_made_up(small_store: Path, tmp_path: Path, changed: dict) -> None:
+def test_attributes_that_are_untrue(small_store: Path, tmp_path: Path, changed: dict) -> None:
     shutil.copytree(small_store, tmp_path / "s.zarr")
     (document,) = tmp_path.glob("s.zarr/*/zarr.json")
     content = json.loads(document.read_text())

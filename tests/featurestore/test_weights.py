@@ -83,7 +83,7 @@ def test_the_layout_is_named(files: dict[str, Path]) -> None:
         "t7": "LuaTorch, modules in network order",
         "torchvision": "PyTorch, torchvision's VGG16 keys",
         "multi-view": "PyTorch, a trained system",
-        "pkl-2": "pickle, keys as they stand",
+        "pkl-2": "pickle, published keys",
     }
     (note,) = open_weights(str(files["hdf5-HWIO-in-out"]), MINI).notes
     assert "y, x, channel order" in note  # what shapes cannot tell is said
@@ -341,7 +341,7 @@ def test_hdf5_reads_no_other_file(tmp_path: Path, state) -> None:
     with h5py.File(path, "a") as file:
         del file["data/fc8_b"]
         file.create_dataset("data/fc8_b", (9,), "f4", external=[(str(secret), 0, 36)])
-    with pytest.raises(FeatureStoreError, match="lie in another file"):
+    with pytest.raises(FeatureStoreError, match="are in another file"):
         open_weights(str(path), MINI)
 
 

@@ -481,7 +481,7 @@ def test_identities_keep_their_names_through_the_published_file(tmp_path: Path) 
     export(head, tmp_path / "multi.pth", "fc7-relu")
     assert load_head(tmp_path / "multi.pth", "fc7-relu", (6,), faces=names).faces == tuple(names)
     assert load_head(tmp_path / "multi.pth", "fc7-relu", (6,)).faces == ("class-1", "class-2", "class-3", "class-4")
-    with pytest.raises(FeatureStoreError, match="4 faces apart; 2 names"):
+    with pytest.raises(FeatureStoreError, match="4 classes; 2 faces"):
         load_head(tmp_path / "multi.pth", "fc7-relu", (6,), faces=["a", "b"])
 
 

@@ -92,7 +92,7 @@ def test_conditions_on_trials_and_on_items(made: Path, tmp_path: Path, condition
         ([row(), row("face-001", "face-001", "face-002", "face-001")], {}, r"line 2: .* stands twice among"),
         ([row("face-999")], {}, r"1 faces of .* are not in .*'face-999'"),
         ([row(), row("99", odd="99")], {}, r"'99'"),
-        ([row()], {"view": None}, r"which view was shown, .* has 4: .*--view frontal"),
+        ([row()], {"view": None}, r"which view was shown, .* has 4: .*`view` frontal"),
         ([row()], {"view": "behind"}, r"1 items|3 items"),
         ([row()], {"where": ["gender == 'f'"]}, r"no trial"),
         ([row()], {"where": ["colour == 'red'"]}, r"names no column"),
@@ -236,7 +236,7 @@ def test_a_table_in_any_order_keeps_items_and_labels_together(made: Path, judged
 
 def test_options_without_effect_are_refused(made: Path, judged: Path) -> None:
     store = FeatureStore.open(made)
-    with pytest.raises(FeatureStoreError, match="leave --view and --session-view out"):
+    with pytest.raises(FeatureStoreError, match="leave `view` and the views of sessions out"):
         load_trials(judged, store, view="frontal")
     with pytest.raises(FeatureStoreError, match="not both"):
         load_trials(judged, store, view="frontal", sessions=Sessions({"2D": "left"}, {}))

@@ -73,7 +73,7 @@ def test_identities_and_same_person_trials_need_no_file(folder: Path) -> None:
     ]
     done = command("train_heads", *line, "--trials", "same-person", "--n-trials", 200, cwd=folder)
     assert done.returncode == 0, done.stderr
-    assert "30 faces to tell apart" in done.stdout
+    assert "30 faces to identify" in done.stdout
     assert "200 odd-one-out trials" in done.stdout
 
 
@@ -99,7 +99,7 @@ def test_a_plan_without_a_run(folder: Path) -> None:
         (["--where", "gender = 'x'"], "is no condition"),
         (["--rank", "lots"], "neither a number nor"),
         (["--session-view", "2D"], "such as 2D=frontal"),
-        (["--precision", "tf32", "--device", "cpu"], "a GPU's"),
+        (["--precision", "tf32", "--device", "cpu"], "needs a GPU"),
         (["--scheduler", "tcp://127.0.0.1:1", "--heads", "zero-shot"], "no Dask scheduler"),
         (["--heads", "fc8-conv", "--layers", "maxp_5_3"], "take vectors"),
     ],

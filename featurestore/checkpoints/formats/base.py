@@ -22,7 +22,7 @@ class Stored:
 
 @dataclass(frozen=True)
 class TensorFile:
-    """A file's tensors by the names that it gives them, in its order. ``kind`` is the format's name for people."""
+    """A file's tensors by the names that it gives them, in its order. ``kind`` is the format's name in messages."""
 
     path: Path
     kind: str

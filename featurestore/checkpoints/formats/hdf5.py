@@ -33,7 +33,9 @@ def open_file(path: Path) -> TensorFile:
         raise damaged(path, error) from None
     for name, found in datasets.items():
         if found.external or found.is_virtual:
-            raise FeatureStoreError(f"{path}: the numbers of {name} lie in another file, so they were not read.")
+            raise FeatureStoreError(
+                f"{path}: the data of {name} are in another file (external storage), which is not read."
+            )
     return TensorFile(
         path,
         "HDF5",

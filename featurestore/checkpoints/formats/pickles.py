@@ -1,6 +1,6 @@
 """Pickled dicts of NumPy arrays, as VGGFace2's networks were published, without running what a pickle can run.
 
-Whatever the pickle names, it gets a stand-in of ours that takes a dtype and bytes, or nothing at all: NumPy's own
+Whatever the pickle names is replaced by a class of this module that takes a dtype and bytes, or refused: NumPy's own
 reconstruction is not reached from the file.
 """
 
@@ -30,7 +30,7 @@ class _Refused(Exception):
 
 
 class _Dtype:
-    """Stands in for numpy.dtype."""
+    """Replaces numpy.dtype."""
 
     def __init__(self, code: Any, align: Any = False, copy: Any = True) -> None:
         self.code = code.decode("latin1") if isinstance(code, bytes) else code
@@ -49,7 +49,7 @@ class _Dtype:
 
 
 class _Array:
-    """Stands in for a numpy.ndarray: its bytes, kept until somebody reads them."""
+    """Replaces a numpy.ndarray: its bytes, kept until they are read."""
 
     def __init__(self, dtype: Any = None, shape: Any = (), fortran: Any = False, content: Any = b"") -> None:
         self.dtype, self.shape, self.fortran, self.content = dtype, shape, fortran, content
@@ -74,7 +74,7 @@ class _Array:
 
 
 def _stand_ins() -> dict[tuple[str, str], Callable[..., Any]]:
-    """What a pickle may name, made anew for each file, since a pickle may also set attributes of what it names."""
+    """What a pickle may name, made for each file separately, since a pickle may also set attributes of what it names."""
 
     class Array(_Array):
         pass
