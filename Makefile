@@ -1,22 +1,25 @@
-# The README's two commands. Each sets up what it needs in .venv and does its job; run again, it does only what is left.
+# Each target sets up what it needs in .venv and does its job; run again, it does only what is left. `make help` lists them.
 PYTHON ?= python3
 BIN := .venv/bin
 
-.PHONY: demo test lint benchmark clean
+.PHONY: help demo test lint benchmark clean
 
-demo: .venv/ready
+help: ## list the targets
+	@grep -E '^[a-z]+:.*## ' Makefile | sed -E 's/^([a-z]+):.*## /\1\t/' | expand -t 12
+
+demo: .venv/ready ## render demo faces, cache two layers of them, train a head
 	$(BIN)/python pipelines/cache_layers.py --layers maxp_5_3 fc7-relu
 	$(BIN)/python pipelines/train_heads.py --layers fc7-relu --heads similarity
 
-test: .venv/ready lint
+test: .venv/ready lint ## check style and types, run all tests
 	$(BIN)/python -m pytest -n logical --maxprocesses 4 --dist loadgroup
 
-lint: .venv/ready
+lint: .venv/ready ## check style and types
 	$(BIN)/ruff check .
 	$(BIN)/ruff format --check .
 	$(BIN)/mypy
 
-benchmark: .venv/ready
+benchmark: .venv/ready ## measure speed and memory, each beside what it is compared with
 	$(BIN)/python -m tests.benchmarks.bench_store
 	$(BIN)/python -m tests.benchmarks.bench_networks
 	$(BIN)/python -m tests.benchmarks.bench_heads
@@ -28,5 +31,5 @@ benchmark: .venv/ready
 	$(BIN)/python -c "import torch, torchvision; torchvision.ops.nms"
 	touch $@
 
-clean:
+clean: ## remove the environment and caches; store/ stays
 	rm -rf .venv .mypy_cache .pytest_cache .ruff_cache *.egg-info

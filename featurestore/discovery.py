@@ -14,7 +14,7 @@ def modules_defining(package: ModuleType, name: str) -> dict[str, Path]:
     """
     definition = re.compile(rf"^(def {name}\(|{name}\b.*=)", re.MULTILINE)
     found = {}
-    for module in pkgutil.iter_modules(package.__path__):
+    for module in sorted(pkgutil.iter_modules(package.__path__), key=lambda module: module.name):
         path = Path(module.module_finder.path, f"{module.name}.py")  # type: ignore[union-attr]
         if path.exists() and definition.search(path.read_text("utf-8")):
             found[f"{package.__name__}.{module.name}"] = path
