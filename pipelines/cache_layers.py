@@ -222,7 +222,7 @@ def _request(
 
 
 def _demo_faces() -> Path:
-    from featurestore.demo.faces import make_faces
+    from featurestore.demo.dataset import make_faces
 
     table = DEMO_IMAGES / "faces.csv"
     if not table.exists():

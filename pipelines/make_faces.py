@@ -49,7 +49,7 @@ Examples:
 )
 def main(out: Path, n_faces: int, n_views: int, seed: int, n_trials: int, error_rate: float) -> None:
     """Render heads that are recognisable from several sides, with faces.csv, trials.csv and a contact sheet."""
-    from featurestore.demo.faces import make_faces
+    from featurestore.demo.dataset import make_faces
 
     with progress_bar(n_faces * n_views, "rendering") as bar:
         best = make_faces(out, n_faces, n_views, seed, n_trials, error_rate, progress=bar.update)

@@ -10,6 +10,7 @@ from click.shell_completion import CompletionItem
 
 from heads.registry import HEADS
 from pipelines._cli import DEMO_IMAGES, DEMO_STORE, Command, as_typed, progress_bar
+from pipelines._params import Finite, Pairs, Rank
 
 if TYPE_CHECKING:
     import pandas as pd
@@ -39,53 +40,6 @@ Examples:
 
 Run it again after an interruption: finished runs are read, unfinished ones go on to the same result.
 """
-
-
-class _Pairs(click.ParamType):  # type: ignore[type-arg]
-    """SESSION=VALUE."""
-
-    name = "SESSION=VALUE"
-
-    def convert(self, value: Any, param: click.Parameter | None, ctx: click.Context | None) -> tuple[str, str]:
-        """The two sides."""
-        left, equals, right = value.partition("=")
-        if not (left and equals and right):
-            self.fail(f"{value!r} is not SESSION=VALUE, such as 2D=frontal", param, ctx)
-        return left, right
-
-
-class _Finite(click.ParamType):  # type: ignore[type-arg]
-    """A finite number, above zero or from zero on."""
-
-    name = "number"
-
-    def __init__(self, zero: bool) -> None:
-        self.zero = zero
-
-    def convert(self, value: Any, param: click.Parameter | None, ctx: click.Context | None) -> float:
-        """As a float."""
-        try:
-            number = float(value)
-        except ValueError:
-            number = float("nan")
-        if not (0 < number < float("inf") or (self.zero and number == 0)):
-            self.fail(f"{value!r} is not a number {'from' if self.zero else 'above'} zero", param, ctx)
-        return number
-
-
-class _Rank(click.ParamType):  # type: ignore[type-arg]
-    """A number, or ``full``."""
-
-    name = "N|full"
-
-    def convert(self, value: Any, param: click.Parameter | None, ctx: click.Context | None) -> int | None:
-        """None for a full matrix."""
-        if value == "full":
-            return None
-        try:
-            return int(value)
-        except (TypeError, ValueError):
-            self.fail(f"{value!r} is neither a number nor `full`", param, ctx)
 
 
 def _complete_layers(ctx: click.Context, param: click.Parameter, incomplete: str) -> list[CompletionItem]:
@@ -137,12 +91,12 @@ def _complete_heads(ctx: click.Context, param: click.Parameter, incomplete: str)
 )
 @click.option("--view", metavar="NAME", help="The view that was shown, for trials that do not say.")
 @click.option(
-    "--session-view", multiple=True, type=_Pairs(), metavar="SESSION=VIEW …", help="The view shown in each session."
+    "--session-view", multiple=True, type=Pairs(), metavar="SESSION=VIEW …", help="The view shown in each session."
 )
 @click.option(
     "--session-source",
     multiple=True,
-    type=_Pairs(),
+    type=Pairs(),
     metavar="SESSION=SOURCE …",
     help="The source of each session's items.",
 )
@@ -170,7 +124,7 @@ def _complete_heads(ctx: click.Context, param: click.Parameter, incomplete: str)
 @click.option(
     "--lr",
     multiple=True,
-    type=_Finite(zero=False),
+    type=Finite(zero=False),
     default=(5e-4,),
     metavar="RATE …",
     help="Learning rates of Adam. [default: 5e-4]",
@@ -200,7 +154,7 @@ def _complete_heads(ctx: click.Context, param: click.Parameter, incomplete: str)
 )
 @click.option(
     "--rank",
-    type=_Rank(),
+    type=Rank(),
     default=64,
     show_default=True,
     help="similarity: rank of the map's difference from the identity, or full.",
@@ -216,7 +170,7 @@ def _complete_heads(ctx: click.Context, param: click.Parameter, incomplete: str)
     "--l2",
     "--pull",
     "l2",
-    type=_Finite(zero=True),
+    type=Finite(zero=True),
     default=1e-2,
     show_default=True,
     help="similarity: L2 penalty on the map's difference from the identity. --pull is its earlier name.",

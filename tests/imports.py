@@ -9,7 +9,7 @@ import featurestore.caching.repair
 import featurestore.caching.run
 import featurestore.checkpoints.convert
 import featurestore.checkpoints.download
-import featurestore.demo.faces
+import featurestore.demo.dataset
 import featurestore.networks.external
 import featurestore.queries.identification
 import featurestore.store.lazy

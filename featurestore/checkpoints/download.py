@@ -23,7 +23,7 @@ from featurestore.text import near_matches
 _BLOCK = 1 << 20
 _TIMEOUT = 30.0  # seconds without a byte
 
-Progress = Callable[[int, int | None], Any]
+CountBytes = Callable[[int, int | None], Any]  # called with the bytes so far and those in all, if that is known
 
 
 def published_file(spec: BackboneSpec, which: str = "") -> PublishedFile:
@@ -51,7 +51,7 @@ def kept(published: PublishedFile, folder: Path) -> Path:
     return folder / (published.member or published.url.rpartition("/")[2])
 
 
-def fetch(published: PublishedFile, folder: Path, progress: Progress = lambda done, total: None) -> Path:
+def fetch(published: PublishedFile, folder: Path, progress: CountBytes = lambda done, total: None) -> Path:
     """The file in ``folder``, downloaded unless it is there, its checksum compared where one is published.
 
     ``progress(bytes so far, bytes in all or None)`` is called for every block. An interrupted download is resumed,
@@ -76,7 +76,7 @@ def fetch(published: PublishedFile, folder: Path, progress: Progress = lambda do
     return wanted
 
 
-def _download(url: str, partial: Path, progress: Progress) -> None:
+def _download(url: str, partial: Path, progress: CountBytes) -> None:
     """All of the file into ``partial``, from where it broke off."""
     about = partial.with_name(partial.name + ".json")
     validator = _validator(about)

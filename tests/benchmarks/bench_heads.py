@@ -5,7 +5,7 @@
     python -m tests.benchmarks.bench_heads --markdown       # the table as the README shows it
 
 The usual loop: activations in a pandas table, looked up item by item; a ``DataLoader`` of batch 32; the published head in
-plain modules, its bridge run on all three faces; Adam as it comes. Sections ``accuracy`` and ``real`` show what heads
+plain modules, its bridge run on all three faces; default Adam. Sections ``accuracy`` and ``real`` show what heads
 reach on the demo trials and on real photographs (shared/data/orl_faces).
 """
 
@@ -29,7 +29,7 @@ from featurestore.caching.job import prepare_job as prepare_pass
 from featurestore.caching.planning import make_plan
 from featurestore.caching.run import cache_layers
 from featurestore.checkpoints.weights import open_weights
-from featurestore.demo.faces import make_faces
+from featurestore.demo.dataset import make_faces
 from featurestore.networks.registry import get_backbone
 from featurestore.photos.decode import decode
 from featurestore.photos.keys import find_faces

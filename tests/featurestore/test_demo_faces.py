@@ -8,7 +8,8 @@ import cv2
 import numpy as np
 import pytest
 
-from featurestore.demo.faces import TRAITS, draw_faces, make_faces, yaw_angles
+from featurestore.demo.dataset import make_faces
+from featurestore.demo.faces import TRAITS, draw_faces, yaw_angles
 from featurestore.photos.keys import find_faces
 
 
