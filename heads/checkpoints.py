@@ -34,7 +34,7 @@ def write_tensors(path: Path, tensors: Mapping[str, torch.Tensor], metadata: dic
     except (OSError, SafetensorError) as error:
         raise FeatureStoreError(
             f"{path} could not be written: {error}. If the disk is full, free some space and run the same command again: "
-            "it goes on from the last checkpoint."
+            "it resumes from the last checkpoint."
         ) from None
 
 

@@ -37,7 +37,7 @@ def _write(path: Path, text: str) -> None:
     except OSError as error:
         raise FeatureStoreError(
             f"{path} could not be written: {error}. If the disk is full, free some space and run the same command again: "
-            "it goes on from the last checkpoint."
+            "it resumes from the last checkpoint."
         ) from None
 
 

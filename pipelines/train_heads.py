@@ -38,7 +38,7 @@ Examples:
   python pipelines/train_heads.py --layers maxp_5_3 --heads conv --dry-run
   python pipelines/train_heads.py --layers fc7-relu --heads conv --draw store/conv.svg
 
-Run it again after an interruption: finished runs are read, unfinished ones go on to the same result.
+Run it again after an interruption: finished runs are read, unfinished ones are resumed to the same result.
 """
 
 
