@@ -1,4 +1,4 @@
-"""What is found by being there: a network, a checkpoint format or a head is one file in its folder."""
+"""Discovery of networks, checkpoint formats and heads: each is one file in its folder."""
 
 import importlib
 import pkgutil

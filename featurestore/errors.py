@@ -2,7 +2,7 @@
 
 
 class FeatureStoreError(Exception):
-    """Something the user can put right: the message says what, why and what to do.
+    """Something the user can fix: the message says what, why and what to do.
 
     Scripts print the message without a traceback and exit with status 1.
     """

@@ -49,7 +49,7 @@ def head_tensors(path: Path, tensors: Mapping[str, Stored], ignore_backbone: boo
     if backbone and not ignore_backbone:
         raise FeatureStoreError(
             f"{path} holds its own backbone ({len(backbone)} keys, {backbone[0]} …): its head fits the features of that one. "
-            "Cache layers from this file, then load the head with ignore_backbone=True."
+            "Cache layers from this file, then load the head with `ignore_backbone`=True."
         )
     return {key: stored for key, stored in tensors.items() if key not in backbone}
 

@@ -1,6 +1,6 @@
 """The heads by name. What there is, is listed without torch.
 
-A head is a module of ``heads.models`` that defines ``build(shape, **options)``; it is found by being there, named after its
+A head is a module of ``heads.models`` that defines ``build(shape, **options)``; it is discovered automatically, named after its
 file, and described by its docstring.
 """
 

@@ -1,6 +1,6 @@
 """Runs: one head, one layer, one seed, one folder.
 
-A run's folder rows_that_meet ``config.json``, ``weights.safetensors``, ``metrics.csv``, TensorBoard events, ``predictions.csv``,
+A run's folder holds ``config.json``, ``weights.safetensors``, ``metrics.csv``, TensorBoard events, ``predictions.csv``,
 ``accuracy_by_*.csv`` and, last of all, ``result.json``: a run with that file is finished. ``state.safetensors`` is
 there while it is not.
 """
@@ -186,7 +186,7 @@ def make_head(run: Run, shape: tuple[int, ...], task: Task) -> Head:
 
 
 def _with_ceiling(result: dict[str, Any], task: Task, run_folder: Path) -> dict[str, Any]:
-    """A finished run's result beside the ceiling as it is now: participants may have been put right since."""
+    """A finished run's result beside the ceiling as it is now: participants' names may have been corrected since."""
     ceiling = task.ceiling.value if task.ceiling else None
     if not task.classes and result["ceiling"] != ceiling:
         result = {**result, "ceiling": ceiling, "normalised": normalised(result["accuracy"], task.ceiling)}

@@ -22,7 +22,7 @@ DOWNLOAD = "download"
 class Command(click.Command):
     """A command whose ``multiple`` options take values up to the next option: ``--layers a b c``.
 
-    A FeatureStoreError becomes its message and exit status 1; Ctrl-C outside a pass exits with 130.
+    A FeatureStoreError becomes its message and exit status 1; Ctrl-C outside a caching run exits with 130.
     """
 
     def parse_args(self, ctx: click.Context, args: list[str]) -> list[str]:
@@ -65,7 +65,7 @@ class Command(click.Command):
 def as_typed(message: str) -> str:
     """A message of the library with arguments as the running command's options: `` `on_error` `` as ``--on-error``."""
     options = {param.name: param.opts[0] for param in click.get_current_context().command.params}
-    return re.sub(r"`(\w+)`", lambda match: options.get(match[1], match[0]), message)
+    return re.sub(r"(?<![\w'\"=<>(])`(\w+)`", lambda match: options.get(match[1], match[0]), message)
 
 
 def weights_file(given: str, backbone: str, dry_run: bool = False) -> str:

@@ -1,4 +1,4 @@
-"""What a pass was asked for, checked: names, weights, device, and the source they make."""
+"""What a caching run was asked for, checked: names, weights, device, and the source they make."""
 
 import json
 from dataclasses import dataclass, replace

@@ -1,4 +1,4 @@
-"""What a pass will do, as a value: computed before anything runs, printed, and only then carried out."""
+"""What a caching run will do, as a value: computed before anything runs, printed, and only then carried out."""
 
 from collections.abc import Callable
 from dataclasses import dataclass, field
@@ -42,7 +42,7 @@ class LayerPlan:
 
 @dataclass(frozen=True)
 class Plan:
-    """Everything a pass will do to one source of one store.
+    """Everything a caching run will do to one source of one store.
 
     ``existing`` and ``new`` are the coordinates of registered items (as they will be) and of items to append.
     """
@@ -76,14 +76,14 @@ class Plan:
 
     @property
     def bytes_to_write(self) -> int:
-        """Upper bound on what the pass adds to the disk while it runs."""
+        """Upper bound on what the run adds to the disk while it runs."""
         return sum(part.bytes_to_write(len(self.new)) for part in self.layers)
 
     def refuse_if_full(self) -> None:
         """FeatureStoreError if the disk cannot take it."""
         if self.bytes_to_write > self.free:
             raise FeatureStoreError(
-                f"not enough disk for {self.store}: the pass writes up to {human_bytes(self.bytes_to_write)}, "
+                f"not enough disk for {self.store}: the caching run writes up to {human_bytes(self.bytes_to_write)}, "
                 f"{human_bytes(self.free)} are free. Cache fewer layers, use `dtype` float16 or `compress` zstd on a "
                 "larger disk, or choose another `store`."
             )

@@ -106,7 +106,7 @@ def _notes(job: CachingJob, source: Source | None) -> tuple[str, ...]:
     if source and source.attributes.get("library_versions") != library_versions():
         was = source.attributes.get("library_versions", {})
         differ = [f"{name} {was.get(name)} → {now}" for name, now in library_versions().items() if was.get(name) != now]
-        notes.append(f"the store was begun with other versions: {listing(differ)}; last digits may differ")
+        notes.append(f"the store was created with other versions: {listing(differ)}; last digits may differ")
     return tuple(notes)
 
 

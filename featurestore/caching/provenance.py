@@ -13,10 +13,10 @@ from featurestore.photos.recipes import Recipe, recipe_from_dict
 from featurestore.store.reader import Source
 
 
-def backbone_of(source: Source, trusted: str | None = None) -> BackboneSpec:
-    """The network a source was made with. Code of a user's own is imported only if its name is given as ``trusted``."""
+def backbone_of(source: Source, backbone: str | None = None) -> BackboneSpec:
+    """The network a source was made with. Code of a user's own is imported only if its name is given as ``backbone``."""
     name = source.attributes["backbone"]
-    spec = known_backbone(name) or (get_backbone(name) if name == trusted else None)
+    spec = known_backbone(name) or (get_backbone(name) if name == backbone else None)
     if spec is None:
         raise FeatureStoreError(
             f"{source.name} was computed by {name!r}, which is code outside of this program. If you trust it, name it: "
@@ -28,27 +28,27 @@ def backbone_of(source: Source, trusted: str | None = None) -> BackboneSpec:
     return with_input_size(spec, recipe.size)
 
 
-def weights_of(source: Source, given: str | None, trusted: str | None = None) -> Weights:
-    """The weights a source was made with: redrawn from their seed, or the file ``given`` if it is the same one.
+def weights_of(source: Source, weights: str | None, backbone: str | None = None) -> Weights:
+    """The weights a source was made with: redrawn from their seed, or the file ``weights`` if it is the same one.
 
-    ``trusted`` names a network of the user's own that may be imported; see ``backbone_of``.
+    ``backbone`` names a network of the user's own that may be imported; see ``backbone_of``.
     """
     identity, name = source.attributes["weights"], source.attributes.get("weights_name", "")
-    if identity.startswith("seed:") and given is None:
-        given = f"random:{identity.partition(':')[2]}"
-    if name.startswith(BUILT_BY) and given is None:
-        given = BUILT
-    if given is None:
+    if identity.startswith("seed:") and weights is None:
+        weights = f"random:{identity.partition(':')[2]}"
+    if name.startswith(BUILT_BY) and weights is None:
+        weights = BUILT
+    if weights is None:
         raise FeatureStoreError(
             f"recomputing needs the weights file {name} (sha256 {identity[:12]}…). Give it with `weights`."
         )
-    weights = open_weights(given, backbone_of(source, trusted))
-    if weights.identity != identity:
+    opened = open_weights(weights, backbone_of(source, backbone))
+    if opened.identity != identity:
         raise FeatureStoreError(
-            f"{given} is not the weights of {source.name}: it is {weights.identity[:16]}…, "
+            f"{weights} is not the weights of {source.name}: it is {opened.identity[:16]}…, "
             f"the source was made with {name}, {identity[:16]}…"
         )
-    return weights
+    return opened
 
 
 def precision_of(source: Source) -> str:

@@ -122,8 +122,8 @@ def _suspicious_keys(source: Source) -> Iterator[str]:
     unknown = int(sum(len(digest) != 64 for digest in hashes))
     if unknown:
         yield (
-            f"{unknown} items have no photograph hash: a recompute was interrupted; run the caching command again with "
-            "`recompute_changed`"
+            f"{unknown} items have no photograph hash: a recompute was interrupted; run pipelines/cache_layers.py "
+            "again with --recompute-changed"
         )
 
 

@@ -44,6 +44,8 @@ def convert(path: Path, spec: BackboneSpec, out: Path, overwrite: bool = False) 
         raise FeatureStoreError(f"`out` {out} has to end in .safetensors, which is what is written.")
     if out.resolve() == path.resolve():
         raise FeatureStoreError(f"{path} cannot be converted into itself. Choose another `out`.")
+    if not path.is_file():
+        raise FeatureStoreError(f"{path} is a folder, not a file." if path.is_dir() else f"there is no file {path}.")
     weights = open_weights(str(path), spec)
     if out.exists() and not overwrite:
         raise FeatureStoreError(f"{out} exists. Choose another `out`, or add `overwrite`.")

@@ -1,7 +1,7 @@
 """Layouts of published checkpoints: the names of their tensors and the order of their axes.
 
 ``readings`` gives every way in which a file's names can be understood, as tensors under our state-dict keys; which one is
-meant is seen by comparing shapes with the network (``featurestore.weights``).
+meant is seen by comparing shapes with the network (``featurestore.checkpoints.fitting``).
 """
 
 import math

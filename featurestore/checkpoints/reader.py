@@ -1,6 +1,6 @@
 """Named tensors out of untrusted checkpoint files, whose format is recognised by content.
 
-A format is a module of ``checkpoints.formats`` that defines ``recognises`` and ``open_file``; it is found by being there.
+A format is a module of ``checkpoints.formats`` that defines ``recognises`` and ``open_file``; it is discovered automatically.
 """
 
 from pathlib import Path

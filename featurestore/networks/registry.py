@@ -1,7 +1,7 @@
 """The networks and their recipes by name. Naming one, or listing its layers, loads neither torch nor weights.
 
-A published network is a module of this folder that defines ``NETWORKS``, a list of ``BackboneSpec``; it is found by being
-there.
+A published network is a module of this folder that defines ``NETWORKS``, a list of ``BackboneSpec``; it is discovered
+automatically.
 """
 
 from pathlib import Path

@@ -108,7 +108,7 @@ class Recipe:
 
     def normalise(self, pixels: "torch.Tensor") -> "torch.Tensor":
         """uint8 (n, size, size, 3) to float32 (n, 3, size, size), on the tensor's own device, channels last."""
-        import torch  # nor torch
+        import torch  # a recipe can be described without torch
 
         def channels(values: Triple) -> torch.Tensor:
             return torch.tensor(values, dtype=torch.float32, device=pixels.device).view(1, 3, 1, 1)

@@ -17,10 +17,19 @@ import numpy as np
 import pandas as pd
 
 from featurestore.errors import FeatureStoreError
-from featurestore.text import listing, near_matches
-from featurestore.keys import KEY
-from featurestore.store.zarr_format import METADATA, Layer, claims_to_be_layer, is_coordinate, parse_layer, read_coordinate, read_document, source_names
 from featurestore.files import safe_name
+from featurestore.keys import KEY
+from featurestore.store.zarr_format import (
+    METADATA,
+    Layer,
+    claims_to_be_layer,
+    is_coordinate,
+    parse_layer,
+    read_coordinate,
+    read_document,
+    source_names,
+)
+from featurestore.text import listing, near_matches
 
 if TYPE_CHECKING:
     import dask.array as da
@@ -100,8 +109,8 @@ class Source:
         if not self.keys.is_unique:
             repeated = self.keys[self.keys.duplicated()]
             raise FeatureStoreError(
-                f"{self.folder} holds {listing(repeated, 3)} twice, so its rows cannot be identified by key. It was not written by "
-                "this program; cache the source again."
+                f"{self.folder} holds {listing(repeated, 3)} twice, so its rows cannot be identified by key. It was not written "
+                "by this program; cache the source again."
             )
 
     def layer(self, name: str) -> Layer:

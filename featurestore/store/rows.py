@@ -33,7 +33,7 @@ Indices = torch.Tensor | np.ndarray | list[int] | range
 class Rows:
     """The rows of one layer: shape (len, *shape), of ``dtype``, in the order of the source's items.
 
-    A view of the files as they were when it was made: rows that a pass adds later need a new ``Rows``.
+    A view of the files as they were when it was made: rows that a caching run adds later need a new ``Rows``.
     """
 
     def __init__(self, layer: Layer) -> None:
@@ -89,7 +89,7 @@ class Rows:
     def _refuse_output(self, out: torch.Tensor, n: int) -> None:
         kind = "contiguous" if out.is_contiguous() else "non-contiguous"
         raise FeatureStoreError(
-            f"out is a {kind} {out.dtype} tensor of shape {tuple(out.shape)} on {out.device}; "
+            f"`out` is a {kind} {out.dtype} tensor of shape {tuple(out.shape)} on {out.device}; "
             f"these rows need contiguous {self.dtype} of shape {(n, *self._row_shape)} on cpu."
         )
 

@@ -20,13 +20,25 @@ import pandas as pd
 from filelock import FileLock, Timeout
 
 from featurestore.errors import FeatureStoreError
-from featurestore.store.rows import open_shard
-from featurestore.files import PARTIAL
-from featurestore.store.shards import DamagedShard, ShardWriter
-from featurestore.store.reader import Source
-from featurestore.store.zarr_format import COORDINATE_CHUNK, METADATA, Layer, coordinate_chunk, coordinate_kind, coordinate_metadata, encode_coordinate, read_document, root_document, source_document, source_names, write_json
+from featurestore.files import PARTIAL, write_atomically
 from featurestore.keys import KEY
-from featurestore.files import write_atomically
+from featurestore.store.reader import Source
+from featurestore.store.rows import open_shard
+from featurestore.store.shards import DamagedShard, ShardWriter
+from featurestore.store.zarr_format import (
+    COORDINATE_CHUNK,
+    METADATA,
+    Layer,
+    coordinate_chunk,
+    coordinate_kind,
+    coordinate_metadata,
+    encode_coordinate,
+    read_document,
+    root_document,
+    source_document,
+    source_names,
+    write_json,
+)
 
 
 @contextmanager
@@ -76,13 +88,15 @@ def refuse_other_folder(store: Path) -> None:
     """FeatureStoreError if ``store`` is something else than a store or a place for one."""
     if (store / METADATA).exists() or not os.path.lexists(store):
         return
-    if not store.is_dir() or any(not (path.name.startswith(METADATA) and path.name.endswith(PARTIAL)) for path in store.iterdir()):
+    if not store.is_dir() or any(
+        not (path.name.startswith(METADATA) and path.name.endswith(PARTIAL)) for path in store.iterdir()
+    ):
         what = "a folder with other things in it" if store.is_dir() else "a file"
         raise FeatureStoreError(f"{store} is {what}, not a store. Choose another `store`.")
 
 
 class SourceWriter:
-    """Writes one source. Make it under ``store_lock``; it repairs what a killed pass left behind.
+    """Writes one source. Make it under ``store_lock``; it repairs what a killed caching run left behind.
 
     ``table`` holds the registered items' coordinates in row order, columns ``face_id, view, path, image_sha256`` and
     the user's. Nothing is visible to readers before ``publish``.
@@ -127,7 +141,7 @@ class SourceWriter:
 
     def add_layer(self, name: str, shape: tuple[int, ...], dtype: str, compress: str, slots: int) -> Layer:
         """Declare a layer; its rows are absent until shards hold them."""
-        shutil.rmtree(self.folder / name, ignore_errors=True)  # left by a pass that was killed before it published
+        shutil.rmtree(self.folder / name, ignore_errors=True)  # left by a run that was killed before it published
         self.layers[name] = Layer(name, shape, np.dtype(dtype), compress, slots, self.n_items, self.folder / name)
         self._unpublished_changes = True
         return self.layers[name]
@@ -197,7 +211,7 @@ class SourceWriter:
                 partial.unlink()
 
     def _drop_unregistered(self) -> None:
-        """Remove the rows that a killed pass wrote and whose items it never registered.
+        """Remove the rows that a killed caching run wrote and whose items it never registered.
 
         Otherwise the item registered next under that row number would be given this row.
         """

@@ -205,7 +205,7 @@ def read_coordinate(folder: Path, document: Mapping[str, Any]) -> np.ndarray:
             parts.append(_decode_coordinate(path.read_bytes(), kind))
         except (OSError, RuntimeError, ValueError) as error:
             raise FeatureStoreError(
-                f"{path} cannot be read: {error}. If a pass has written the store since it was opened, open it again; "
+                f"{path} cannot be read: {error}. If a caching run has written the store since it was opened, open it again; "
                 "otherwise it is damaged, and its items have to be cached again."
             ) from None
     return np.concatenate(parts)[:n_items]

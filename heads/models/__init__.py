@@ -1,1 +1,1 @@
-"""The heads, found by being there: a module that defines ``build`` is one, named after its file (``fc8_conv.py``: fc8-conv)."""
+"""The heads: a module that defines ``build`` is one, named after its file (``fc8_conv.py``: fc8-conv)."""

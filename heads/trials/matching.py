@@ -149,13 +149,13 @@ def _sources(
 
 def _by_session(table: pd.DataFrame, values: Mapping[str, str], name: str) -> pd.Series:
     if "session" not in table.columns:
-        raise FeatureStoreError(f"{name} has no column session, so sessions cannot be told apart.")
+        raise FeatureStoreError(f"{name} has no column session, so sessions cannot be distinguished.")
     session = table["session"].map(as_key)
     unknown = sorted(set(session) - set(values))
     if unknown:
         raise FeatureStoreError(
-            f"{name} has the session {listing(map(repr, unknown))}, for which nothing is said; given are {listing(values)}. "
-            f"Say it, or leave those trials out: `where` \"session == '{next(iter(values))}'\"."
+            f"{name} has the session {listing(map(repr, unknown))}, for which nothing is given; known are {listing(values)}. "
+            f"Add it, or leave those trials out: `where` \"session == '{next(iter(values))}'\"."
         )
     return session.map(dict(values))
 
