@@ -10,6 +10,7 @@ import threading
 import time
 import warnings
 from collections.abc import Callable
+from functools import partial
 from pathlib import Path
 
 import numpy as np
@@ -34,7 +35,9 @@ def arguments(images: Path, store: Path, layers: list[str]) -> list[str]:
 
 def start(images: Path, store: Path, layers: list[str]) -> subprocess.Popen:
     line = [sys.executable, str(ROOT / "pipelines" / "cache_layers.py"), *arguments(images, store, layers)]
-    return subprocess.Popen(line, stdout=subprocess.PIPE, stderr=subprocess.STDOUT, text=True)
+    # A shell that runs the tests in the background ignores Ctrl-C, and its processes inherit that.
+    heed = partial(signal.signal, signal.SIGINT, signal.default_int_handler)
+    return subprocess.Popen(line, stdout=subprocess.PIPE, stderr=subprocess.STDOUT, text=True, preexec_fn=heed)
 
 
 def fork(images: Path, store: Path) -> multiprocessing.Process:
