@@ -18,7 +18,7 @@ import pandas as pd
 
 from featurestore.errors import FeatureStoreError
 from featurestore.files import safe_name
-from featurestore.keys import KEY
+from featurestore.keys import BOX, KEY
 from featurestore.store.zarr_format import (
     METADATA,
     Layer,
@@ -87,6 +87,21 @@ class Source:
     def coordinate(self, name: str) -> np.ndarray:
         """One coordinate's values, (n_items,): an object array of str, or numbers."""
         return read_coordinate(self.folder / name, self._coordinates[name])
+
+    @cached_property
+    def originals(self) -> np.ndarray:
+        """(n_items,) int64: of each item, the first row with the same photograph, its own if there is no other.
+
+        The same photograph is an equal ``image_sha256`` and, where faces were cut out by boxes, an equal box. An item without
+        a hash (its recomputation was interrupted) is the same as no other.
+        """
+        names = [name for name in ("image_sha256", *BOX) if name in self._coordinates]
+        table = pd.DataFrame({name: self.coordinate(name) for name in names})
+        if "image_sha256" not in table:
+            return np.arange(self.n_items)
+        group = table.groupby(names, sort=False, dropna=False).ngroup().to_numpy()
+        _, first, group = np.unique(group, return_index=True, return_inverse=True)
+        return np.where(table["image_sha256"] == "", np.arange(self.n_items), first[group]).astype(np.int64)
 
     def find(self, keys: Keys) -> np.ndarray:
         """Row numbers (int64) of (face, view) pairs, many at once. FeatureStoreError names the keys that are not there."""
