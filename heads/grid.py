@@ -4,28 +4,39 @@ import shutil
 from collections.abc import Sequence
 from dataclasses import dataclass, field, replace
 from pathlib import Path
-from typing import Any
+from typing import Any, Literal
 
 from featurestore import FeatureStore
 from featurestore.errors import FeatureStoreError
+from featurestore.files import sha256_of
 from featurestore.text import human_bytes
 from heads.registry import build_head, check_head
+from heads.reuse import why_not_reused
 from heads.run_files import read_result
 from heads.runs import Run
-from heads.splits import FRACTIONS, Split, draw_split, split_trials
+from heads.splits import (
+    FRACTIONS,
+    Choice,
+    Split,
+    choices,
+    draw_folds,
+    draw_split,
+    shown_photographs,
+    split_trials,
+    trial_labels,
+)
 from heads.tasks import Task, identity_items, identity_task, items_hash, triplet_task
 from heads.train import Settings
 from heads.trials.matching import Sessions, Trials, load_trials, match
-from heads.trials.same_person import same_person_trials
-
-SAME_PERSON = "same-person"
+from heads.trials.same_person import SAME_PERSON, same_person_trials
 
 
 @dataclass(frozen=True)
 class GridRequest:
     """What the user asked for. ``trials`` is a file, ``same-person``, or None if only identities are learned.
 
-    ``split`` is a kind, a saved split's path, or None: by trial for triplets, by view for identities.
+    ``split`` is a kind, a saved split's path, or None: by trial for triplets, by view for identities. ``folds`` trains each
+    head that often, so that every face (view, triplet) is tested once.
     """
 
     store: Path
@@ -42,6 +53,8 @@ class GridRequest:
     split_seed: int = 0
     fractions: Sequence[float] = FRACTIONS
     hold_out: Sequence[str] = ()
+    folds: int | None = None
+    on_error: Literal["stop", "skip"] = "stop"
     lr: Sequence[float] = (5e-4,)
     seeds: Sequence[int] = (0,)
     parallel: bool = False
@@ -53,14 +66,19 @@ class GridRequest:
 
 @dataclass(frozen=True)
 class Grid:
-    """What will be done, as a value: tasks with their runs, and what they cost. ``finished`` runs will only be read."""
+    """What will be done, as a value: tasks with their runs, and what they cost. ``finished`` runs will only be read.
+
+    ``trials`` are those of the triplet heads, ``choices`` how many of them other ways to split would leave, if it matters.
+    ``not_reused`` says for which earlier runs the same is done again, and why.
+    """
 
     out: Path
     parts: list[tuple[Task, list[Run]]]
     parameters: dict[str, int]
     finished: int
-    unanswered: int = 0
-    excluded: int = 0
+    trials: Trials | None = None
+    choices: tuple[Choice, ...] = ()
+    not_reused: tuple[str, ...] = ()
 
     @property
     def runs(self) -> int:
@@ -99,80 +117,135 @@ def plan_grid(request: GridRequest) -> Grid:
         check_head(name)
     store = FeatureStore.open(request.store)
     layers = _layers(request, store)
-    parts, left_out = [], (0, 0)
+    _refuse_useless(request)
+    parts: list[tuple[Task, list[Run]]] = []
+    trials: Trials | None = None
+    other_choices: tuple[Choice, ...] = ()
     triplet_heads = [head for head in dict.fromkeys(request.heads) if head != "identity"]
     if triplet_heads:
-        task, left_out = _triplets(request, store)
+        trials = _trials(request, store, layers)
         heads = ["zero-shot", *(head for head in triplet_heads if head != "zero-shot")]
-        parts.append((task, _runs(request, layers, heads)))
+        kind = request.split or "trial"
+        if kind in ("face", "view") and not request.hold_out:
+            other_choices = tuple(choices(trial_labels(trials, kind), kind, request.split_seed))
+        for split in _trial_splits(request, trials):
+            task = triplet_task(store, trials, split, _about_trials(request))
+            parts.append((task, _runs(request, layers, heads, task)))
     if "identity" in request.heads:
-        parts.append((_identities(request, store), _runs(request, layers, ["identity"])))
-    parameters, finished = {}, 0
+        parts += [(task, _runs(request, layers, ["identity"], task)) for task in _identities(request, store, layers)]
+    return Grid(
+        request.out,
+        parts,
+        _parameters(store, parts),
+        sum(read_result(request.out / run.name(task)) is not None for task, runs in parts for run in runs),
+        trials,
+        other_choices,
+        tuple(why_not_reused(request.out, store, parts)),
+    )
+
+
+def _parameters(store: FeatureStore, parts: list[tuple[Task, list[Run]]]) -> dict[str, int]:
+    """Of each head on each layer."""
+    parameters = {}
     for task, runs in parts:
         source = store.source(task.sources[0])
-        for each in runs:
-            faces = {"faces": list(task.classes)} if each.head == "identity" else {}
-            head = build_head(each.head, source.layer(each.layer).shape, **each.options, **faces)
-            parameters[f"{each.layer} {each.head}"] = sum(weight.numel() for weight in head.parameters())
-            finished += read_result(request.out / each.name(task)) is not None
-    return Grid(request.out, parts, parameters, finished, *left_out)
+        for run in runs:
+            if f"{run.layer} {run.head}" in parameters:
+                continue
+            faces = {"faces": list(task.classes)} if run.head == "identity" else {}
+            head = build_head(run.head, source.layer(run.layer).shape, **run.options, **faces)
+            parameters[f"{run.layer} {run.head}"] = sum(weight.numel() for weight in head.parameters())
+    return parameters
+
+
+def _refuse_useless(request: GridRequest) -> None:
+    """FeatureStoreError for options that contradict ``folds``."""
+    saved = request.split is not None and request.split.endswith(".json")
+    if request.folds and (request.hold_out or saved):
+        raise FeatureStoreError(
+            f"`folds` {request.folds} tests everything once, so nothing can be chosen to be tested: leave "
+            f"{'`hold_out`' if request.hold_out else f'the saved split {request.split}'} out, or `folds`."
+        )
 
 
 def _layers(request: GridRequest, store: FeatureStore) -> list[str]:
-    source = store.source(request.source) if request.source or len(store.sources) == 1 else None
-    if source is None and request.sessions and request.sessions.sources:
+    if request.source is None and request.sessions and request.sessions.sources:
         source = store.source(next(iter(request.sessions.sources.values())))
-    source = source or store.source(request.source)
+    else:
+        source = store.source(request.source, request.layers)
     return [source.layer(name).name for name in dict.fromkeys(request.layers)] or list(source.layers)
 
 
-def _triplets(request: GridRequest, store: FeatureStore) -> tuple[Task, tuple[int, int]]:
+def _trials(request: GridRequest, store: FeatureStore, layers: Sequence[str]) -> Trials:
     if request.trials is None:
         raise FeatureStoreError(
             "triplet heads learn from trials: give `trials` FILE, or `trials` same-person to make them from the keys."
         )
-    trials: Trials
-    if request.trials == SAME_PERSON:
-        if request.view or (request.sessions and (request.sessions.views or request.sessions.sources)):
-            raise FeatureStoreError(
-                "same-person trials have no sessions, and show all views; restrict them with `where`."
-            )
-        source = store.source(request.source)
-        items = identity_items(source, request.where)
-        trials = match(same_person_trials(source, request.n_trials, request.split_seed, items), store, request.source)
-    else:
-        trials = load_trials(Path(request.trials), store, request.source, request.view, request.sessions, request.where)
+    by_source = request.sessions is not None and bool(request.sessions.sources)
+    source = None if by_source else store.source(request.source, layers).name
+    if request.trials != SAME_PERSON:
+        return load_trials(
+            Path(request.trials), store, source, request.view, request.sessions, request.where, request.on_error
+        )
+    if request.view or by_source or (request.sessions and request.sessions.views):
+        raise FeatureStoreError("same-person trials have no sessions, and show all views; restrict them with `where`.")
+    found = store.source(source)
+    items = identity_items(found, request.where)
+    return match(same_person_trials(found, request.n_trials, request.split_seed, items), store, source)
+
+
+def _trial_splits(request: GridRequest, trials: Trials) -> list[Split]:
     if request.split and request.split.endswith(".json"):
-        split = Split.load(Path(request.split), trials.hash, len(trials))
-    else:
-        kind = request.split or "trial"
-        split = split_trials(trials, kind, request.split_seed, request.fractions, request.hold_out)
-    return triplet_task(store, trials, split), (trials.unanswered, trials.excluded)
+        return [Split.load(Path(request.split), trials.hash, len(trials))]
+    kind = request.split or "trial"
+    if request.folds:
+        labels, shown = trial_labels(trials, kind), shown_photographs(trials, kind)
+        return draw_folds(labels, kind, request.split_seed, request.fractions, trials.hash, request.folds, shown)
+    return [split_trials(trials, kind, request.split_seed, request.fractions, request.hold_out)]
 
 
-def _identities(request: GridRequest, store: FeatureStore) -> Task:
-    source = store.source(request.source)
+def _about_trials(request: GridRequest) -> dict[str, Any]:
+    """Where the trials are from, in words."""
+    made = request.trials == SAME_PERSON
+    sessions = request.sessions or Sessions({}, {})
+    return {
+        "trials_file": str(request.trials),
+        "trials_sha256": "" if made else sha256_of(str(request.trials)),
+        "where": " and ".join(f"({condition})" for condition in request.where),
+        "sessions": ", ".join(
+            f"{session}={value}" for pairs in (sessions.views, sessions.sources) for session, value in pairs.items()
+        ),
+    }
+
+
+def _identities(request: GridRequest, store: FeatureStore, layers: Sequence[str]) -> list[Task]:
+    source = store.source(request.source, layers)
     items = identity_items(source, request.where)
-    of = items_hash(source, items)
+    of, shown = items_hash(source, items), source.originals[items][:, None]
+    views = source.keys[items].get_level_values(1).to_numpy(str)[:, None]
     if request.split and request.split.endswith(".json"):
-        split = Split.load(Path(request.split), of, len(items))
+        splits = [Split.load(Path(request.split), of, len(items))]
     elif request.split not in (None, "view"):
         raise FeatureStoreError(
             f"the multi-view head (identity) cannot be tested by `split` {request.split}: it learns each face from some views "
             "and is tested on others, `split` view."
         )
+    elif request.folds:
+        splits = draw_folds(views, "view", request.split_seed, request.fractions, of, request.folds, shown)
     else:
-        views = source.keys[items].get_level_values(1).to_numpy(str)[:, None]
-        split = draw_split(views, "view", request.split_seed, request.fractions, of, request.hold_out)
-    return identity_task(store, source, items, split)
+        splits = [
+            draw_split(views, "view", request.split_seed, request.fractions, of, request.hold_out, photographs=shown)
+        ]
+    about = {"where": " and ".join(f"({condition})" for condition in request.where)}
+    return [identity_task(store, source, items, split, about) for split in splits]
 
 
-def _runs(request: GridRequest, layers: Sequence[str], heads: Sequence[str]) -> list[Run]:
-    runs = []
+def _runs(request: GridRequest, layers: Sequence[str], heads: Sequence[str], task: Task) -> list[Run]:
+    runs, fold = [], task.split.fold
     for layer in layers:
         for head in heads:
             if head == "zero-shot":
-                runs.append(Run(layer, head, request.settings, {"measure": request.measure}))
+                runs.append(Run(layer, head, request.settings, {"measure": request.measure}, fold))
                 continue
             options: dict[str, Any] = {}
             if head in ("conv", "fc"):
@@ -181,5 +254,5 @@ def _runs(request: GridRequest, layers: Sequence[str], heads: Sequence[str]) -> 
                 options = {"rank": request.rank, "measure": request.measure, "l2": request.l2}
             for lr in dict.fromkeys(request.lr):
                 for seed in dict.fromkeys(request.seeds):
-                    runs.append(Run(layer, head, replace(request.settings, lr=lr, seed=seed), options))
+                    runs.append(Run(layer, head, replace(request.settings, lr=lr, seed=seed), options, fold))
     return runs

@@ -8,7 +8,11 @@ import pandas as pd
 
 from featurestore.errors import FeatureStoreError
 from featurestore.files import write_atomically
+from featurestore.keys import KEY
 from heads.train import Epoch
+from heads.trials.tables import FACES, ODD, VIEWS
+
+_TEXT = dict.fromkeys([*FACES, *VIEWS, ODD, *KEY, "predicted", "participant", "session"], str)
 
 
 def read_result(folder: Path) -> dict[str, Any] | None:
@@ -18,6 +22,16 @@ def read_result(folder: Path) -> dict[str, Any] | None:
     except (FileNotFoundError, ValueError):
         return None
     return result if isinstance(result, dict) and result.get("state") == "finished" else None
+
+
+def read_predictions(folder: Path, columns: list[str] | None = None) -> pd.DataFrame | None:
+    """A run's ``predictions.csv``, or some columns, faces and views as text; None where it is not there or not one."""
+    try:
+        path = folder / "predictions.csv"
+        table = pd.read_csv(path, usecols=columns, dtype=_TEXT, keep_default_na=False, float_precision="round_trip")
+        return table if table["correct"].dtype == bool else None
+    except (OSError, ValueError, KeyError):
+        return None
 
 
 def write_document(path: Path, document: dict[str, Any]) -> None:
@@ -32,7 +46,10 @@ def write_csv(path: Path, table: pd.DataFrame) -> None:
 
 
 def _write(path: Path, text: str) -> None:
+    """A file that has this content already is left as it is."""
     try:
+        if path.exists() and path.read_text("utf-8") == text:
+            return
         write_atomically(path, text)
     except OSError as error:
         raise FeatureStoreError(

@@ -22,16 +22,15 @@ from filelock import FileLock, Timeout
 
 from featurestore import FeatureStore
 from featurestore.errors import FeatureStoreError
-from featurestore.intervals import accuracy
 from heads.checkpoints import save_head
 from heads.evaluation import audit_order, evaluate
 from heads.features import Features
 from heads.models.base import Head
 from heads.registry import draw_head, stored_options
-from heads.run_files import TrainingCurves, read_result, write_csv, write_document
-from heads.scores import accuracy_by, normalised, predictions
+from heads.run_files import TrainingCurves, read_predictions, read_result, write_csv, write_document
+from heads.scores import ANSWERS, accuracy_by, accuracy_by_face, predictions, score, shown_columns
 from heads.tasks import Task
-from heads.train import Checkpoint, Epoch, Settings, train
+from heads.train import Checkpoint, Epoch, Settings, train, validate
 
 VERSION = 1  # of what a run computes: part of its identity
 OnEpoch = Callable[[str, Epoch], None]
@@ -45,6 +44,7 @@ class Run:
     head: str
     settings: Settings
     options: dict[str, Any] = field(default_factory=dict)
+    fold: tuple[int, int] | None = None
 
     def config(self, task: Task) -> dict[str, Any]:
         """Everything that the result depends on, but for the number of threads."""
@@ -73,13 +73,16 @@ class Run:
         parts = [self.layer, self.head]
         if self.head != "zero-shot":
             parts += [f"lr{self.settings.lr:g}", f"seed{self.settings.seed}"]
+        if self.fold:
+            parts.append("fold{}of{}".format(*self.fold))
         return "-".join([*parts, self.identity(task)[:8]])
 
     @property
     def label(self) -> str:
         """How its progress is announced."""
-        trained = self.head != "zero-shot"
-        return f"{self.layer} {self.head}" + (f" lr {self.settings.lr:g} seed {self.settings.seed}" if trained else "")
+        trained = f" lr {self.settings.lr:g} seed {self.settings.seed}" if self.head != "zero-shot" else ""
+        fold = " fold {} of {}".format(*self.fold) if self.fold else ""
+        return f"{self.layer} {self.head}{trained}{fold}"
 
 
 def train_run(
@@ -95,7 +98,7 @@ def train_run(
     with _lock(run_folder):
         finished = read_result(run_folder)
         if finished is not None:
-            return _with_ceiling(finished, task, run_folder)
+            return _with_current_trials(finished, task, run_folder)
         with _threads(_begun_with(run_folder) or run.settings.threads):
             return _train(task, run, run_folder, report, every)
 
@@ -108,9 +111,7 @@ def _train(task: Task, run: Run, run_folder: Path, report: OnEpoch, every: float
     examples = task.examples
     features = Features(rows, device, np.unique(task.items[task.split.part >= 0]) if device != "cpu" else None)
     head = make_head(run, features.shape, task)
-    write_document(
-        run_folder / "config.json", {**run.config(task), "threads": torch.get_num_threads(), **_about(store, task)}
-    )
+    write_document(run_folder / "config.json", {**run.config(task), "threads": torch.get_num_threads(), **_about(task)})
     checkpoint = Checkpoint(run_folder / "state.safetensors", run.identity(task), every)
     with TrainingCurves(run_folder) as curves:
 
@@ -127,13 +128,13 @@ def _train(task: Task, run: Run, run_folder: Path, report: OnEpoch, every: float
         "epoch": progress.best_epoch,
     }
     save_head(head, run_folder / "weights.safetensors", run.layer, **about)
-    history, best = progress.history, progress.history[progress.best_epoch - 1] if progress.best_epoch else None
+    history = progress.history
     result = {
         "name": run_folder.name,
         **_scores(head, features, task, run_folder),
         "epochs": progress.epoch,
         "best_epoch": progress.best_epoch,
-        "validation_accuracy": best.validation_accuracy if best else None,
+        **_fit(head, features, task, progress.best_epoch),
         "examples_per_second": float(np.median([epoch.examples_per_second for epoch in history])) if history else None,
         "seconds": round(sum(epoch.seconds for epoch in history), 3),
         "wall_seconds": round(time.perf_counter() - start, 3),
@@ -145,32 +146,34 @@ def _train(task: Task, run: Run, run_folder: Path, report: OnEpoch, every: float
     return result
 
 
+def _fit(head: Head, features: Features, task: Task, best_epoch: int) -> dict[str, float]:
+    """How well the weights saved fit the other two parts. What zero-shot answers are no probabilities, so they have no loss."""
+    items, labels = task.examples.of(task.examples.train)
+    right = float((evaluate(head, features, items).argmax(axis=1) == labels).mean())
+    loss, validation = validate(head, features, task.examples, best_epoch)
+    trained = any(weight.requires_grad for weight in head.parameters())
+    return {
+        "train_accuracy": right,
+        "validation_loss": loss if trained else float("nan"),
+        "validation_accuracy": validation,
+    }
+
+
 def _scores(head: Head, features: Features, task: Task, run_folder: Path) -> dict[str, Any]:
-    """Test the weights as saved; writes predictions and the accuracies by face and view."""
+    """Test the weights as saved; writes predictions and the accuracies by face, view and position."""
     test = task.split.indices("test")
     items, labels, table = task.items[test], task.labels[test], task.table.iloc[test]
     logits = evaluate(head, features, items)
     correct = logits.argmax(axis=1) == labels
     if task.classes:
-        predicted = table.reset_index(drop=True).assign(
-            predicted=np.array(task.classes, object)[logits.argmax(axis=1)], correct=correct
-        )
-        table = table.rename(columns={"face_id": "face_1", "view": "view_1"})
+        names = np.array(task.classes, object)[logits.argmax(axis=1)]
+        predicted = table.reset_index(drop=True).assign(predicted=names, correct=correct)
     else:
         predicted = predictions(table, logits, labels)
     write_csv(run_folder / "predictions.csv", predicted)
-    for what in ("face", "view"):
-        write_csv(run_folder / f"accuracy_by_{what}.csv", accuracy_by(table, correct, what).reset_index())
-    score = accuracy(correct)
-    scores: dict[str, Any] = {
-        "accuracy": score.value,
-        "low": score.low,
-        "high": score.high,
-        "n_test": score.n,
-        "chance": task.chance,
-        "ceiling": task.ceiling.value if task.ceiling else None,
-        "normalised": normalised(score.value, task.ceiling) if not task.classes else None,
-    }
+    write_csv(run_folder / "accuracy_by_face.csv", accuracy_by_face(table, correct).reset_index())
+    write_csv(run_folder / "accuracy_by_view.csv", accuracy_by(table, correct, "view").reset_index())
+    scores = score(table, correct, task.chance, task.from_keys)
     if not task.classes:
         audit = audit_order(head, features, items, labels)
         write_csv(run_folder / "accuracy_by_position.csv", audit.positions.reset_index())
@@ -185,12 +188,19 @@ def make_head(run: Run, shape: tuple[int, ...], task: Task) -> Head:
     return draw_head(run.head, shape, run.settings.seed, **options)
 
 
-def _with_ceiling(result: dict[str, Any], task: Task, run_folder: Path) -> dict[str, Any]:
-    """A finished run's result beside the ceiling as it is now: participants' names may have been corrected since."""
-    ceiling = task.ceiling.value if task.ceiling else None
-    if not task.classes and result["ceiling"] != ceiling:
-        result = {**result, "ceiling": ceiling, "normalised": normalised(result["accuracy"], task.ceiling)}
-        write_document(run_folder / "result.json", result)
+def _with_current_trials(result: dict[str, Any], task: Task, run_folder: Path) -> dict[str, Any]:
+    """A finished run's result beside the trials as they are now: participants' names may have been corrected since."""
+    if task.classes:
+        return result
+    answered = read_predictions(run_folder)
+    if answered is None:
+        return result
+    table = task.table.iloc[task.split.indices("test")]
+    shown = shown_columns(table)
+    answers = [name for name in answered.columns if name in ANSWERS]
+    write_csv(run_folder / "predictions.csv", pd.concat([shown, answered[answers]], axis=1))
+    result = {**result, **score(table, answered["correct"].to_numpy(bool), task.chance, task.from_keys)}
+    write_document(run_folder / "result.json", result)
     return result
 
 
@@ -202,13 +212,12 @@ def _begun_with(run_folder: Path) -> int:
         return 0
 
 
-def _about(store: FeatureStore, task: Task) -> dict[str, Any]:
-    source = store.source(task.sources[0])
+def _about(task: Task) -> dict[str, Any]:
     versions = {name: importlib.metadata.version(name) for name in ("torch", "numpy", "safetensors")}
     return {
         "split_name": task.split.name,
         "store": str(task.store),
-        "weights": source.attributes.get("weights_name", source.attributes["weights"]),
+        **task.description(),
         "library_versions": versions,
     }
 

@@ -1,64 +1,179 @@
-"""Scores: each accuracy with its interval, chance, and the noise ceiling of the participants."""
+"""Scores of a test: accuracy with its intervals, the noise ceiling of the same trials, and two heads compared.
+
+A *table* has a row per tested trial: ``face_1`` … ``view_3``, ``odd``, and ``participant`` where they are named; of
+identities ``face_id`` and ``view``. ``correct`` has a value per row: bool, or a share where several seeds are averaged.
+"""
 
 import math
 from collections.abc import Sequence
 from dataclasses import asdict, dataclass
+from typing import Any
 
 import numpy as np
 import pandas as pd
 from scipy import stats
 
-from featurestore.intervals import accuracy
-from heads.trials.matching import Trials
-from heads.trials.tables import FACES, ODD, VIEWS
+from featurestore.intervals import Accuracy, ClusteredMean, accuracy, clustered_mean
+from featurestore.text import natural_order
+from heads.trials.tables import FACES, ODD, ODD_POSITION, VIEWS
 
 CHANCE = 1 / 3  # one of three is odd
+FEWEST_REPEATED = 30  # answers, below which a ceiling is not estimated
+CEILING_COLUMNS = (
+    "n_repeated",
+    "ceiling",
+    "ceiling_low",
+    "ceiling_high",
+    "accuracy_repeated",
+    "of_ceiling",
+    "of_ceiling_low",
+    "of_ceiling_high",
+    "ceiling_note",
+)
+# columns that a head's answers add to the trials'
+ANSWERS = ("predicted", "predicted_position", "correct", "p_1", "p_2", "p_3")
 
 
-@dataclass(frozen=True)
-class Ceiling:
-    """How well the other answers to the same three items predict one answer, over ``n`` answers to ``triplets`` triplets."""
+def clusters_of(table: pd.DataFrame) -> dict[str, np.ndarray]:
+    """What trials share: ``faces`` (n, 3) or (n, 1), and ``participants`` (n,) where three or more are named."""
+    faces = list(FACES) if FACES[0] in table.columns else ["face_id"]
+    shared = {"faces": table[faces].to_numpy(object)}
+    participants = participants_of(table)
+    if participants.nunique() > 2:
+        shared["participants"] = participants.to_numpy(object)
+    return shared
 
-    value: float
-    n: int
-    triplets: int
+
+def participants_of(table: pd.DataFrame) -> pd.Series:
+    """Who answered each trial; NaN where that is not known."""
+    if "participant" not in table.columns:
+        return pd.Series(np.nan, table.index)
+    return table["participant"].mask(table["participant"].astype(str).str.strip() == "")
 
 
-def noise_ceiling(trials: Trials) -> Ceiling | None:
-    """Leave one rater out: each answer against the majority of the *other* participants' answers to the same items.
+def score(table: pd.DataFrame, correct: np.ndarray, chance: float, from_keys: bool = False) -> dict[str, Any]:
+    """Every score of a test by name, NaN or empty where it cannot be given.
 
-    Tied majorities count as a guess among them. With the rater's own answer among the votes the number would be
-    inflated: five raters who choose by chance would read 0.556 instead of 0.333. Answers of the same participant do not
-    predict each other. None where no triplet was answered by two participants (or twice, where participants are not named).
+    ``accuracy``; ``low`` and ``high``, Wilson's interval, which takes trials for independent; ``cluster_low`` and
+    ``cluster_high``, over the ``clusters`` named; ``n_test``, ``chance``; and those of ``ceiling_scores``.
     """
-    order = np.argsort(trials.items, axis=1, kind="stable")
-    triplets = np.take_along_axis(trials.items, order, axis=1)
-    votes = (order == trials.odd[:, None]).argmax(axis=1)  # the odd one's place among the sorted items
-    raters = (
-        trials.table["participant"].to_numpy(str)
-        if "participant" in trials.table.columns
-        else np.arange(len(trials)).astype(str)
-    )
-    _, group = np.unique(triplets, axis=0, return_inverse=True)
-    agreement, used = [], set()
-    for members in pd.Series(np.arange(len(trials))).groupby(group.ravel()).indices.values():
-        if len(members) < 2:
-            continue
-        for i in members:
-            others = members[raters[members] != raters[i]]
-            if len(others):
-                counts = np.bincount(votes[others], minlength=3)
-                favourites = np.flatnonzero(counts == counts.max())
-                agreement.append((votes[i] in favourites) / len(favourites))
-                used.add(group.ravel()[i])
-    return Ceiling(float(np.mean(agreement)), len(agreement), len(used)) if agreement else None
+    averaged = correct.dtype != bool  # over seeds: no count of right answers, which Wilson's interval is about
+    whole = Accuracy(float(np.mean(correct)), math.nan, math.nan, len(correct)) if averaged else accuracy(correct)
+    shared = clusters_of(table)
+    mean = clustered_mean(correct, list(shared.values()))
+    varies = len(correct) > 0 and 0 < whole.value < 1  # without variation the spread over clusters says nothing
+    return {
+        "accuracy": whole.value,
+        "low": whole.low,
+        "high": whole.high,
+        "cluster_low": max(0.0, mean.low) if varies else whole.low,
+        "cluster_high": min(1.0, mean.high) if varies else whole.high,
+        "clusters": ", ".join(f"{pd.Series(labels.ravel()).nunique()} {kind}" for kind, labels in shared.items()),
+        "n_test": len(correct),
+        "chance": chance,
+        **ceiling_scores(table, correct, chance, from_keys),
+    }
 
 
-def normalised(value: float, ceiling: Ceiling | None, chance: float = CHANCE) -> float | None:
-    """0 at chance, 1 at the ceiling; None where there is no ceiling above chance."""
-    if ceiling is None or ceiling.value <= chance:
-        return None
-    return (value - chance) / (ceiling.value - chance)
+def agreement(table: pd.DataFrame) -> np.ndarray:
+    """Leave one rater out: how far each answer (n,) is the majority of the *other* participants' to the same three items.
+
+    1 or 0; tied majorities count as a guess among them; NaN where no other participant answered. With the rater's own
+    answer among the votes the mean would be inflated: five raters who choose by chance would read 0.556 instead of
+    0.333. Where participants are not named, every answer counts as another participant's.
+    """
+    n = len(table)
+    views = [name for name in VIEWS if name in table.columns]
+    shown = [
+        table[face].astype(str).str.cat(table[view].astype(str), sep="\0")
+        for face, view in zip(FACES, views, strict=False)
+    ]
+    if not n or not views:
+        return np.full(n, np.nan)
+    items = pd.factorize(np.concatenate(shown))[0].reshape(3, n).T
+    if "source" in table.columns:
+        items = items + len(items) * 3 * pd.factorize(table["source"])[0][:, None]
+    order = np.argsort(items, axis=1, kind="stable")
+    vote = (order == odd_places(table)[:, None]).argmax(axis=1)  # the odd one's place among the sorted items
+    triplet = np.unique(np.take_along_axis(items, order, axis=1), axis=0, return_inverse=True)[1].ravel()
+    named = participants_of(table)
+    rater = np.where(named.isna(), -1 - np.arange(n), pd.factorize(named)[0])
+    own = pd.factorize(pd.MultiIndex.from_arrays([triplet, rater]))[0]
+    counts = _votes(triplet, vote)[triplet] - _votes(own, vote)[own]
+    favourite = counts == counts.max(axis=1, keepdims=True)
+    agrees = favourite[np.arange(n), vote] / favourite.sum(axis=1)
+    return np.where(counts.any(axis=1), agrees, np.nan)
+
+
+def _votes(group: np.ndarray, vote: np.ndarray) -> np.ndarray:
+    counts = np.zeros((group.max() + 1, 3), int)
+    np.add.at(counts, (group, vote), 1)
+    return counts
+
+
+def odd_places(table: pd.DataFrame) -> np.ndarray:
+    """(n,) int64, 0 … 2: the place of the odd one."""
+    if ODD_POSITION in table.columns:
+        return table[ODD_POSITION].to_numpy(np.int64) - 1
+    same = table[list(FACES)].to_numpy(str) == table[ODD].to_numpy(str)[:, None]
+    return np.asarray(same.argmax(axis=1), np.int64)
+
+
+def ceiling_scores(
+    table: pd.DataFrame, correct: np.ndarray | None, chance: float = CHANCE, from_keys: bool = False
+) -> dict[str, Any]:
+    """The noise ceiling and the head beside it, both from the ``n_repeated`` answers to triplets that others answered too.
+
+    ``ceiling`` is the mean ``agreement``, ``accuracy_repeated`` the head's accuracy on these answers, ``of_ceiling``
+    (accuracy_repeated - chance) / (ceiling - chance), each of the latter with an interval over faces and participants (of a
+    ratio: Fieller's). What cannot be given is NaN, and ``ceiling_note`` says why. Without ``correct``: the ceiling alone.
+    """
+    scores: dict[str, Any] = {**dict.fromkeys(CEILING_COLUMNS, math.nan), "n_repeated": 0, "ceiling_note": ""}
+    if FACES[0] not in table.columns:
+        return {**scores, "ceiling_note": "identities have no raters"}
+    if from_keys:
+        return {**scores, "ceiling_note": "the answers were made from the keys, not given by people"}
+    agrees = agreement(table)
+    repeated = np.isfinite(agrees)
+    scores["n_repeated"] = n = int(repeated.sum())
+    if n < FEWEST_REPEATED:
+        few = f"{n} test answers are to triplets that another participant answered; {FEWEST_REPEATED} are needed"
+        return {**scores, "ceiling_note": few}
+    clusters = list(clusters_of(table[repeated]).values())
+    above = agrees[repeated] - chance
+    ceiling = clustered_mean(above, clusters)
+    scores |= {
+        "ceiling": ceiling.value + chance,
+        "ceiling_low": max(0.0, ceiling.low + chance),
+        "ceiling_high": min(1.0, ceiling.high + chance),
+    }
+    if ceiling.value <= 0:
+        scores["ceiling_note"] = "the raters agree no more than by chance"
+    if correct is None:
+        return scores
+    head = np.asarray(correct, float)[repeated] - chance
+    scores["accuracy_repeated"] = float(head.mean()) + chance
+    if ceiling.value <= 0:
+        return scores
+    scores["of_ceiling"] = float(head.mean()) / ceiling.value
+    low, high = _ratio_interval(head, above, clusters)
+    scores |= {"of_ceiling_low": low, "of_ceiling_high": high}
+    if math.isnan(low):
+        scores["ceiling_note"] = "the ceiling cannot be told from chance, so of_ceiling may be anything"
+    return scores
+
+
+def _ratio_interval(top: np.ndarray, bottom: np.ndarray, clusters: Sequence[np.ndarray]) -> tuple[float, float]:
+    """Fieller's 95 % interval of mean(top) / mean(bottom); NaN where the denominator cannot be told from zero."""
+    x, y, both = (clustered_mean(values, clusters) for values in (top, bottom, top + bottom))
+    covariance = (both.standard_error**2 - x.standard_error**2 - y.standard_error**2) / 2
+    a = y.value**2 - (y.width * y.standard_error) ** 2
+    b = x.value * y.value - y.width**2 * covariance
+    c = x.value**2 - (x.width * x.standard_error) ** 2
+    if not a > 0:
+        return math.nan, math.nan
+    root = math.sqrt(max(0.0, b**2 - a * c))
+    return (b - root) / a, (b + root) / a
 
 
 @dataclass(frozen=True)
@@ -81,19 +196,52 @@ def paired_test(first: Sequence[bool] | np.ndarray, second: Sequence[bool] | np.
     return Paired(float(a.mean() - b.mean()) if len(a) else math.nan, only_a, only_b, p)
 
 
-def accuracy_by(table: pd.DataFrame, correct: np.ndarray, what: str) -> pd.DataFrame:
-    """Accuracy of the trials that show each face (``what='face'``) or view: a row each with value, low, high and n.
+def difference(table: pd.DataFrame, first: np.ndarray, second: np.ndarray) -> ClusteredMean:
+    """Mean of ``first`` - ``second`` (n,) on the same trials, with interval and p over the faces and participants they share."""
+    return clustered_mean(np.asarray(first, float) - np.asarray(second, float), list(clusters_of(table).values()))
 
-    A trial counts once for every face or view in it.
+
+def accuracy_by_face(table: pd.DataFrame, correct: np.ndarray) -> pd.DataFrame:
+    """Of trials: each face where it was the odd one, and where it was merely shown beside the odd one; with Wilson's intervals.
+
+    Columns ``when_odd, when_odd_low, when_odd_high, n_when_odd`` and the same of ``when_shown``, indexed by face. Of
+    identities: as ``accuracy_by``.
     """
-    columns = [name for name in (FACES if what == "face" else VIEWS) if name in table.columns]
-    correct = np.asarray(correct, bool)
-    shown = pd.concat(
-        [pd.DataFrame({what: table[name].to_numpy(object), "trial": range(len(table))}) for name in columns]
-    )
-    shown = shown.drop_duplicates().sort_values([what, "trial"])
-    rows = {name: asdict(accuracy(correct[part["trial"]])) for name, part in shown.groupby(what, sort=True)}
-    return pd.DataFrame.from_dict(rows, orient="index").rename_axis(what)
+    if "face_id" in table.columns:
+        return accuracy_by(table, correct, "face")
+    is_odd = np.arange(3) == odd_places(table)[:, None]
+    sides = []
+    for name, there in (("when_odd", is_odd), ("when_shown", ~is_odd)):
+        trial, place = np.nonzero(there)
+        side = _by_name(table[list(FACES)].to_numpy(object)[trial, place], trial, correct)
+        sides.append(side.set_axis([name, f"{name}_low", f"{name}_high", f"n_{name}"], axis=1))
+    both = pd.concat(sides, axis=1).rename_axis("face").sort_index(key=_naturally)
+    return both.fillna({"n_when_odd": 0, "n_when_shown": 0}).astype({"n_when_odd": int, "n_when_shown": int})
+
+
+def accuracy_by(table: pd.DataFrame, correct: np.ndarray, what: str) -> pd.DataFrame:
+    """Accuracy of the trials that show each view (``what='view'``), or of each face's items: value, low, high and n.
+
+    A trial counts once for every view in it.
+    """
+    several, one = (FACES, "face_id") if what == "face" else (VIEWS, "view")
+    columns = [name for name in (*several, one) if name in table.columns]
+    names = table[columns].to_numpy(object)
+    by_name = _by_name(names.ravel(), np.repeat(np.arange(len(table)), len(columns)), correct)
+    return by_name.rename_axis(what).sort_index(key=_naturally)
+
+
+def _by_name(names: np.ndarray, trials: np.ndarray, correct: np.ndarray) -> pd.DataFrame:
+    """Accuracy of the trials that go with each name; a trial counts once for a name."""
+    pairs = pd.DataFrame({"name": names, "trial": trials}).drop_duplicates()
+    right = np.asarray(correct, bool)
+    rows = {name: asdict(accuracy(right[part["trial"]])) for name, part in pairs.groupby("name")}
+    return pd.DataFrame.from_dict(rows, orient="index", columns=["value", "low", "high", "n"])
+
+
+def _naturally(names: pd.Index) -> pd.Index:
+    order = {name: i for i, name in enumerate(sorted(map(str, names), key=natural_order))}
+    return pd.Index([order[str(name)] for name in names])
 
 
 def by_position(odd: np.ndarray, predicted: np.ndarray) -> pd.DataFrame:
@@ -109,15 +257,22 @@ def by_position(odd: np.ndarray, predicted: np.ndarray) -> pd.DataFrame:
 
 
 def predictions(table: pd.DataFrame, logits: np.ndarray, labels: np.ndarray) -> pd.DataFrame:
-    """A row per tested trial: the table's columns, predicted face, whether it is right, and three probabilities."""
+    """A row per tested trial: every column of the trials, predicted face and position (1 … 3), whether it is right, three
+    probabilities. A column of the trials with one of these names becomes ``trial_…``.
+    """
     shifted = np.exp(logits - logits.max(axis=1, keepdims=True))
     probabilities = shifted / shifted.sum(axis=1, keepdims=True)
     predicted = logits.argmax(axis=1)
-    keep = [name for name in ("line", "trial", "session", "participant", *FACES, *VIEWS, ODD) if name in table.columns]
     faces = table[list(FACES)].to_numpy(object)
-    out = table[keep].reset_index(drop=True).copy()
+    out = shown_columns(table)
     out["predicted"] = faces[np.arange(len(faces)), predicted]
+    out["predicted_position"] = predicted + 1
     out["correct"] = predicted == labels
     for place in range(3):
         out[f"p_{place + 1}"] = probabilities[:, place]
     return out
+
+
+def shown_columns(table: pd.DataFrame) -> pd.DataFrame:
+    """The trials' own columns as ``predictions`` has them."""
+    return table.reset_index(drop=True).rename(columns={name: f"trial_{name}" for name in ANSWERS})

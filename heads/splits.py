@@ -7,14 +7,16 @@ so every layer, every head and every training seed sees the same test set.
 import hashlib
 import json
 from collections.abc import Sequence
+from contextlib import suppress
 from dataclasses import dataclass
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 
 from featurestore.errors import FeatureStoreError
 from featurestore.files import write_atomically
-from featurestore.text import listing
+from featurestore.text import listing, natural_order
 from heads.trials.matching import Trials
 from heads.trials.tables import FACES, VIEWS
 
@@ -26,13 +28,19 @@ _FORMAT = "face-featurestore-split"
 
 @dataclass(frozen=True)
 class Split:
-    """``part`` (n,) int8 by example: 0 train, 1 validation, 2 test, -1 left out. ``examples_hash`` is what it belongs to."""
+    """``part`` (n,) int8 by example: 0 train, 1 validation, 2 test, -1 left out. ``examples_hash`` is what it belongs to.
+
+    ``fold`` is (number from 1, of how many) where it is one of several splits that test every face (view, triplet) once.
+    ``set_aside`` of those left out show a photograph that is also, under another key, on the other side.
+    """
 
     kind: str
     seed: int
     fractions: tuple[float, float, float]
     examples_hash: str
     part: np.ndarray
+    fold: tuple[int, int] | None = None
+    set_aside: int = 0
 
     def indices(self, name: str) -> np.ndarray:
         """The examples of a part, ascending."""
@@ -41,13 +49,22 @@ class Split:
     @property
     def hash(self) -> str:
         """sha256 (hex) over everything: the same hash means the same test set."""
-        head = json.dumps([self.kind, self.seed, list(self.fractions), self.examples_hash])
+        head = json.dumps([self.kind, self.seed, list(self.fractions), self.examples_hash, *(self.fold or ())])
         return hashlib.sha256(head.encode() + self.part.astype(np.int8).tobytes()).hexdigest()
 
     @property
     def name(self) -> str:
         """What its file is called."""
-        return f"{self.kind}-seed{self.seed}-{self.hash[:12]}"
+        fold = "fold{}of{}-".format(*self.fold) if self.fold else ""
+        return f"{self.kind}-seed{self.seed}-{fold}{self.hash[:12]}"
+
+    @property
+    def test(self) -> str:
+        """What results are pooled under: all folds together, or this split alone."""
+        if not self.fold:
+            return self.name
+        drawn = json.dumps([self.kind, self.seed, list(self.fractions), self.examples_hash, self.fold[1]])
+        return f"{self.kind}-seed{self.seed}-{self.fold[1]}folds-{hashlib.sha256(drawn.encode()).hexdigest()[:12]}"
 
     def save(self, folder: Path) -> Path:
         """Write it as JSON into ``folder``; the file of an equal split is left as it is."""
@@ -64,6 +81,8 @@ class Split:
             "hash": self.hash,
             **{name: self.indices(name).tolist() for name in PARTS},
             "left_out": int((self.part < 0).sum()),
+            "set_aside": self.set_aside,
+            "fold": self.fold,
             "n": len(self.part),
         }
         write_atomically(path, json.dumps(document) + "\n")
@@ -85,7 +104,9 @@ class Split:
             for number, name in enumerate(PARTS):
                 part[np.asarray(document[name], np.int64)] = number
             a, b, c = document["fractions"]
-            split = cls(document["kind"], document["seed"], (a, b, c), examples_hash, part)
+            fold = document.get("fold") and (document["fold"][0], document["fold"][1])
+            aside = document.get("set_aside", 0)
+            split = cls(document["kind"], document["seed"], (a, b, c), examples_hash, part, fold, aside)
             sound = split.hash == document["hash"]
         except FileNotFoundError:
             raise FeatureStoreError(f"there is no split {path}.") from None
@@ -105,23 +126,109 @@ def split_trials(
 ) -> Split:
     """``trial``: by triplet, so that all answers to one triplet fall into one part. ``face``, ``view``: no face or view of
     one part is in another; trials that mix are left out. ``test`` names faces or views to hold out instead of drawing them.
+
+    Photographs count by content: the same one under two keys makes two triplets one, and a trial that shows a photograph
+    of the training under another key is set aside.
     """
+    if kind == "trial" and len(test):
+        raise FeatureStoreError("a split by trial has no faces or views to hold out; use `split` face or view.")
+    return draw_split(
+        trial_labels(trials, kind),
+        kind,
+        seed,
+        fractions,
+        trials.hash,
+        test,
+        photographs=shown_photographs(trials, kind),
+    )
+
+
+def shown_photographs(trials: Trials, kind: str) -> np.ndarray | None:
+    """What must not be on both sides of a split by ``kind``; none by trial, where all photographs are in all parts."""
+    return None if kind == "trial" else trials.photographs
+
+
+def trial_labels(trials: Trials, kind: str) -> np.ndarray:
+    """What a split by ``kind`` divides: (n, 1) or (n, 3) str, the triplet, or the faces or views of each trial."""
     if kind == "trial":
-        if len(test):
-            raise FeatureStoreError("a split by trial has no faces or views to hold out; use `split` face or view.")
-        labels = np.array(["|".join(map(str, three)) for three in np.sort(trials.items, axis=1)])[:, None]
-    else:
-        labels = trials.table[list(FACES if kind == "face" else VIEWS)].to_numpy(str)
-    return draw_split(labels, kind, seed, fractions, trials.hash, test)
+        return np.array(["|".join(map(str, three)) for three in np.sort(trials.photographs, axis=1)])[:, None]
+    labels: np.ndarray = trials.table[list(FACES if kind == "face" else VIEWS)].to_numpy(str)
+    return labels
+
+
+def draw_folds(
+    labels: np.ndarray,
+    kind: str,
+    seed: int,
+    fractions: Sequence[float],
+    examples_hash: str,
+    folds: int,
+    photographs: np.ndarray | None = None,
+) -> list[Split]:
+    """``folds`` splits that each test another part of the distinct ``labels``: every label is tested once.
+
+    The others are divided into training and validation by their ``fractions``. Arguments and errors as ``draw_split``; also
+    FeatureStoreError for fewer than two folds and for more than there are labels.
+    """
+    distinct = np.unique(labels)
+    if not 2 <= folds <= len(distinct):
+        raise FeatureStoreError(
+            f"`folds` {folds}: it is 2 or more, and there are {len(distinct)} different {kind}s to divide into folds."
+        )
+    tests = np.array_split(np.random.default_rng([seed, folds]).permutation(distinct), folds)
+    return [
+        draw_split(labels, kind, seed, fractions, examples_hash, test, (number, folds), photographs)
+        for number, test in enumerate(tests, start=1)
+    ]
+
+
+@dataclass(frozen=True)
+class Choice:
+    """What one way to split would leave: examples of each part, of folds the mean of training and validation and all tests."""
+
+    option: str
+    train: int
+    validation: int
+    test: int
+
+
+def choices(labels: np.ndarray, kind: str, seed: int) -> list[Choice]:
+    """How many examples each choice of fractions or folds would leave, the one to suggest first.
+
+    That is the one whose smaller of training and test is largest.
+    """
+    codes = np.unique(labels, return_inverse=True)[1].reshape(labels.shape)
+    found = []
+    for fractions in (FRACTIONS, (0.6, 0.2, 0.2), (0.5, 0.2, 0.3), (0.4, 0.2, 0.4), (0.34, 0.33, 0.33)):
+        with suppress(FeatureStoreError):
+            option = "--fractions " + " ".join(f"{share:.2f}".lstrip("0") for share in fractions)
+            found.append(_choice(option, [draw_split(codes, kind, seed, fractions, "")]))
+    for folds in (2, 3, 4, 5, 10):
+        with suppress(FeatureStoreError):
+            found.append(_choice(f"--folds {folds}", draw_folds(codes, kind, seed, FRACTIONS, "", folds)))
+    return sorted(found, key=lambda choice: -min(choice.train, choice.test))
+
+
+def _choice(option: str, splits: Sequence[Split]) -> Choice:
+    n = np.array([[len(split.indices(name)) for name in PARTS] for split in splits])
+    return Choice(option, int(n[:, 0].mean()), int(n[:, 1].mean()), int(n[:, 2].sum()))
 
 
 def draw_split(
-    labels: np.ndarray, kind: str, seed: int, fractions: Sequence[float], examples_hash: str, test: Sequence[str] = ()
+    labels: np.ndarray,
+    kind: str,
+    seed: int,
+    fractions: Sequence[float],
+    examples_hash: str,
+    test: Sequence[Any] | np.ndarray = (),
+    fold: tuple[int, int] | None = None,
+    photographs: np.ndarray | None = None,
 ) -> Split:
-    """Divide the distinct ``labels`` by ``fractions``; an example (a row of ``labels``, (n, k) str) goes where all its labels go.
+    """Divide the distinct ``labels`` by ``fractions``; an example (a row of ``labels``, (n, k)) goes where all its labels go.
 
-    Every part with a fraction gets at least one label. Raises FeatureStoreError if fractions do not add up to 1, if
-    there are fewer labels than parts, or if a part ends up without examples.
+    ``photographs`` (n, k) int64 say which are the same: an example of validation or test with one that an earlier part has is
+    set aside. Every part with a fraction gets at least one label. Raises FeatureStoreError if fractions do not add up
+    to 1, if there are fewer labels than parts, or if a part ends up without examples.
     """
     if kind not in KINDS:
         raise FeatureStoreError(f"there is no split by {kind!r}; it is one of {', '.join(KINDS)}.")
@@ -150,22 +257,37 @@ def draw_split(
     parts = part_of[inverse].reshape(labels.shape)
     part = np.where((parts == parts[:, :1]).all(axis=1), parts[:, 0], -1).astype(np.int8)
     a, b, c = (float(share) for share in fractions)
-    split = Split(kind, seed, (a, b, c), examples_hash, part)
+    aside = 0 if photographs is None else _set_aside(part, photographs)
+    split = Split(kind, seed, (a, b, c), examples_hash, part, fold, aside)
     for name, share in zip(PARTS, (a, b, 1.0), strict=True):
         if share and not len(split.indices(name)):
             raise FeatureStoreError(
-                f"the {name} part of the split by {kind} is empty: of {len(part)} examples with {len(distinct)} different "
-                f"{kind}s none has all of its {kind}s in that part. Give it more: `fractions`, now "
+                f"the {name} part of the split by {kind}{' (fold {} of {})'.format(*fold) if fold else ''} is empty: of "
+                f"{len(part)} examples with {len(distinct)} different {kind}s none has all of its {kind}s in that part"
+                f"{f', but for {aside} whose photographs an earlier part has under other keys' if aside else ''}. "
+                f"Give it more: {'fewer `folds`; ' if fold else ''}`fractions`, now "
                 f"{' '.join(f'{share:g}' for share in fractions)}; another `split_seed`; or more trials."
             )
     return split
 
 
-def _held_out(distinct: np.ndarray, test: Sequence[str], kind: str) -> np.ndarray:
+def _set_aside(part: np.ndarray, photographs: np.ndarray) -> int:
+    """Leave out of validation and test, in place, what shows a photograph of an earlier part; returns how many."""
+    aside = 0
+    for name in (1, 2):
+        earlier = photographs[(part >= 0) & (part < name)]
+        again = (part == name) & np.isin(photographs, earlier).any(axis=1)
+        part[again] = -1
+        aside += int(again.sum())
+    return aside
+
+
+def _held_out(distinct: np.ndarray, test: Sequence[Any] | np.ndarray, kind: str) -> np.ndarray:
     unknown = sorted(set(test) - set(distinct))
     if unknown:
         raise FeatureStoreError(
-            f"no {kind} {listing(map(repr, unknown))} to hold out; there are {listing(distinct, 10)}."
+            f"no {kind} {listing(map(repr, unknown))} to hold out; there are "
+            f"{listing(sorted(map(str, distinct.tolist()), key=natural_order), 10)}."
         )
     return np.flatnonzero(np.isin(distinct, list(test)))
 

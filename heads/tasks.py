@@ -2,21 +2,26 @@
 
 import hashlib
 from collections.abc import Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 import pandas as pd
 
 from featurestore import FeatureStore
 from featurestore.errors import FeatureStoreError
+from featurestore.files import write_atomically
+from featurestore.keys import KEY
 from featurestore.store.reader import Source
-from featurestore.text import natural_order
-from heads.scores import CHANCE, Ceiling, noise_ceiling
+from featurestore.text import listing, natural_order
+from heads.scores import CHANCE
 from heads.splits import PARTS, Split
 from heads.train import Examples
 from heads.trials.conditions import rows_that_meet
 from heads.trials.matching import Trials
+from heads.trials.same_person import SAME_PERSON
+from heads.trials.tables import VIEWS
 
 
 @dataclass(frozen=True)
@@ -26,6 +31,7 @@ class Task:
     ``items`` (n, 3) or (n, 1) int64 number the items of ``sources`` one after the other, ``labels`` (n,) int64 are places or
     identities. ``table`` has a row per example (for predictions), ``classes`` the names of identities, or none for
     triplets. ``photographs`` is a hash of the items' images: the same trials over other pictures are another task.
+    ``about`` is what a person wants to know of it: files, conditions, sessions, weights.
     """
 
     store: Path
@@ -36,7 +42,7 @@ class Task:
     table: pd.DataFrame
     photographs: str
     classes: tuple[str, ...] = ()
-    ceiling: Ceiling | None = None
+    about: dict[str, Any] = field(default_factory=dict)
 
     @property
     def chance(self) -> float:
@@ -48,9 +54,61 @@ class Task:
         """Items and labels with the indices of each part."""
         return Examples(self.items, self.labels, *(self.split.indices(name) for name in PARTS))
 
+    @property
+    def from_keys(self) -> bool:
+        """Whether the answers were made from the keys, not given by raters."""
+        return self.about.get("trials_file") == SAME_PERSON
 
-def triplet_task(store: FeatureStore, trials: Trials, split: Split) -> Task:
-    """Odd-one-out: three items, and which of them is odd."""
+    def description(self) -> dict[str, Any]:
+        """``about`` with the split: of each part how many examples, and how many belong to none."""
+        split = self.split
+        return {
+            **self.about,
+            "split_kind": split.kind,
+            "fold": "{} of {}".format(*split.fold) if split.fold else None,
+            "test": split.test,
+            **{f"n_{name}": len(split.indices(name)) for name in PARTS},
+            "n_left_out": int((split.part < 0).sum()),
+            "n_set_aside": split.set_aside,
+        }
+
+    def save_description(self, folder: Path) -> None:
+        """Write the split to ``folder``/splits, and the hash of each photograph to ``folder``/photographs."""
+        self.split.save(folder / "splits")
+        path = photographs_file(folder, self.photographs)
+        if not path.exists():
+            store = FeatureStore.open(self.store)
+            write_atomically(path, photographs_of(store, self.sources, self.items).to_csv(index=False))
+
+
+def photographs_file(folder: Path, photographs: str) -> Path:
+    """Where the hashes of a task's photographs are kept."""
+    return folder / "photographs" / f"{photographs[:12]}.csv"
+
+
+def photographs_of(store: FeatureStore, sources: Sequence[str], items: np.ndarray) -> pd.DataFrame:
+    """source, face_id, view and image_sha256 of each item."""
+    each = [store.source(name) for name in sources]
+    tables = [
+        found.keys.to_frame(index=False).assign(source=found.name, image_sha256=found.coordinate("image_sha256"))
+        for found in each
+    ]
+    columns = ["source", *KEY, "image_sha256"]
+    return pd.concat(tables, ignore_index=True).iloc[np.unique(items)][columns].reset_index(drop=True)
+
+
+def about_sources(store: FeatureStore, sources: Sequence[str]) -> dict[str, Any]:
+    """Networks and weights by name, random ones called so."""
+    each = [store.source(name) for name in sources]
+    return {
+        "backbone": " + ".join(dict.fromkeys(found.attributes["backbone"] for found in each)),
+        "weights": " + ".join(dict.fromkeys(found.weights for found in each)),
+    }
+
+
+def triplet_task(store: FeatureStore, trials: Trials, split: Split, about: dict[str, Any] | None = None) -> Task:
+    """Odd-one-out: three items, and which of them is odd. ``about`` says where the trials are from."""
+    views = sorted({view for name in VIEWS for view in trials.table[name].astype(str)}, key=natural_order)
     return Task(
         store=store.path.resolve(),
         sources=trials.sources,
@@ -59,7 +117,14 @@ def triplet_task(store: FeatureStore, trials: Trials, split: Split) -> Task:
         split=split,
         table=trials.table,
         photographs=_photographs(store, trials.sources, trials.items),
-        ceiling=noise_ceiling(trials),
+        about={
+            **(about or {}),
+            **about_sources(store, trials.sources),
+            "views": listing(views, 10),
+            "n_unanswered": trials.unanswered,
+            "n_excluded": trials.excluded,
+            "n_faulty": len(trials.faulty),
+        },
     )
 
 
@@ -79,7 +144,9 @@ def items_hash(source: Source, items: np.ndarray) -> str:
     return hashlib.sha256(f"{source.name}\0{keys}".encode()).hexdigest()
 
 
-def identity_task(store: FeatureStore, source: Source, items: np.ndarray, split: Split) -> Task:
+def identity_task(
+    store: FeatureStore, source: Source, items: np.ndarray, split: Split, about: dict[str, Any] | None = None
+) -> Task:
     """Which face is it: one item, and its face. FeatureStoreError if a tested face has no view to train on."""
     table = source.keys[items].to_frame(index=False)
     classes = sorted(set(table["face_id"]), key=natural_order)
@@ -99,6 +166,7 @@ def identity_task(store: FeatureStore, source: Source, items: np.ndarray, split:
         table=table,
         photographs=_photographs(store, (source.name,), items),
         classes=tuple(classes),
+        about={**(about or {}), **about_sources(store, [source.name])},
     )
 
 

@@ -88,12 +88,19 @@ class Source:
         """One coordinate's values, (n_items,): an object array of str, or numbers."""
         return read_coordinate(self.folder / name, self._coordinates[name])
 
+    @property
+    def weights(self) -> str:
+        """The weights' name; random ones are called so."""
+        name = self.attributes.get("weights_name", self.attributes["weights"])
+        random = self.attributes["weights"].startswith("seed:")
+        return f"{name} (random numbers, not a trained network)" if random else name
+
     @cached_property
     def originals(self) -> np.ndarray:
         """(n_items,) int64: of each item, the first row with the same photograph, its own if there is no other.
 
-        The same photograph is an equal ``image_sha256`` and, where faces were cut out by boxes, an equal box. An item without
-        a hash (its recomputation was interrupted) is the same as no other.
+        The same photograph is an equal ``image_sha256`` and, where faces were cut out by boxes, an equal box. An item whose
+        hash is not known (empty while it is recomputed, or zeros) is the same as no other.
         """
         names = [name for name in ("image_sha256", *BOX) if name in self._coordinates]
         table = pd.DataFrame({name: self.coordinate(name) for name in names})
@@ -101,7 +108,8 @@ class Source:
             return np.arange(self.n_items)
         group = table.groupby(names, sort=False, dropna=False).ngroup().to_numpy()
         _, first, group = np.unique(group, return_index=True, return_inverse=True)
-        return np.where(table["image_sha256"] == "", np.arange(self.n_items), first[group]).astype(np.int64)
+        unknown = table["image_sha256"].isin(["", "0" * 64])
+        return np.where(unknown, np.arange(self.n_items), first[group]).astype(np.int64)
 
     def find(self, keys: Keys) -> np.ndarray:
         """Row numbers (int64) of (face, view) pairs, many at once. FeatureStoreError names the keys that are not there."""

@@ -7,6 +7,8 @@ from featurestore.errors import FeatureStoreError
 from featurestore.store.reader import Source
 from heads.trials.tables import FACES, ODD, VIEWS
 
+SAME_PERSON = "same-person"  # what such trials are called where a file is expected
+
 
 def same_person_trials(source: Source, n: int, seed: int, items: np.ndarray | None = None) -> pd.DataFrame:
     """``n`` trials from keys alone: two views of one face, one view of another, which is the odd one; places at random.

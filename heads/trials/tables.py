@@ -1,9 +1,12 @@
 """Files of trials, read and checked: which columns, which faces, who was odd."""
 
+import csv
+import io
 import re
 import zlib
 from pathlib import Path
 
+import fsspec
 import numpy as np
 import pandas as pd
 
@@ -13,40 +16,81 @@ from featurestore.text import listing
 FACES = ("face_1", "face_2", "face_3")
 VIEWS = ("view_1", "view_2", "view_3")
 ODD = "odd"
+ODD_POSITION = "odd_position"  # 1, 2 or 3: for trials that show one face twice
+ODD_VIEW = "odd_view"  # or the view of the odd one
 TIME_OUT = "0"  # in the published tables, whose faces count from 1
 _PUBLISHED = {"head1": "face_1", "head2": "face_2", "head3": "face_3", "head_odd": ODD}
 
 
+_TAKEN = {name: f"trial_{name}" for name in ("line", "fault", "source")}  # columns of a file that ours would hide
+_KEYS = (*FACES, *VIEWS, ODD, ODD_POSITION, ODD_VIEW)
+EXAMPLE = "face_1,view_1,face_2,view_2,face_3,view_3,odd,odd_position\nanna,left,anna,right,ben,left,anna,2"  # the second is odd
+
+
 def read_table(path: Path) -> pd.DataFrame:
-    """A file of trials with its columns under our names; faces, views and odd as str, ``line`` counts from 1 after the header."""
+    """A file of trials with its columns under our names; keys as str.
+
+    ``line`` is the line an editor shows, or in Parquet the row, from 1 on. ``fault`` is not empty in a line with more or fewer
+    fields than the header, whose values would be in wrong columns: its cells are empty. Without ``odd`` but with
+    ``odd_position``, ``odd`` is empty. Columns of the file called line, fault or source become ``trial_line`` and so on.
+    """
     try:
         if path.suffix.lower() in (".parquet", ".pq"):
-            table = pd.read_parquet(path)
+            table = pd.read_parquet(path).reset_index(drop=True).rename(columns=_TAKEN)
+            table["line"], table["fault"] = np.arange(1, len(table) + 1), ""
         else:
-            table = pd.read_csv(path, dtype=dict.fromkeys([*FACES, *VIEWS, ODD], str))
+            table = _read_csv(path)
     except FileNotFoundError:
         raise FeatureStoreError(f"there is no file of trials {path}.") from None
-    except (ValueError, OSError, ImportError, EOFError, KeyError, NotImplementedError, zlib.error) as error:
+    except (ValueError, OSError, ImportError, EOFError, KeyError, NotImplementedError, zlib.error, csv.Error) as error:
         raise FeatureStoreError(
             f"{path} cannot be read as a table of trials: {str(error).partition(chr(10))[0]}"
         ) from None
-    table = table.reset_index(drop=True)
     for name, ours in _PUBLISHED.items():
         if name in table.columns and ours not in table.columns:
             table[ours] = table[name]
+    if ODD_POSITION in table.columns and ODD not in table.columns:
+        table[ODD] = ""
     missing = [name for name in (*FACES, ODD) if name not in table.columns]
     if missing:
         raise FeatureStoreError(
             f"{path} has no column {listing(missing)}; its columns are {listing(table.columns, 20)}. Trials need "
-            "face_1, face_2, face_3, odd (or head1, head2, head3, head_odd)."
+            "face_1, face_2, face_3 and odd or odd_position (or head1, head2, head3, head_odd)."
         )
     if any(view in table.columns for view in VIEWS) and not all(view in table.columns for view in VIEWS):
         raise FeatureStoreError(f"{path} has some of the columns {', '.join(VIEWS)} and not all.")
-    for name in (*FACES, *(view for view in VIEWS if view in table.columns), ODD):
+    for name in (name for name in _KEYS if name in table.columns):
         text = table[name].map(as_key, na_action=None)
         table[name] = text.astype(object)
-    table["line"] = np.arange(1, len(table) + 1)
     return table
+
+
+def _read_csv(path: Path) -> pd.DataFrame:
+    """With ``line`` and ``fault``."""
+    with fsspec.open(str(path), "rt", compression="infer", encoding="utf-8-sig", newline="") as file:
+        text = file.read()
+    reader = csv.reader(io.StringIO(text, newline=""))
+    header = next(reader, [])
+    rows, lines, next_line = [], [], reader.line_num + 1
+    for row in reader:
+        if row:
+            rows.append(row)
+            lines.append(next_line)
+        next_line = reader.line_num + 1
+    faults = [_wrong_width(len(row), len(header)) for row in rows]
+    cells = [[""] * len(header) if fault else row for row, fault in zip(rows, faults, strict=True)]
+    clean = io.StringIO(newline="")
+    csv.writer(clean).writerows([header, *cells])
+    clean.seek(0)
+    table = pd.read_csv(clean, index_col=False, skip_blank_lines=False)
+    for column, name in enumerate(header):
+        if name in (*_KEYS, *_PUBLISHED):
+            table[name] = pd.Series([row[column] for row in cells], dtype=object)  # a face may be called 007, or NA
+    return table.rename(columns=_TAKEN).assign(line=np.array(lines, int), fault=pd.Series(faults, dtype=object))
+
+
+def _wrong_width(n: int, header: int) -> str:
+    return f"have more or fewer fields than the header's {header}" if n != header else ""
 
 
 def as_key(value: object) -> str:
