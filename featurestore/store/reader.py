@@ -183,24 +183,40 @@ class FeatureStore:
     def __repr__(self) -> str:
         return f"<FeatureStore {self.path}: {', '.join(map(repr, self.sources.values())) or 'empty'}>"
 
-    def source(self, name: str | None = None) -> Source:
-        """The source of that name (or the only one whose name begins so); the only source if no name is given."""
+    def source(self, name: str | None = None, layers: Iterable[str] = ()) -> Source:
+        """The source of that name, or the only one whose name begins so. Without a name: the only one that holds ``layers``.
+
+        A store of one source answers with it whatever ``layers`` are. FeatureStoreError for a name that is not there, for
+        layers that no source holds, and, naming the sources in question, where several hold them.
+        """
         if not self.sources:
             raise FeatureStoreError(
                 f"{self.path} holds no source yet. Fill it: pipelines/cache_layers.py --store {self.path}"
             )
         if name is None:
-            if len(self.sources) > 1:
-                raise FeatureStoreError(
-                    f"{self.path} holds {len(self.sources)} sources, so say which: `source`, one of {', '.join(self.sources)}."
-                )
-            return next(iter(self.sources.values()))
+            return self._only_source(list(layers))
         found = [source for full, source in self.sources.items() if full.startswith(name)]
         if name in self.sources:
             return self.sources[name]
         if len(found) != 1:
             raise FeatureStoreError(f"{self.path} has no source {name!r}. {near_matches(name, self.sources)}")
         return found[0]
+
+    def _only_source(self, layers: list[str]) -> Source:
+        if len(self.sources) == 1:
+            return next(iter(self.sources.values()))
+        found = [source for source in self.sources.values() if source.layers.keys() >= set(layers)]
+        if len(found) == 1:
+            return found[0]
+        if not found:
+            known = {name: None for source in self.sources.values() for name in source.layers}
+            unknown = [name for name in layers if name not in known]
+            hint = near_matches(unknown[0], known) if unknown else "Ask for those of one source at a time."
+            what = listing(unknown) if unknown else f"{listing(layers)} together"
+            raise FeatureStoreError(f"no source of {self.path} holds {what}. {hint}")
+        what = f"of {self.path} hold {listing(layers)}" if layers else f"are in {self.path}"
+        names = ", ".join(source.name for source in found)
+        raise FeatureStoreError(f"{len(found)} sources {what}, so say which: `source`, one of {names}.")
 
     @property
     def items(self) -> pd.DataFrame:
@@ -217,12 +233,12 @@ class FeatureStore:
         return self.source(source).find(keys)
 
     def rows(self, layer: str, source: str | None = None) -> "Rows":
-        """Memory-mapped rows; see ``Rows.gather``."""
-        return self.source(source).rows(layer)
+        """Memory-mapped rows; see ``Rows.gather``. Without ``source``: of the only source that holds the layer."""
+        return self.source(source, [layer]).rows(layer)
 
     def dask(self, layer: str, source: str | None = None) -> "da.Array":
-        """A lazy Dask array; see ``Source.dask``."""
-        return self.source(source).dask(layer)
+        """A lazy Dask array; see ``Source.dask``. Without ``source``: of the only source that holds the layer."""
+        return self.source(source, [layer]).dask(layer)
 
     def xarray(self, source: str | None = None) -> "xr.Dataset":
         """A lazy xarray dataset; see ``Source.xarray``."""

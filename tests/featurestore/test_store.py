@@ -59,7 +59,7 @@ def test_several_sources_have_to_be_told_apart(tmp_path: Path) -> None:
     store = FeatureStore.open(tmp_path / "s.zarr")
     assert len(store.sources) == 4
     names = list(store.sources)
-    with pytest.raises(FeatureStoreError, match="holds 4 sources") as error:
+    with pytest.raises(FeatureStoreError, match=r"4 sources of .* hold maxp_2_2, so say which") as error:
         store.rows("maxp_2_2")
     assert all(name in str(error.value) for name in names)
     values = [store.rows("maxp_2_2", source=name).gather([0]).numpy() for name in names]
@@ -67,6 +67,28 @@ def test_several_sources_have_to_be_told_apart(tmp_path: Path) -> None:
     assert store.sources[names[0]].attributes["backbone"] == "vggface"
     with pytest.raises(FeatureStoreError, match="no source 'vggface-x'"):
         store.rows("maxp_2_2", source="vggface-x")
+
+
+def test_a_layer_says_which_source_is_meant(tmp_path: Path) -> None:
+    images = write_photographs(tmp_path / "p", 2, 1)
+    run_pass(images, tmp_path / "s.zarr", ["maxp_1_2", "maxp_2_2"])
+    run_pass(images, tmp_path / "s.zarr", ["maxp_1_2", "relu_1_1"], weights="random:1")
+    run_pass(images, tmp_path / "s.zarr", ["conv_1_1"], weights="random:2")
+    store = FeatureStore.open(tmp_path / "s.zarr")
+    assert store.source(layers=["maxp_2_2"]).attributes["weights"] == "seed:0"
+    assert store.source(layers=["relu_1_1", "maxp_1_2"]).attributes["weights"] == "seed:1"
+    one = store.source(layers=["relu_1_1"])
+    assert np.array_equal(store.rows("relu_1_1").gather([1]), one.rows("relu_1_1").gather([1]))
+    assert np.array_equal(store.dask("relu_1_1").compute(), one.dask("relu_1_1").compute())
+    with pytest.raises(FeatureStoreError, match=r"2 sources of .* hold maxp_1_2, so say which: `source`") as error:
+        store.rows("maxp_1_2")
+    assert store.source(layers=["conv_1_1"]).name not in str(error.value)
+    with pytest.raises(FeatureStoreError, match=r"no source of .* holds maxp_2_3\. Did you mean maxp_2_2"):
+        store.rows("maxp_2_3")
+    with pytest.raises(FeatureStoreError, match=r"no source of .* holds maxp_2_2, relu_1_1 together"):
+        store.source(layers=["maxp_2_2", "relu_1_1"])
+    with pytest.raises(FeatureStoreError, match=r"3 sources are in .*, so say which"):
+        store.source()
 
 
 def test_a_missing_layer_comes_with_its_command(small_store: Path) -> None:
