@@ -1,13 +1,19 @@
-"""What everything that reads or writes a file shares: its hash, its name, and replacing it in one step."""
+"""What everything that reads or writes files shares: their hash and name, and replacing them in one step."""
 
+import ctypes
 import hashlib
 import os
 import re
-from collections.abc import Iterator
+import sys
+import weakref
+from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from pathlib import Path
+from typing import Any
 
-PARTIAL = ".partial"  # ending of a file that is being written; readers never open it
+from featurestore.errors import FeatureStoreError
+
+PARTIAL = ".partial"  # ending of a file or folder that is being written or removed; readers never open it
 
 
 def sha256_of(path: str | os.PathLike[str]) -> str:
@@ -43,3 +49,68 @@ def write_atomically(path: Path, content: bytes | str) -> None:
     """``content`` (text as UTF-8) as the whole of a file, in one step; see ``replacing``."""
     with replacing(path) as partial:
         partial.write_bytes(content.encode("utf-8") if isinstance(content, str) else content)
+
+
+def folder_bytes(folder: Path) -> int:
+    """Bytes of all files below ``folder``; 0 if it is not there."""
+    return sum(path.lstat().st_size for path in folder.rglob("*") if not path.is_dir())
+
+
+def exchange(one: Path, other: Path) -> None:
+    """Two folders of one file system trade places in one step: no other program sees one of them missing.
+
+    FeatureStoreError, with both as they were, where the file system cannot do that.
+    """
+    names = [os.fsencode(path) for path in (one, other)]
+    if _exchange_in_kernel(*names):
+        number = ctypes.get_errno()
+        raise FeatureStoreError(
+            f"{one} cannot be replaced in one step: {os.strerror(number)}. Its file system, or this system, cannot exchange two "
+            "folders (ext4, XFS, Btrfs and APFS can). Nothing has changed; copy the store to such a disk and try again there."
+        )
+
+
+def _exchange_in_kernel(one: bytes, other: bytes) -> int:
+    """Not 0 if it failed; then errno says why."""
+    libc = ctypes.CDLL(None, use_errno=True)
+    if sys.platform == "darwin":
+        return int(libc.renamex_np(one, other, ctypes.c_uint(2)))  # RENAME_SWAP of <stdio.h>
+    here = ctypes.c_int(-100)  # AT_FDCWD of <fcntl.h>; 2 is RENAME_EXCHANGE of <linux/fs.h>
+    return int(libc.renameat2(here, one, here, other, ctypes.c_uint(2)))
+
+
+class OpenFolder:
+    """A folder as it was opened, to notice that another one has been put in its place since.
+
+    It is held open, because the inode number of a folder that is removed may be given to the next one. What it is pickled for
+    compares the number alone, while the object that was pickled holds it.
+    """
+
+    def __init__(self, path: Path, inode: int | None = None) -> None:
+        self.path = path.resolve()
+        self._inode = inode
+        try:
+            descriptor = os.open(self.path, os.O_RDONLY | os.O_DIRECTORY)
+        except OSError as error:
+            if inode is None:
+                raise FeatureStoreError(f"{path} cannot be opened: {error.strerror or error}.") from None
+            return
+        weakref.finalize(self, os.close, descriptor)
+        self._inode = inode or os.fstat(descriptor).st_ino
+
+    def __reduce__(self) -> tuple[Callable[..., Any], tuple[Any, ...]]:
+        return OpenFolder, (self.path, self._inode)
+
+    @contextmanager
+    def unchanged(self) -> Iterator[None]:
+        """FeatureStoreError after the block, whatever it raised, if the folder is another one by then or is gone."""
+        try:
+            yield
+        finally:
+            try:
+                now: int | None = self.path.stat().st_ino
+            except OSError:
+                now = None
+            if now != self._inode:
+                what = "removed" if now is None else "rewritten"
+                raise FeatureStoreError(f"{self.path} was {what} since it was opened: open the store again.") from None

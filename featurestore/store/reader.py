@@ -17,7 +17,7 @@ import numpy as np
 import pandas as pd
 
 from featurestore.errors import FeatureStoreError
-from featurestore.files import safe_name
+from featurestore.files import OpenFolder, safe_name
 from featurestore.keys import BOX, KEY
 from featurestore.store.zarr_format import (
     METADATA,
@@ -44,6 +44,8 @@ Keys: TypeAlias = "Iterable[tuple[str, str]] | pd.MultiIndex | pd.DataFrame"
 class Source:
     """One group of a store, as it was when opened: items, and the layers one network made of them.
 
+    What is read after the source has been rewritten (items removed or renamed) raises FeatureStoreError, since row numbers
+    may mean other items by then; items that are appended change nothing. ``Rows`` that were made before stay as they are.
     ``attributes`` say backbone, weights, recipe, precision, library versions and licence. ``layers`` maps names to
     ``Layer`` (shape, dtype, compression) in the order they were added.
     """
@@ -51,7 +53,11 @@ class Source:
     def __init__(self, store: Path, name: str) -> None:
         self.name = name
         self.folder = store / name
-        document = read_document(self.folder)
+        self._opened = OpenFolder(
+            self.folder
+        )  # before its document is read: what follows belongs to this folder or is refused
+        with self._opened.unchanged():
+            document = read_document(self.folder)
         self.attributes: dict[str, Any] = document["attributes"]
         try:
             arrays: dict[str, Document] = document["consolidated_metadata"]["metadata"]
@@ -86,7 +92,8 @@ class Source:
 
     def coordinate(self, name: str) -> np.ndarray:
         """One coordinate's values, (n_items,): an object array of str, or numbers."""
-        return read_coordinate(self.folder / name, self._coordinates[name])
+        with self._opened.unchanged():
+            return read_coordinate(self.folder / name, self._coordinates[name])
 
     @property
     def weights(self) -> str:
@@ -149,19 +156,20 @@ class Source:
         """Memory-mapped rows of one layer."""
         from featurestore.store.rows import Rows  # opening a store and reading its keys needs no torch
 
-        return Rows(self.layer(layer))
+        with self._opened.unchanged():
+            return Rows(self.layer(layer))
 
     def dask(self, layer: str) -> "da.Array":
         """The layer as a lazy Dask array (item, *shape); rows that are not cached are NaN."""
         from featurestore.store.lazy import dask_array  # Dask is loaded by those who ask for it
 
-        return dask_array(self.layer(layer))
+        return dask_array(self.layer(layer), self._opened)
 
     def xarray(self) -> "xr.Dataset":
         """Items as coordinates and every layer as a lazy variable."""
         from featurestore.store.lazy import dataset
 
-        return dataset(self.items, self.layers, self.attributes)
+        return dataset(self.items, self.layers, self.attributes, self._opened)
 
 
 class FeatureStore:
@@ -198,7 +206,11 @@ class FeatureStore:
         found = [source for full, source in self.sources.items() if full.startswith(name)]
         if name in self.sources:
             return self.sources[name]
-        if len(found) != 1:
+        if len(found) > 1:
+            raise FeatureStoreError(
+                f"{len(found)} sources of {self.path} begin with {name!r}, so say which: {', '.join(each.name for each in found)}."
+            )
+        if not found:
             raise FeatureStoreError(f"{self.path} has no source {name!r}. {near_matches(name, self.sources)}")
         return found[0]
 

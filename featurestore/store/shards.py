@@ -202,6 +202,12 @@ class ShardWriter:
             self._write_run(slots[start:stop], rows[start:stop])
             start = stop
 
+    def write_record(self, slot: int, record: bytes) -> None:
+        """A record as it is stored, checksum included, for a ``slot`` above all that were written. Raises DamagedShard."""
+        if len(record) < CRC_BYTES or crc32c(memoryview(record)[:-CRC_BYTES]) != self.record.checksum(record):
+            raise DamagedShard("a record does not match its checksum")
+        self._copy(slot, record)
+
     def commit(self) -> None:
         """Write the index, flush to disk, and put the shard in its place in one step."""
         self._carry_over(before=self.slots)
@@ -270,11 +276,13 @@ class ShardWriter:
         while self._kept and self._kept[0] < before:
             slot = self._kept.pop(0)
             assert self._old is not None
-            raw = read_record(self._old, self._old_index, slot)
-            if self.record.compress == "none":
-                self._place(slot, [])
-            self._note(slot, len(raw))
-            _write_all(self._fd, [raw])
+            self._copy(slot, read_record(self._old, self._old_index, slot))
+
+    def _copy(self, slot: int, record: bytes) -> None:
+        if self.record.compress == "none":
+            self._place(slot, [])
+        self._note(slot, len(record))
+        _write_all(self._fd, [record])
 
 
 def _allocate(fd: int, nbytes: int) -> None:

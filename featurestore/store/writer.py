@@ -40,6 +40,8 @@ from featurestore.store.zarr_format import (
     write_json,
 )
 
+_REMOVED = "removed" + PARTIAL  # in the folder of a layer that is being removed
+
 
 @contextmanager
 def store_lock(store: Path, doing: str) -> Iterator[None]:
@@ -95,25 +97,59 @@ def refuse_other_folder(store: Path) -> None:
         raise FeatureStoreError(f"{store} is {what}, not a store. Choose another `store`.")
 
 
+def publish_root(store: Path) -> None:
+    """Bring the root's document in step with its sources'; touches no file if it is."""
+    documents = {name: read_document(store / name) for name in source_names(store)}
+    _write_if_changed(store / METADATA, root_document(documents))
+
+
+def drop_leftovers(store: Path) -> list[str]:
+    """Delete what a killed writer left, under ``store_lock``: files that were being written, folders that were being removed.
+
+    The names of the latter: ``source`` or ``source/layer``.
+    """
+    gone = []
+    for path in sorted(store.glob("*" + PARTIAL)):
+        if path.is_dir() and not path.is_symlink():
+            shutil.rmtree(path)
+            gone.append(path.name.removesuffix(PARTIAL))
+        else:
+            path.unlink()
+    for marker in sorted(store.glob(f"*/*/{_REMOVED}")):
+        layer, source = marker.parent, marker.parent.parent
+        if layer.name in read_document(source)["consolidated_metadata"]["metadata"]:
+            marker.unlink()  # killed before it was taken out
+        else:
+            shutil.rmtree(layer)
+            gone.append(f"{source.name}/{layer.name}")
+    return gone
+
+
 class SourceWriter:
-    """Writes one source. Make it under ``store_lock``; it repairs what a killed caching run left behind.
+    """Writes one source. Make it under ``store_lock``; it repairs what a killed writer left behind.
 
     ``table`` holds the registered items' coordinates in row order, columns ``face_id, view, path, image_sha256`` and
-    the user's. Nothing is visible to readers before ``publish``.
+    the user's. ``foreign`` are the documents of arrays of other programs, for a source that is made anew. Nothing is visible to
+    readers before ``publish``.
     """
 
-    def __init__(self, store: Path, name: str, attributes: Mapping[str, Any]) -> None:
+    def __init__(
+        self, store: Path, name: str, attributes: Mapping[str, Any], foreign: Mapping[str, Any] | None = None
+    ) -> None:
         self.store = store
         self.folder = store / name
         self.layers: dict[str, Layer] = {}
         self._parts: list[pd.DataFrame] = []
-        self._foreign: dict[str, Any] = {}
+        self._foreign: dict[str, Any] = dict(foreign or {})
         refuse_other_folder(store)
         if (store / METADATA).exists():
             read_document(store)
         else:
             write_json(store / METADATA, root_document({}))
-        self._drop_partial_files()
+        drop_leftovers(store)
+        for partial in self.folder.rglob("*" + PARTIAL):
+            if partial.is_file():
+                partial.unlink()
         if (self.folder / METADATA).exists():
             source = Source(store, name)
             self.attributes = source.attributes
@@ -146,6 +182,14 @@ class SourceWriter:
         self._unpublished_changes = True
         return self.layers[name]
 
+    def remove_layer(self, name: str) -> None:
+        """Take a layer out and publish that, then delete its files; killed in between, ``drop_leftovers`` deletes them."""
+        marker = self.layers.pop(name).folder / _REMOVED
+        marker.touch()
+        self._unpublished_changes = True
+        self.publish()
+        shutil.rmtree(marker.parent)
+
     def open_shard(self, layer: str, shard: int, keep: Sequence[int] = (), end: int = 0) -> ShardWriter:
         """A writer for one shard of one layer; see ShardWriter."""
         found = self.layers[layer]
@@ -177,8 +221,7 @@ class SourceWriter:
         """Show readers everything committed so far, in one step; touches no file if nothing changed."""
         if self._unpublished_changes:
             self._publish_source()
-        documents = {name: read_document(self.store / name) for name in source_names(self.store)}
-        _write_if_changed(self.store / METADATA, root_document(documents))  # also after a kill just before it
+        publish_root(self.store)  # also after a kill just before it
 
     def _publish_source(self) -> None:
         table = self.table
@@ -204,11 +247,6 @@ class SourceWriter:
         for chunk in range(self._published // COORDINATE_CHUNK, -(-len(values) // COORDINATE_CHUNK)):
             part = values[chunk * COORDINATE_CHUNK : (chunk + 1) * COORDINATE_CHUNK]
             write_atomically(coordinate_chunk(self.folder / name, kind, chunk), encode_coordinate(part, kind))
-
-    def _drop_partial_files(self) -> None:
-        for partial in [*self.store.glob("*" + PARTIAL), *self.folder.rglob("*" + PARTIAL)]:
-            if partial.is_file():
-                partial.unlink()
 
     def _drop_unregistered(self) -> None:
         """Remove the rows that a killed caching run wrote and whose items it never registered.

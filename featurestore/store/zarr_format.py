@@ -18,7 +18,7 @@ from crc32c import crc32c
 from numcodecs import VLenUTF8, Zstd
 
 from featurestore.errors import FeatureStoreError
-from featurestore.files import write_atomically
+from featurestore.files import PARTIAL, write_atomically
 from featurestore.store.shards import COMPRESS, CRC_BYTES, RecordFormat
 
 FORMAT = "face-featurestore"
@@ -277,9 +277,11 @@ def read_document(folder: Path) -> dict[str, Any]:
 
 
 def source_names(store: Path) -> list[str]:
-    """The member groups that are sources; groups and files of other programs are ignored."""
+    """The member groups that are sources; groups and files of other programs, and folders being written, are ignored."""
     names = []
     for path in sorted(store.glob(f"*/{METADATA}")):
+        if path.parent.name.endswith(PARTIAL):
+            continue
         try:
             ours = json.loads(path.read_text("utf-8"))["attributes"].get("format") == FORMAT
         except (OSError, ValueError, KeyError, TypeError, AttributeError):
