@@ -4,14 +4,16 @@
     rows = store.rows("maxp_5_3")
     batch = rows.gather(store.find([("s12", "3"), ("s12", "10")]))
 
-A store holds one group per source: backbone + weights + recipe + precision. With several, name the one you mean.
+A store holds one group per source: backbone + weights + recipe + precision. With several, name the one you mean where it
+is not clear from the layer.
 """
 
+import numbers
 import os
-from collections.abc import Iterable, Mapping
+from collections.abc import Iterable, Mapping, Sequence
 from functools import cached_property
 from pathlib import Path
-from typing import TYPE_CHECKING, Any, TypeAlias
+from typing import TYPE_CHECKING, Any, SupportsIndex, TypeAlias
 
 import numpy as np
 import pandas as pd
@@ -29,7 +31,7 @@ from featurestore.store.zarr_format import (
     read_document,
     source_names,
 )
-from featurestore.text import listing, near_matches
+from featurestore.text import listing, natural_order, near_matches
 
 if TYPE_CHECKING:
     import dask.array as da
@@ -38,7 +40,9 @@ if TYPE_CHECKING:
     from featurestore.store.rows import Rows
 
 Document = dict[str, Any]  # JSON
-Keys: TypeAlias = "Iterable[tuple[str, str]] | pd.MultiIndex | pd.DataFrame"
+_MOST_COMPARED = 10_000  # names in the search for one that is near another
+Part: TypeAlias = "str | SupportsIndex"  # of a key: an integer stands for its digits
+Keys: TypeAlias = "str | tuple[Part, Part] | Iterable[tuple[Part, Part] | str] | pd.MultiIndex | pd.DataFrame"
 
 
 class Source:
@@ -118,21 +122,53 @@ class Source:
         unknown = table["image_sha256"].isin(["", "0" * 64])
         return np.where(unknown, np.arange(self.n_items), first[group]).astype(np.int64)
 
-    def find(self, keys: Keys) -> np.ndarray:
-        """Row numbers (int64) of (face, view) pairs, many at once. FeatureStoreError names the keys that are not there."""
-        wanted = _key_index(keys)
+    def find(self, keys: Keys, columns: Mapping[str, str] | None = None) -> np.ndarray:
+        """Row numbers (int64) of items, many at once, in the order asked for.
+
+        ``keys``: (face, view) pairs, as a list, one alone, a MultiIndex or a DataFrame; or faces, ``"s12"`` or
+        ``["s12", "s13"]``, for all their views in natural order. An integer stands for its digits: (12, 3) for ("12", "3").
+        ``columns`` says where a DataFrame with other names has them: ``{"face_id": "head", "view": "angle"}``.
+        FeatureStoreError names the keys that are not there, and those near them that are.
+        """
         self.require_unique_keys()
+        if not isinstance(keys, tuple | pd.MultiIndex | pd.DataFrame):
+            keys = [keys] if isinstance(keys, str) else list(keys)
+            faces = [key for key in keys if isinstance(key, str)]
+            if faces and len(faces) == len(keys):
+                return self._rows_of(faces)
+        wanted = _key_index(keys, columns or {})
         rows = self.keys.get_indexer(wanted)
         if (rows < 0).any():
             missing = wanted[rows < 0]
-            faces = set(self.keys.levels[0])
-            unknown = [key[0] for key in missing if key[0] not in faces]
-            hint = near_matches(unknown[0], sorted(faces)[:10_000]) if unknown and len(faces) < 100 else ""
             raise FeatureStoreError(
-                f"{len(missing)} of {len(wanted)} keys are not in {self.folder}: "
-                f"{listing(missing, 3)}. {hint or 'Keys are (face, view) pairs of strings.'}"
+                f"{len(missing)} of {len(wanted)} keys are not in {self.folder}: {listing(missing, 3)}. "
+                f"{self._hint(*missing[0])}"
             )
         return np.asarray(rows, np.int64)
+
+    def _rows_of(self, faces: Sequence[str]) -> np.ndarray:
+        groups = self._views.groupby("face_id", sort=False).indices
+        unknown = [face for face in faces if face not in groups]
+        if unknown:
+            raise FeatureStoreError(
+                f"{len(unknown)} of {len(faces)} faces are not in {self.folder}: {listing(unknown, 3)}. {self._hint(unknown[0])}"
+            )
+        views = self._views["view"].to_numpy(object)
+        parts = [sorted(groups[face].tolist(), key=lambda row: natural_order(views[row])) for face in faces]
+        return np.array([row for part in parts for row in part], np.int64)
+
+    def _hint(self, face: str, view: str | None = None) -> str:
+        """What is near a face, or a view of one, that is not there."""
+        known = self._views[self._views["face_id"] == face]["view"]
+        if not len(known) or view is None:
+            faces = sorted(set(self._views["face_id"]), key=natural_order)
+            return f"There is no face {face!r}. {near_matches(face, faces[:_MOST_COMPARED], f'There are {listing(faces)}.')}"
+        views = sorted(known, key=natural_order)
+        return f"Face {face!r} has no view {view!r}; {near_matches(view, views, f'it has {listing(views, 12)}.')}"
+
+    @cached_property
+    def _views(self) -> pd.DataFrame:
+        return self.keys.to_frame(index=False)
 
     def require_unique_keys(self) -> None:
         """FeatureStoreError if a key is there twice: a row could not be identified by its key."""
@@ -207,9 +243,8 @@ class FeatureStore:
         if name in self.sources:
             return self.sources[name]
         if len(found) > 1:
-            raise FeatureStoreError(
-                f"{len(found)} sources of {self.path} begin with {name!r}, so say which: {', '.join(each.name for each in found)}."
-            )
+            names = ", ".join(each.name for each in found)
+            raise FeatureStoreError(f"{len(found)} sources of {self.path} begin with {name!r}, so say which: {names}.")
         if not found:
             raise FeatureStoreError(f"{self.path} has no source {name!r}. {near_matches(name, self.sources)}")
         return found[0]
@@ -240,9 +275,26 @@ class FeatureStore:
         """The only source's layers."""
         return self.source().layers
 
-    def find(self, keys: Keys, source: str | None = None) -> np.ndarray:
-        """Row numbers of (face, view) pairs; see ``Source.find``."""
-        return self.source(source).find(keys)
+    def find(
+        self,
+        keys: Keys,
+        source: str | None = None,
+        layer: str | None = None,
+        columns: Mapping[str, str] | None = None,
+    ) -> np.ndarray:
+        """Row numbers of items; see ``Source.find``. They are those of ``source``, or of the only one that holds ``layer``.
+
+        Neither has to be given where all sources hold the same items in the same order.
+        """
+        sources = list(self.sources.values())
+        if (
+            source is None
+            and layer is None
+            and sources
+            and all(sources[0].keys.equals(other.keys) for other in sources[1:])
+        ):
+            return sources[0].find(keys, columns)
+        return self.source(source, [layer] if layer else ()).find(keys, columns)
 
     def rows(self, layer: str, source: str | None = None) -> "Rows":
         """Memory-mapped rows; see ``Rows.gather``. Without ``source``: of the only source that holds the layer."""
@@ -282,18 +334,39 @@ def _problem(attributes: dict[str, Any], arrays: dict[str, Document], coordinate
     return f"layers have different numbers of items to a shard: {sorted(slots)}" if len(slots) > 1 else ""
 
 
-def _key_index(keys: Keys) -> pd.MultiIndex:
-    if isinstance(keys, pd.MultiIndex):
-        return keys
+def _key_index(keys: Keys, columns: Mapping[str, str]) -> pd.MultiIndex:
     if isinstance(keys, pd.DataFrame):
-        return pd.MultiIndex.from_frame(keys[list(KEY)])
-    pairs: list[Any] = list(keys)
-    if not pairs:
-        return pd.MultiIndex.from_arrays([np.empty(0, object)] * 2, names=KEY)
-    if not all(
-        isinstance(pair, tuple) and len(pair) == 2 and all(isinstance(part, str) for part in pair) for pair in pairs
-    ):
+        names = [columns.get(name, name) for name in KEY]
+        absent = [name for name in names if name not in keys]
+        if absent or not columns.keys() <= set(KEY):
+            raise FeatureStoreError(
+                f"the table has no column {listing(absent) or listing(columns)}; it has {listing(keys.columns, 12)}. "
+                'Say which are meant: `columns` {"face_id": …, "view": …}.'
+            )
+        parts = [keys[name] for name in names]
+    elif isinstance(keys, pd.MultiIndex) and keys.nlevels == 2:
+        parts = [keys.get_level_values(level) for level in range(2)]
+    else:
+        pairs: list[Any] = [keys] if isinstance(keys, tuple) else list(keys)
+        if not all(isinstance(pair, tuple) and len(pair) == 2 for pair in pairs):
+            raise FeatureStoreError(
+                f"keys are (face, view) pairs, such as ('s12', '3'), or faces alone, such as 's12'; got {listing(pairs, 2)}."
+            )
+        parts = [pd.Series([pair[i] for pair in pairs], dtype=object) for i in range(2)]
+    return pd.MultiIndex.from_arrays([_as_text(part) for part in parts], names=KEY)
+
+
+def _as_text(parts: "pd.Series | pd.Index") -> np.ndarray:
+    """(n,) object: strings, of integers their digits."""
+    values: np.ndarray = parts.to_numpy(object)
+    if pd.api.types.infer_dtype(values, skipna=False) == "string":
+        return values
+    wrong = [
+        part for part in values if not isinstance(part, str | numbers.Integral) or isinstance(part, bool | np.bool)
+    ]
+    if wrong:
         raise FeatureStoreError(
-            f"keys are (face, view) pairs of strings, such as ('s12', '3'); got {listing(pairs, 2)}."
+            f"keys are (face, view) pairs of strings, or of integers; {wrong[0]!r} is {type(wrong[0]).__name__}. A number with "
+            "a point could be written in several ways: give the string as it is in the store."
         )
-    return pd.MultiIndex.from_tuples(pairs, names=KEY)
+    return np.array([str(part) for part in values], object)

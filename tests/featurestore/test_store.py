@@ -46,8 +46,52 @@ def test_unknown_keys_are_named(small_store: Path) -> None:
     store = FeatureStore.open(small_store)
     with pytest.raises(FeatureStoreError, match=r"2 of 3 keys are not in .*\('f55', '1'\).*Did you mean f5"):
         store.find([("f1", "1"), ("f55", "1"), ("f1", "9")])
-    with pytest.raises(FeatureStoreError, match="pairs of strings"):
-        store.find([("f1", 1)])
+    with pytest.raises(FeatureStoreError, match=r"Face 'f1' has no view '9'; it has 1, 2\."):
+        store.find([("f1", "9")])
+    with pytest.raises(FeatureStoreError, match=r"1 of 2 faces are not in .*: f55\. .*Did you mean f5"):
+        store.find(["f1", "f55"])
+    for wrong in ([("f1", 1.0)], [("f1", None)], [("f1", True)], pd.DataFrame({"face_id": ["f1"], "view": [1.5]})):
+        with pytest.raises(FeatureStoreError, match=r"pairs of strings, or of integers; .* is "):
+            store.find(wrong)
+    for wrong in ([1, 2], [("f1", "1", "x")], [("f1", "1"), "f2"]):
+        with pytest.raises(FeatureStoreError, match="or faces alone"):
+            store.find(wrong)
+    with pytest.raises(FeatureStoreError, match=r"no column angle; it has head, view\..*`columns`"):
+        store.find(pd.DataFrame({"head": ["f1"], "view": ["1"]}), columns={"face_id": "head", "view": "angle"})
+
+
+def test_integers_columns_and_faces_alone_are_keys_too(tmp_path: Path) -> None:
+    for name in ("12/2", "12/10", "3/1"):
+        path = write_photographs(tmp_path / "one", 1, 1) / "f1" / "1.png"
+        (tmp_path / "p" / name).parent.mkdir(parents=True, exist_ok=True)
+        shutil.copy(path, tmp_path / "p" / f"{name}.png")
+    run_pass(tmp_path / "p", tmp_path / "s.zarr", ["relu_1_1"])
+    store = FeatureStore.open(tmp_path / "s.zarr")
+    assert store.items.index.tolist() == [("3", "1"), ("12", "2"), ("12", "10")]
+    for keys in ([(12, 10), (3, 1)], [(np.int64(12), "10"), ("3", np.uint8(1))]):
+        assert store.find(keys).tolist() == [2, 0]
+    assert store.find((12, 2)).tolist() == store.find(("12", "2")).tolist() == [1]
+    assert store.find(pd.MultiIndex.from_tuples([(12, 10), (3, 1)])).tolist() == [2, 0]
+    table = pd.DataFrame({"head": [12, 3], "angle": ["2", "1"]})
+    assert store.find(table, columns={"face_id": "head", "view": "angle"}).tolist() == [1, 0]
+    assert store.find("12").tolist() == [1, 2]
+    assert store.find(pd.Series(["3"])).tolist() == [0]
+    assert store.find(["12", "3", "12"]).tolist() == [1, 2, 0, 1, 2]
+
+
+def test_keys_are_found_in_a_store_of_several_sources(tmp_path: Path) -> None:
+    images, store = write_photographs(tmp_path / "p", 2, 1), tmp_path / "s.zarr"
+    run_pass(images, store, ["relu_1_1"])
+    run_pass(images, store, ["maxp_1_2"], weights="random:1")
+    assert FeatureStore.open(store).find([("f2", "1")]).tolist() == [1]  # the same in both
+    write_photographs(images, 3, 1)
+    run_pass(images, store, ["relu_1_1"])
+    opened = FeatureStore.open(store)
+    with pytest.raises(FeatureStoreError, match=r"2 sources are in .* say which"):
+        opened.find([("f2", "1")])
+    assert opened.find("f3", layer="relu_1_1").tolist() == [2]
+    with pytest.raises(FeatureStoreError, match="not in"):
+        opened.find("f3", layer="maxp_1_2")
 
 
 def test_several_sources_have_to_be_told_apart(tmp_path: Path) -> None:
