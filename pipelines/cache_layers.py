@@ -145,6 +145,13 @@ def _complete_recipes(ctx: click.Context, param: click.Parameter, incomplete: st
 @click.option(
     "--recompute-changed", is_flag=True, help="Recompute photographs whose file has changed since they were cached."
 )
+@click.option("--rename", is_flag=True, help="Move keys to where renamed photographs are now, without computing them.")
+@click.option(
+    "--forget",
+    multiple=True,
+    metavar="KEY …",
+    help="Remove items whose photographs are no longer there: face/view, a face for all its views, or `gone` for all of them.",
+)
 @click.option(
     "--items-per-shard",
     type=click.IntRange(1),
@@ -152,7 +159,7 @@ def _complete_recipes(ctx: click.Context, param: click.Parameter, incomplete: st
     help="Items in one shard file of a new store. [default: 256]",
 )
 @click.option("--dry-run", is_flag=True, help="Print the plan and stop.")
-def main(list_layers: bool, dry_run: bool, **options: Any) -> None:
+def main(list_layers: bool, dry_run: bool, rename: bool, forget: tuple[str, ...], **options: Any) -> None:
     """Run a frozen network over face photographs and keep the named layers, keyed by face and view."""
     if list_layers:
         _list_layers(options["backbone"], options["recipe"])
@@ -164,11 +171,16 @@ def main(list_layers: bool, dry_run: bool, **options: Any) -> None:
 
     job = prepare_job(request)
     if dry_run:
+        if rename or forget:
+            _rename_and_forget(job, rename, forget, dry_run)
         click.echo(f"Plan (nothing is run)\n{as_typed(str(_plan(job)))}")
         return
     with store_lock(request.store, "pipelines/cache_layers.py"):
+        if rename or forget:
+            _rename_and_forget(job, rename, forget, dry_run)
         plan = _plan(job)
         click.echo(f"Plan\n{as_typed(str(plan))}\n")
+        plan.refuse_if_renamed()
         plan.refuse_if_full()
         with progress_bar(plan.images, "computing") as bar:
             summary = cache_layers(job, plan, bar.update)
@@ -231,10 +243,36 @@ def _demo_faces() -> Path:
     return table
 
 
+def _rename_and_forget(job: "CachingJob", rename: bool, forget: tuple[str, ...], dry_run: bool) -> None:
+    from featurestore.caching.planning import source_of
+    from featurestore.caching.renamed import rename_photographs, rows_to_forget
+    from featurestore.store.rewriting import remove_items
+    from featurestore.text import listing
+
+    store, would = job.request.store, "Would be " if dry_run else ""
+    if rename:
+        renamed = _plan(job).moves.renamed
+        names = [job.source_name]
+        if renamed and not dry_run:
+            names = [*rename_photographs(store, job.source_name, renamed)]
+        what = f"{len(renamed)} items, in {', '.join(names)}: {listing(renamed, 20)}" if renamed else "nothing"
+        click.echo(f"{would}{'renamed' if would else 'Renamed'}: {what}.")
+    if forget:
+        source = source_of(job)
+        rows = rows_to_forget(source, job.request.faces.table, forget)
+        if len(rows) and not dry_run:
+            with progress_bar((source.n_items - len(rows)) * len(source.layers), "copying", " rows") as bar:
+                remove_items(store, source.name, rows, bar.update)
+        names = ["/".join(source.keys[row]) for row in rows]
+        what = f"{len(rows)} items of {source.name}: {listing(names, 20)}" if names else "nothing"
+        click.echo(f"{would}{'removed' if would else 'Removed'}: {what}.")
+    click.echo()
+
+
 def _plan(job: "CachingJob") -> "Plan":
     from featurestore.caching.planning import make_plan
 
-    with progress_bar(None, "checking cached photographs") as bar:
+    with progress_bar(None, "checking photographs") as bar:
         return make_plan(job, bar.update)
 
 

@@ -8,6 +8,7 @@ from typing import Any
 import numpy as np
 import pandas as pd
 
+from featurestore.caching.renamed import Moves
 from featurestore.errors import FeatureStoreError
 from featurestore.photos.loading import Failure
 from featurestore.store.shards import index_bytes
@@ -60,6 +61,7 @@ class Plan:
     left_out: tuple[str, ...] = ()
     free: int = 0
     notes: tuple[str, ...] = field(default=())
+    moves: Moves = field(default=Moves())
 
     @property
     def to_fill(self) -> np.ndarray:
@@ -88,6 +90,20 @@ class Plan:
                 "larger disk, or choose another `store`."
             )
 
+    def refuse_if_renamed(self) -> None:
+        """FeatureStoreError if photographs seem to have been renamed: whether they were is for the user to say."""
+        renamed = self.moves.renamed
+        if renamed:
+            gone = [each.old for each in renamed if each.old in self.moves.gone]
+            forget = (
+                f"`forget` {'/'.join(gone[0])} removes the item, and the photograph is computed anew; " if gone else ""
+            )
+            raise FeatureStoreError(
+                f"{len(renamed)} photographs in the store seem to have been renamed: {listing(renamed)}. Cached as they are, the "
+                "same photograph would be there under two keys, or under another's. Say which is right: `rename` gives the items "
+                f"their new keys without computing; {forget}or put the files back."
+            )
+
     def __str__(self) -> str:
         lines = [f"  {name:<9} {value}" for name, value in self.about]
         lines.append(f"  {'items':<9} {len(self.existing)} in the store, {len(self.new)} to append")
@@ -101,13 +117,23 @@ class Plan:
                 f"  {'changed':<9} {len(self.changed)} photographs (or their boxes) differ from those cached ({what}): "
                 f"{listing(self.changed, 5)}"
             )
-        lines += ["", *self._table(), ""]
+        lines += [*self._moves(), "", *self._table(), ""]
         lines.append(f"  {'disk':<9} up to {human_bytes(self.bytes_to_write)} to write, {human_bytes(self.free)} free")
         lines.append(
             f"  {'network':<9} {self.images} images to compute" + ("" if self.images else ": everything is cached")
         )
         lines += [f"  {'note':<9} {note}" for note in self.notes]
         return "\n".join(lines)
+
+    def _moves(self) -> list[str]:
+        lost, renamed = ["/".join(key) for key in self.moves.lost], self.moves.renamed
+        copies = [f"{'/'.join(key)} = {'/'.join(other)}" for key, other in self.moves.copies]
+        parts = [
+            ("gone", lost, "photographs in the store are no longer there; `forget` gone removes them"),
+            ("renamed?", renamed, "photographs in the store now have another key"),
+            ("copies", copies, "photographs have the same content as another"),
+        ]
+        return [f"  {name:<9} {len(found)} {what}: {listing(found, 5)}" for name, found, what in parts if found]
 
     def _table(self) -> list[str]:
         rows = [("layer", "shape", "stored as", "per image", "cached", "to compute", "shards")]

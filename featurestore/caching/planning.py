@@ -1,5 +1,6 @@
 """A request held against the store: what is cached, what is missing, what changed, and what it will cost."""
 
+from collections.abc import Sequence
 from pathlib import Path
 
 import numpy as np
@@ -7,6 +8,7 @@ import pandas as pd
 
 from featurestore.caching.job import CachingJob, CachingRequest
 from featurestore.caching.plan import CountPhotographs, LayerPlan, Plan
+from featurestore.caching.renamed import Moves, find_moves
 from featurestore.errors import FeatureStoreError
 from featurestore.files import sha256_of
 from featurestore.keys import BOX, KEY
@@ -26,7 +28,7 @@ ITEMS_PER_SHARD = 256
 def make_plan(job: CachingJob, progress: CountPhotographs = lambda n: None) -> Plan:
     """Compare the request with the store: what is cached, what is missing, what changed, what it will cost.
 
-    Photographs that the store knows already are hashed, to notice a changed one; ``progress`` counts them.
+    If the source holds items, all photographs are hashed, to notice changed and renamed ones; ``progress`` counts them.
     """
     request = job.request
     ours = [*KEY, "path", "image_sha256", "item", *BOX]
@@ -43,7 +45,10 @@ def make_plan(job: CachingJob, progress: CountPhotographs = lambda n: None) -> P
     found = request.faces.table
     old = source.items.reset_index() if source else pd.DataFrame(columns=[*KEY, "path", "image_sha256"])
     known = pd.MultiIndex.from_frame(old[list(KEY)]).get_indexer(pd.MultiIndex.from_frame(found[list(KEY)]))
-    changed_rows, failures = _changed(old, found, known, progress, boxed=request.faces.boxed)
+    digests = _digests(found, progress) if len(old) else [None] * len(found)
+    moves = find_moves(source, old, found, known, digests, request.faces.boxed) if source else Moves()
+    changed_rows, failures = _changed(old, found, known, digests, boxed=request.faces.boxed)
+    changed_rows = np.setdiff1d(changed_rows, [each.row for each in moves.renamed]).astype(np.int64)
     if failures and request.on_error == "stop":
         raise FeatureStoreError(f"a photograph that is cached has changed and cannot be read: {failures[0]}.")
     recompute = np.zeros(len(old), bool)
@@ -75,7 +80,16 @@ def make_plan(job: CachingJob, progress: CountPhotographs = lambda n: None) -> P
         left_out=request.faces.left_out,
         free=free_bytes(request.store),
         notes=_notes(job, source),
+        moves=moves,
     )
+
+
+def source_of(job: CachingJob) -> Source:
+    """The source that a job adds to; FeatureStoreError if it is not there yet."""
+    source = _existing_source(job.request.store, job.source_name)
+    if source is None:
+        raise FeatureStoreError(f"{job.request.store} holds nothing yet of source {job.source_name}.")
+    return source
 
 
 def _existing_source(store: Path, name: str) -> Source | None:
@@ -145,7 +159,7 @@ def _typed(values: pd.Series) -> np.ndarray:
 
 
 def _changed(
-    old: pd.DataFrame, found: pd.DataFrame, known: np.ndarray, progress: CountPhotographs, boxed: bool
+    old: pd.DataFrame, found: pd.DataFrame, known: np.ndarray, hashes: Sequence[str | None], boxed: bool
 ) -> tuple[np.ndarray, list[Failure]]:
     """Rows whose photograph no longer has the hash (or the box) that was cached, and those that cannot be read any more."""
     again = np.flatnonzero(known >= 0)
@@ -153,9 +167,8 @@ def _changed(
     cached = old["image_sha256"].to_numpy(object)
     changed, failures = [], []
     moved = set(known[again][_moved(old.iloc[known[again]], found.iloc[again])]) if boxed else set()
-    digests = thread_pool().map(_sha256_or_none, paths)
+    digests = [hashes[i] for i in again.tolist()]
     for row, path, digest in zip(known[again], paths, digests, strict=True):
-        progress(1)
         if digest == cached[row]:
             if row in moved:
                 changed.append(row)
@@ -172,6 +185,15 @@ def _moved(old: pd.DataFrame, found: pd.DataFrame) -> np.ndarray:
     """bool per item: whether the box that its rows were computed from is another one now."""
     cached, given = (np.asarray(table.reindex(columns=list(BOX)), np.float64) for table in (old, found))
     return np.asarray((cached != given).any(axis=1))
+
+
+def _digests(found: pd.DataFrame, progress: CountPhotographs) -> list[str | None]:
+    """The sha256 of each photograph; None for one that cannot be read."""
+    digests = []
+    for digest in thread_pool().map(_sha256_or_none, found["path"]):
+        progress(1)
+        digests.append(digest)
+    return digests
 
 
 def _sha256_or_none(path: str) -> str | None:
