@@ -13,6 +13,7 @@ import click
 from click.shell_completion import CompletionItem
 
 from featurestore.errors import FeatureStoreError
+from pipelines._params import Expression
 
 DEMO_IMAGES = Path("store/demo_faces")
 DEMO_STORE = Path("store/demo.zarr")
@@ -20,28 +21,31 @@ DOWNLOAD = "download"
 
 
 class Command(click.Command):
-    """A command whose ``multiple`` options take values up to the next option: ``--layers a b c``.
+    """A command whose ``multiple`` options take values up to the next option, or with commas: ``--layers a b c``, ``a,b,c``.
 
-    A FeatureStoreError becomes its message and exit status 1; Ctrl-C outside a caching run exits with 130.
+    A comma within a name is written ``\\,``; expressions and files are taken whole. A FeatureStoreError becomes its message
+    and exit status 1; Ctrl-C outside a caching run exits with 130.
     """
 
     def parse_args(self, ctx: click.Context, args: list[str]) -> list[str]:
         several = {
-            name for param in self.params if isinstance(param, click.Option) and param.multiple for name in param.opts
+            name: not isinstance(param.type, Expression | click.Path)
+            for param in self.params
+            if isinstance(param, click.Option) and param.multiple
+            for name in param.opts
         }
         spread: list[str] = []
         current = None
-        first = False
         for arg in args:
+            values = [arg]
             if arg.startswith("-") and len(arg) > 1:
-                name, equals, _ = arg.partition("=")
-                current, first = (name if name in several else None), not equals
-                spread.append(arg)
-            elif current and not first:
-                spread += [current, arg]
-            else:
-                first = False
-                spread.append(arg)
+                name, equals, value = arg.partition("=")
+                current = name if name in several else None
+                spread.append(name if current else arg)
+                values = [value] if current and equals else []
+            for value in values:
+                for piece in _comma_separated(value) if current and several[current] else [value]:
+                    spread += [piece] if current is None or spread[-1] == current else [current, piece]
         return super().parse_args(ctx, spread)
 
     def format_epilog(self, ctx: click.Context, formatter: click.HelpFormatter) -> None:
@@ -60,6 +64,12 @@ class Command(click.Command):
         except KeyboardInterrupt:
             click.echo("\nStopped.", err=True)
             sys.exit(130)
+
+
+def _comma_separated(value: str) -> list[str]:
+    """``a,b`` and ``a, b`` as two; ``a\\,b`` as one name with a comma."""
+    pieces = [piece.strip().replace("\\,", ",") for piece in re.split(r"(?<!\\),", value)]
+    return [piece for piece in pieces if piece] or [value]
 
 
 def as_typed(message: str) -> str:

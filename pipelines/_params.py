@@ -5,6 +5,16 @@ from typing import Any
 import click
 
 
+class Expression(click.ParamType):  # type: ignore[type-arg]
+    """Text that is taken as it is, commas included."""
+
+    name = "EXPR"
+
+    def convert(self, value: Any, param: click.Parameter | None, ctx: click.Context | None) -> str:
+        """As given."""
+        return str(value)
+
+
 class Pairs(click.ParamType):  # type: ignore[type-arg]
     """SESSION=VALUE."""
 

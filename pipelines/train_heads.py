@@ -10,7 +10,7 @@ from click.shell_completion import CompletionItem
 
 from heads.registry import HEADS
 from pipelines._cli import DEMO_IMAGES, DEMO_STORE, Command, as_typed, progress_bar
-from pipelines._params import Finite, Pairs, Rank
+from pipelines._params import Expression, Finite, Pairs, Rank
 
 if TYPE_CHECKING:
     import pandas as pd
@@ -87,7 +87,11 @@ def _complete_heads(ctx: click.Context, param: click.Parameter, incomplete: str)
     "--n-trials", type=click.IntRange(1), default=5000, show_default=True, help="How many same-person trials to make."
 )
 @click.option(
-    "--where", multiple=True, metavar="EXPR …", help='Conditions on columns of trials or items, e.g. "yaw <= 30".'
+    "--where",
+    multiple=True,
+    type=Expression(),
+    metavar="EXPR …",
+    help='Conditions on columns of trials or items, e.g. "yaw <= 30".',
 )
 @click.option("--view", metavar="NAME", help="The view that was shown, for trials that do not say.")
 @click.option(
@@ -120,7 +124,12 @@ def _complete_heads(ctx: click.Context, param: click.Parameter, incomplete: str)
     show_default=True,
     help="Shares of training, validation and test.",
 )
-@click.option("--hold-out", multiple=True, metavar="NAME …", help="Faces or views to test on, instead of drawing them.")
+@click.option(
+    "--hold-out",
+    multiple=True,
+    metavar="NAME …",
+    help="Faces or views to test on, instead of drawing them. A comma within a name is written \\,",
+)
 @click.option(
     "--lr",
     multiple=True,

@@ -7,10 +7,13 @@ import subprocess
 import sys
 from pathlib import Path
 
+import click
 import numpy as np
 import pytest
 
 from featurestore import FeatureStore
+from pipelines._cli import Command
+from pipelines._params import Expression
 from tests.commands import ROOT, command
 from tests.conftest import write_photographs
 
@@ -33,6 +36,57 @@ def test_layers_take_names_up_to_the_next_option(tmp_path: Path) -> None:
     assert done.returncode == 0, done.stderr
     assert "random numbers, not a trained network" in done.stdout
     assert list(FeatureStore.open(tmp_path / "s.zarr").layers) == ["relu_1_1", "maxp_1_2"]
+
+
+@pytest.mark.parametrize(
+    ("typed", "names"),
+    [
+        (["--names", "a", "b"], ["a", "b"]),
+        (["--names", "a,b"], ["a", "b"]),
+        (["--names", "a, b", "c,", "--numbers", "1"], ["a", "b", "c"]),
+        (["--names=a,b", "c"], ["a", "b", "c"]),
+        (["--names", "Smith\\,Anna,b"], ["Smith,Anna", "b"]),
+        (["--names", "a", "--names", "b,c"], ["a", "b", "c"]),
+        (["rest,of", "--names", "a"], ["a"]),
+    ],
+)
+def test_commas_separate_names(typed: list[str], names: list[str]) -> None:
+    assert parsed(typed)["names"] == tuple(names)
+
+
+def test_commas_separate_numbers_but_not_what_holds_them_itself() -> None:
+    given = parsed(
+        ["--numbers", "1,2", "3", "--where", "view in ['a', 'b']", "x, y", "--files", "a,b.csv", "--regex", "a{1,2}"]
+    )
+    assert given["numbers"] == (1, 2, 3)
+    assert given["where"] == ("view in ['a', 'b']", "x, y")
+    assert given["files"] == ("a,b.csv",)
+    assert given["regex"] == "a{1,2}"
+
+
+def parsed(line: list[str]) -> dict[str, object]:
+    """What a command with an option of each kind makes of a line."""
+
+    @click.command(cls=Command)
+    @click.option("--names", multiple=True)
+    @click.option("--numbers", multiple=True, type=int)
+    @click.option("--where", multiple=True, type=Expression())
+    @click.option("--files", multiple=True, type=click.Path())
+    @click.option("--regex")
+    @click.argument("rest", nargs=-1)
+    def given(**values: object) -> None:
+        pass
+
+    return given.make_context("given", line).params
+
+
+def test_layers_with_a_comma_between_them(tmp_path: Path) -> None:
+    images = write_photographs(tmp_path / "p", 1, 1)
+    options = ["--images", images, "--weights", "random:0", "--store", tmp_path / "s.zarr", "--dry-run"]
+    done = command("cache_layers", "--layers", "maxp_1_2,relu_1_1", *options)
+    assert done.returncode == 0, done.stderr
+    assert "maxp_1_2  64×112×112" in done.stdout
+    assert "relu_1_1  64×224×224" in done.stdout
 
 
 def test_a_dry_run_prints_the_plan_and_writes_nothing(tmp_path: Path) -> None:
