@@ -32,6 +32,15 @@ def human_bytes(n: float) -> str:
     return f"{n:.1f} TiB"
 
 
+def human_duration(seconds: float) -> str:
+    """``8 s``, ``12 min``, ``3.5 h``, ``2.0 days``: two digits and the unit that suits, at least one second."""
+    for unit, size, until in (("s", 1, 99.5), ("min", 60, 99.5 * 60), ("h", 3600, 47.5 * 3600)):
+        if seconds < until:
+            n = max(seconds, 1) / size
+            return f"{n:.1f} {unit}" if unit == "h" and n < 9.95 else f"{n:.0f} {unit}"
+    return f"{seconds / 86400:.1f} days"
+
+
 def natural_order(text: str) -> tuple[tuple[int | str, ...], str]:
     """Sort key under which ``"2" < "10"`` and ``"view9" < "view10"``."""
     parts = re.split(r"([0-9]+)", text)

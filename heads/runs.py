@@ -30,10 +30,10 @@ from heads.registry import draw_head, stored_options
 from heads.run_files import TrainingCurves, read_predictions, read_result, write_csv, write_document
 from heads.scores import ANSWERS, accuracy_by, accuracy_by_face, predictions, score, shown_columns
 from heads.tasks import Task
-from heads.train import Checkpoint, Epoch, Settings, train, validate
+from heads.train import Checkpoint, Epoch, Pace, Settings, train, validate
 
 VERSION = 1  # of what a run computes: part of its identity
-OnEpoch = Callable[[str, Epoch], None]
+OnEpoch = Callable[[str, Epoch | Pace], None]  # a run's label; every epoch, and once the pace
 
 
 @dataclass(frozen=True)
@@ -115,9 +115,10 @@ def _train(task: Task, run: Run, run_folder: Path, report: OnEpoch, every: float
     checkpoint = Checkpoint(run_folder / "state.safetensors", run.identity(task), every)
     with TrainingCurves(run_folder) as curves:
 
-        def seen(epoch: Epoch) -> None:
-            curves.add(epoch)
-            report(run.label, epoch)
+        def seen(line: Epoch | Pace) -> None:
+            if isinstance(line, Epoch):
+                curves.add(line)
+            report(run.label, line)
 
         progress = train(head, features, examples, run.settings, checkpoint, seen)
     write_csv(run_folder / "metrics.csv", pd.DataFrame([asdict(epoch) for epoch in progress.history]))

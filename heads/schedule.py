@@ -1,5 +1,6 @@
 """Runs carried out side by side: in this process, in several on this machine, or on a Dask cluster."""
 
+import logging
 import os
 import socket
 from collections.abc import Callable
@@ -12,7 +13,7 @@ from featurestore.errors import FeatureStoreError
 from heads.grid import Grid
 from heads.runs import OnEpoch, Run, train_run
 from heads.tasks import Task
-from heads.train import STOP, Epoch
+from heads.train import STOP, Epoch, Pace
 
 _LARGE = 10_000_000  # parameters of a head that keeps all cores busy by itself
 
@@ -35,10 +36,13 @@ def run_grid(
     scheduler: str = "processes",
     report: OnEpoch = lambda label, epoch: None,
     done: Callable[[Run, dict[str, Any] | FeatureStoreError], None] = lambda run, result: None,
+    died: Callable[[Run], None] = lambda run: None,
     connect: str = "20s",
     every: float = 60.0,
 ) -> None:
     """Do all ``runs``; ``done`` is told each one's result, or the error that ended it, while the others go on.
+
+    ``died`` is told of a run whose worker process died; Dask starts it again elsewhere, three times at most.
 
     With one job and no cluster they run one after the other in this process. ``scheduler`` is ``threads`` or
     ``processes`` of this machine, or the address of a Dask cluster whose workers see the same files.
@@ -50,11 +54,17 @@ def run_grid(
         for each in runs:
             done(each, _attempt(task, each, folder, report, every))
         return
-    from distributed import Client, LocalCluster, as_completed  # half a second that a single run need not wait for
+    from distributed import (
+        Client,
+        KilledWorker,
+        LocalCluster,
+        as_completed,
+    )  # half a second that a single run need not wait for
 
     if not local:
         _require_scheduler(scheduler)
     with ExitStack() as stack:
+        _quieten(stack)
         address: Any = scheduler
         if local:
             processes = scheduler == "processes"
@@ -65,27 +75,64 @@ def run_grid(
                     processes=processes,
                     dashboard_address=None,
                     memory_limit=None,
+                    silence_logs=False,
                 )
             )
         try:
             client = stack.enter_context(Client(address, timeout=connect))
         except (OSError, ValueError, TimeoutError) as error:
             raise _no_scheduler(scheduler, error) from None
-        client.subscribe_topic("epoch", lambda event: report(event[1]["label"], Epoch(**event[1]["epoch"])))
+        client.subscribe_topic("epoch", lambda event: report(event[1]["label"], _received(event[1])))
         shared = client.scatter(task, broadcast=True)
         waiting = {client.submit(_remote, shared, each, folder, every, pure=False): each for each in runs}
+        by_key = {future.key: each for future, each in waiting.items()}
+
+        def seen(event: tuple[float, dict[str, Any]]) -> None:
+            if event[1].get("action") == "remove-worker" and not event[1].get("expected"):
+                for key in by_key.keys() & set(event[1].get("processing-tasks", ())):
+                    died(by_key[key])
+
+        client.subscribe_topic("all", seen)
+        stack.callback(client.unsubscribe_topic, "all")  # or the scheduler would tell the client of its own leaving
         stack.callback(STOP.clear)
         try:
             for future in as_completed(waiting):
                 try:
                     result = future.result()
-                except Exception as error:  # a worker that died: the message is all there is
+                except KilledWorker:
+                    result = FeatureStoreError(
+                        "its worker process died each time it was tried, which the system does to a process when memory is "
+                        "short. Train fewer at a time (`jobs`), then run the same command again: it goes on where it was saved."
+                    )
+                except Exception as error:  # the message is all there is
                     result = FeatureStoreError(f"the worker failed: {type(error).__name__}: {error}")
                 done(waiting[future], result)
         except KeyboardInterrupt:
             STOP.set()
+            _log_from(logging.CRITICAL + 1)  # all that Dask still says is of the stopping
             client.cancel(list(waiting))
             raise
+
+
+def _quieten(stack: ExitStack) -> None:
+    """Dask's log lines below errors stay out of the output, in this process and those it starts; ``stack`` undoes it."""
+    import dask
+
+    for handler in logging.getLogger("distributed").handlers:
+        stack.callback(handler.setLevel, handler.level)
+    _log_from(logging.ERROR)
+    # Workers read it from their environment, as they set up logging when they import distributed.
+    stack.enter_context(dask.config.set({"distributed.nanny.pre-spawn-environ.DASK_LOGGING__DISTRIBUTED": "error"}))
+
+
+def _log_from(level: int) -> None:
+    for handler in logging.getLogger("distributed").handlers:
+        handler.setLevel(level)
+
+
+def _received(event: dict[str, Any]) -> Epoch | Pace:
+    """What ``_remote`` sent."""
+    return Epoch(**event["epoch"]) if "epoch" in event else Pace(**event["pace"])
 
 
 def _require_scheduler(address: str) -> None:
@@ -116,13 +163,13 @@ def _attempt(task: Task, each: Run, folder: Path, report: OnEpoch, every: float)
 
 
 def _remote(task: Task, each: Run, folder: Path, every: float) -> dict[str, Any] | FeatureStoreError:
-    """In a Dask worker: epochs are sent to the client."""
+    """In a Dask worker: epochs and the pace are sent to the client."""
     from distributed import get_worker
 
     worker = get_worker()
 
-    def report(label: str, epoch: Epoch) -> None:
-        worker.log_event("epoch", {"label": label, "epoch": asdict(epoch)})
+    def report(label: str, line: Epoch | Pace) -> None:
+        worker.log_event("epoch", {"label": label, "epoch" if isinstance(line, Epoch) else "pace": asdict(line)})
 
     return _attempt(task, each, folder, report, every)
 

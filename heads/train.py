@@ -23,6 +23,7 @@ PRECISIONS = ("fp32", "tf32", "bf16")
 _ADVICE = "Try a smaller learning rate (`lr`), and check the layer's rows: pipelines/verify_store.py finds NaN in them."
 
 
+PACE_AFTER = 3.0  # seconds into the first epoch when the pace is told: that of a large head takes minutes
 STOP = threading.Event()  # Ctrl-C reaches only the main thread; runs in other threads look here before every step
 
 
@@ -74,6 +75,17 @@ class Epoch:
     best: bool
 
 
+@dataclass(frozen=True)
+class Pace:
+    """The speed so far in the first epoch, and how long the training part of an epoch takes at it."""
+
+    examples_per_second: float
+    epoch_seconds: float
+
+
+Report = Callable[[Epoch | Pace], None]
+
+
 @dataclass
 class TrainingState:
     """Training after a number of whole epochs. ``best`` holds the weights with the lowest validation loss so far."""
@@ -99,13 +111,14 @@ def train(
     examples: Examples,
     settings: Settings,
     checkpoint: "Checkpoint | None" = None,
-    report: Callable[[Epoch], None] = lambda epoch: None,
+    report: Report = lambda line: None,
 ) -> TrainingState:
     """Train ``head`` in place and leave it with its best weights, in eval mode.
 
     ``head`` has its initial weights, which count as epoch 0: training never ends with worse ones by validation loss.
     Without validation examples the last epoch's are kept. Given the same head, examples and settings, and the same
     number of threads, the weights are the same bit for bit on the CPU, also when ``checkpoint`` resumes a killed run.
+    ``report`` gets every epoch, and once the pace, if the first epoch is not over after ``PACE_AFTER`` seconds.
     Raises NonFiniteLossError with epoch and step.
     """
     head.to(features.device).train()
@@ -121,9 +134,11 @@ def train(
         state = TrainingState()
         state.best_loss, _ = validate(head, features, examples, epoch=0)
         state.best = _copy(head)
+    pace: Report | None = report
     with _precision(head, settings):
         while state.epoch < settings.epochs and state.epoch - state.best_epoch < settings.patience:
-            line = train_epoch(head, features, examples, settings, optimizer, state.epoch + 1)
+            line = train_epoch(head, features, examples, settings, optimizer, state.epoch + 1, pace)
+            pace = None
             loss, right = validate(head, features, examples, state.epoch + 1)
             best = not len(examples.validation) or loss < state.best_loss
             state.history.append(replace(line, validation_loss=loss, validation_accuracy=right, best=best))
@@ -145,8 +160,12 @@ def train_epoch(
     settings: Settings,
     optimizer: torch.optim.Optimizer,
     epoch: int,
+    pace: Report | None = None,
 ) -> Epoch:
-    """One pass over the training examples, in an order that depends on seed and epoch alone; validation is left NaN."""
+    """One pass over the training examples, in an order that depends on seed and epoch alone; validation is left NaN.
+
+    ``pace`` is told the speed once, ``PACE_AFTER`` seconds from the start.
+    """
     start = time.perf_counter()
     rng = np.random.default_rng([settings.seed, epoch])
     generator = torch.Generator(features.device).manual_seed(settings.seed * 1_000_003 + epoch)
@@ -170,6 +189,10 @@ def train_epoch(
         optimizer.step()
         total += value * len(wanted)
         right += int((logits.argmax(1) == wanted).sum())
+        seconds, done = time.perf_counter() - start, first + len(wanted)
+        if pace and seconds >= PACE_AFTER and done < len(items):
+            pace(Pace(done / seconds, len(items) * seconds / done))
+            pace = None
     seconds = time.perf_counter() - start
     return Epoch(
         epoch=epoch,

@@ -5,7 +5,8 @@ Nothing heavy is imported here, so that ``--help`` and tab completion answer at 
 
 import re
 import sys
-from collections.abc import Collection
+import time
+from collections.abc import Callable, Collection
 from pathlib import Path
 from typing import Any
 
@@ -18,6 +19,7 @@ from pipelines._params import Expression
 DEMO_IMAGES = Path("store/demo_faces")
 DEMO_STORE = Path("store/demo.zarr")
 DOWNLOAD = "download"
+_FIRST_LINE, _LINES_EVERY = 3.0, 30.0  # seconds, in a log
 
 
 class Command(click.Command):
@@ -123,17 +125,60 @@ def note_left_out(failures: Collection[object], what: str) -> None:
             click.echo(f"  {failure}", err=True)
 
 
-def progress_bar(total: int | None, doing: str, unit: str = " images") -> Any:
-    """A tqdm bar on a terminal; in a log file a line every half minute instead. ``total`` None: a count that vanishes."""
+def progress_bar(total: int | None, doing: str, unit: str = " images", alike: bool = True) -> Any:
+    """A tqdm bar on a terminal, lines in a log file; use as a context and ``update(n)``.
+
+    ``total`` None: a count. ``alike``: each takes about as long as the next, so that a log can say how long is left.
+    """
+    if not sys.stderr.isatty():
+        return LogLines(total, doing, unit, alike)
     from tqdm import tqdm
 
-    every = 0.1 if sys.stderr.isatty() else 30.0
     return tqdm(
         total=total,
         desc=doing,
         unit=unit,
         disable=total == 0,
         leave=total is not None,
-        mininterval=every,
-        delay=every if total is None else 0,
+        mininterval=0.1,
+        delay=0.1 if total is None else 0,
     )
+
+
+class LogLines:
+    """Progress on standard error as whole lines: after the first seconds, then every half minute, and at the end.
+
+    ``clock`` gives seconds. What is over in the first seconds prints its end alone, and nothing without a total.
+    """
+
+    def __init__(
+        self, total: int | None, doing: str, unit: str, alike: bool = True, clock: Callable[[], float] = time.monotonic
+    ) -> None:
+        self.total, self.doing, self.unit, self.alike, self.clock = total, doing, unit, alike, clock
+        self.n = 0
+        self.started = clock()
+        self.due = self.started + _FIRST_LINE
+
+    def __enter__(self) -> "LogLines":
+        return self
+
+    def __exit__(self, *error: object) -> None:
+        if self.n and self.total is not None:
+            self._print()
+
+    def update(self, n: int = 1) -> None:
+        """``n`` more are done."""
+        self.n += n
+        if self.clock() >= self.due and self.n != self.total:
+            self._print()
+            self.due = self.clock() + _LINES_EVERY
+
+    def _print(self) -> None:
+        from featurestore.text import human_duration
+
+        seconds = max(self.clock() - self.started, 1e-9)
+        of = f" of {self.total:,}" if self.total else ""
+        line = f"{self.doing}: {self.n:,}{of}{self.unit} in {human_duration(seconds)}"
+        if self.total and self.alike and self.n < self.total:
+            line += f", about {human_duration((self.total - self.n) * seconds / self.n)} left"
+        click.echo(line, err=True)

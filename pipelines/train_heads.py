@@ -18,7 +18,7 @@ if TYPE_CHECKING:
     from featurestore import FeatureStoreError
     from heads.grid import Grid, GridRequest
     from heads.runs import Run
-    from heads.train import Epoch
+    from heads.train import Epoch, Pace
 
 DEMO_TRIALS = DEMO_IMAGES / "trials.csv"
 EPILOG = r"""
@@ -240,13 +240,16 @@ def main(jobs: int | None, scheduler: str, dry_run: bool, draw: Path | None, **o
         return
     grid.refuse_if_full(jobs)
     failed: list[tuple[Run, FeatureStoreError]] = []
-    with progress_bar(grid.runs, "training", " runs") as bar:
+    with progress_bar(grid.runs, "training", " runs", alike=False) as bar:
         say = (
             bar.write if sys.stderr.isatty() else click.echo
         )  # a bar is redrawn around each line, which a log need not see
 
-        def seen(label: str, epoch: "Epoch") -> None:
-            say(_line(label, epoch))
+        def seen(label: str, line: "Epoch | Pace") -> None:
+            say(_line(label, line))
+
+        def died(run: "Run") -> None:
+            say(f"{run.label} | its worker process died; it starts again in another from its last saved state")
 
         def done(run: "Run", result: "dict[str, Any] | FeatureStoreError") -> None:
             if isinstance(result, dict):
@@ -256,7 +259,7 @@ def main(jobs: int | None, scheduler: str, dry_run: bool, draw: Path | None, **o
             bar.update()
 
         for task, runs in grid.parts:
-            run_grid(task, share_threads(runs, jobs), grid.out, jobs, scheduler, seen, done)
+            run_grid(task, share_threads(runs, jobs), grid.out, jobs, scheduler, seen, done, died)
     _report(grid)
     if failed:
         click.echo(f"\n{len(failed)} runs failed:", err=True)
@@ -346,7 +349,13 @@ def _plan(grid: "Grid", jobs: int) -> str:
     return "\n".join(lines)
 
 
-def _line(label: str, epoch: "Epoch") -> str:
+def _line(label: str, epoch: "Epoch | Pace") -> str:
+    from featurestore.text import human_duration
+    from heads.train import Pace
+
+    if isinstance(epoch, Pace):
+        rate, takes = epoch.examples_per_second, human_duration(epoch.epoch_seconds)
+        return f"{label} | {rate:,.{0 if rate >= 10 else 1}f} examples/s, about {takes} an epoch"
     return (
         f"{label} | epoch {epoch.epoch:>3}: loss {epoch.train_loss:.3f} train, {epoch.validation_loss:.3f} validation; "
         f"accuracy {epoch.train_accuracy:.3f}, {epoch.validation_accuracy:.3f}; {epoch.examples_per_second:,.0f}/s"

@@ -2,15 +2,18 @@
 
 import json
 import os
+import re
 import resource
 import signal
 import subprocess
 import sys
 from dataclasses import replace
+from functools import partial
 from pathlib import Path
 
 import numpy as np
 import pandas as pd
+import psutil
 import pytest
 import torch
 from safetensors.torch import load_file
@@ -28,7 +31,7 @@ from heads.runs_table import runs_table, write_runs_table
 from heads.schedule import run_grid
 from heads.scores import paired_test
 from heads.tasks import Task
-from heads.train import STOP, Checkpoint, Settings, train
+from heads.train import STOP, Checkpoint, Pace, Settings, train
 from heads.trials.matching import Sessions
 from tests.commands import ROOT
 from tests.heads.conftest import N_FACES, VIEWS, write_store, write_trials
@@ -218,6 +221,61 @@ def test_a_grid_through_dask_gives_what_one_process_gives(
         train_run(task, each, tmp_path / "alone")
         first, second = weights(tmp_path / "dask", task, each), weights(tmp_path / "alone", task, each)
         assert all(torch.equal(first[key], second[key]) for key in first)
+
+
+@pytest.mark.parametrize("jobs", [1, 2])
+def test_a_long_first_epoch_tells_its_pace_once(
+    made: Path, judged: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, jobs: int
+) -> None:
+    """In this process, and through Dask."""
+    monkeypatch.setattr("heads.train.PACE_AFTER", 0.0)
+    grid = plan_grid(request(made, judged, tmp_path, seeds=[0, 1], settings=replace(QUICK, epochs=2)))
+    ((task, runs),) = grid.parts
+    seen: dict[str, list] = {}
+    run_grid(task, runs, tmp_path, jobs, "threads", lambda label, line: seen.setdefault(label, []).append(line))
+    assert len(seen) == 2
+    for pace, *epochs in seen.values():
+        assert isinstance(pace, Pace)
+        assert pace.epoch_seconds == pytest.approx(len(task.split.indices("train")) / pace.examples_per_second)
+        assert [line.epoch for line in epochs] == [1, 2]
+
+
+def test_a_worker_that_dies_is_said_in_our_words_and_dask_says_nothing(
+    made: Path, judged: Path, tmp_path: Path
+) -> None:
+    """Two real worker processes; one is killed, and the grid is stopped by Ctrl-C later."""
+    options = ["--store", made, "--trials", judged, "--layers", "fc7-relu", "--heads", "conv", "--seeds", "0,1"]
+    options += ["--epochs", "9999", "--patience", "9999", "--jobs", "2", "--out", tmp_path / "runs"]
+    line = [sys.executable, "-u", str(ROOT / "pipelines" / "train_heads.py"), *map(str, options)]
+    heed = partial(signal.signal, signal.SIGINT, signal.default_int_handler)
+    process = subprocess.Popen(
+        line, stdout=subprocess.PIPE, stderr=subprocess.STDOUT, text=True, start_new_session=True, preexec_fn=heed
+    )
+    assert process.stdout is not None
+    lines: list[str] = []
+
+    def read_until(*wanted: str) -> None:
+        missing = set(wanted)
+        for text in process.stdout:
+            lines.append(text)
+            missing -= {each for each in missing if each in text}
+            if not missing:
+                return
+        pytest.fail("".join(lines))
+
+    read_until("seed 0 | epoch", "seed 1 | epoch")
+    workers = [
+        each for each in psutil.Process(process.pid).children(recursive=True) if "spawn_main" in str(each.cmdline())
+    ]
+    workers[0].kill()
+    read_until("| its worker process died")
+    read_until("seed 0 | epoch", "seed 1 | epoch")
+    os.killpg(process.pid, signal.SIGINT)  # as a terminal does
+    lines.append(process.communicate(timeout=100)[0])
+    assert process.returncode == 130
+    output = "".join(lines)
+    assert output.endswith("\nStopped.\n")
+    assert not re.search("distributed|tornado|WARNING|ERROR|Warning|Traceback", output), output
 
 
 def test_an_address_without_a_cluster_is_said_so(made: Path, judged: Path, tmp_path: Path) -> None:

@@ -12,7 +12,7 @@ import numpy as np
 import pytest
 
 from featurestore import FeatureStore
-from pipelines._cli import Command
+from pipelines._cli import Command, LogLines
 from pipelines._params import Expression
 from tests.commands import ROOT, command
 from tests.conftest import write_photographs
@@ -78,6 +78,29 @@ def parsed(line: list[str]) -> dict[str, object]:
         pass
 
     return given.make_context("given", line).params
+
+
+def test_a_log_file_sees_progress_soon_and_then_every_half_minute(capsys: pytest.CaptureFixture[str]) -> None:
+    now = [0.0]
+    with LogLines(100, "computing", " images", clock=lambda: now[0]) as lines:
+        for second in range(1, 101):
+            now[0] = second
+            lines.update()
+    assert capsys.readouterr().err.splitlines() == [
+        "computing: 3 of 100 images in 3 s, about 97 s left",
+        "computing: 33 of 100 images in 33 s, about 67 s left",
+        "computing: 63 of 100 images in 63 s, about 37 s left",
+        "computing: 93 of 100 images in 93 s, about 7 s left",
+        "computing: 100 of 100 images in 2 min",
+    ]
+
+
+def test_a_log_file_has_no_bar(tmp_path: Path) -> None:
+    images = write_photographs(tmp_path / "p", 1, 2)
+    options = ["--images", images, "--weights", "random:0", "--store", tmp_path / "s.zarr"]
+    done = command("cache_layers", "--layers", "relu_1_1", *options)
+    assert done.stderr.startswith("computing: 2 of 2 images in ")
+    assert "\r" not in done.stderr and "%" not in done.stderr
 
 
 def test_layers_with_a_comma_between_them(tmp_path: Path) -> None:
