@@ -12,6 +12,8 @@ _WHERE = {
     "summary": "describe",
     "draw": "describe",
     "load_trials": "trials.matching",
+    "best_run": "runs_table",
+    "compare": "comparison",
     "Features": "features",
 }
 __all__ = list(_WHERE)

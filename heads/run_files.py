@@ -28,16 +28,17 @@ def read_predictions(folder: Path, columns: list[str] | None = None) -> pd.DataF
     """A run's ``predictions.csv``, or some columns, faces and views as text; None where it is not there or not one."""
     try:
         path = folder / "predictions.csv"
-        table = pd.read_csv(path, usecols=columns, dtype=_TEXT, keep_default_na=False, float_precision="round_trip")
+        table = pd.read_csv(path, usecols=columns, dtype=_TEXT, keep_default_na=False)
         return table if table["correct"].dtype == bool else None
     except (OSError, ValueError, KeyError):
         return None
 
 
-def write_document(path: Path, document: dict[str, Any]) -> None:
-    """Whole or not at all; NaN becomes null, which JSON has."""
+def write_document(path: Path, document: dict[str, Any]) -> dict[str, Any]:
+    """Whole or not at all, and as it is read again: NaN becomes null, which JSON has."""
     document = {key: None if isinstance(value, float) and value != value else value for key, value in document.items()}
     _write(path, json.dumps(document, indent=1, allow_nan=False) + "\n")
+    return document
 
 
 def write_csv(path: Path, table: pd.DataFrame) -> None:

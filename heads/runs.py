@@ -142,7 +142,7 @@ def _train(task: Task, run: Run, run_folder: Path, report: OnEpoch, every: float
         "parameters": sum(weight.numel() for weight in head.parameters()),
         "state": "finished",
     }
-    write_document(run_folder / "result.json", result)
+    result = write_document(run_folder / "result.json", result)
     checkpoint.remove()
     return result
 
@@ -201,8 +201,7 @@ def _with_current_trials(result: dict[str, Any], task: Task, run_folder: Path) -
     answers = [name for name in answered.columns if name in ANSWERS]
     write_csv(run_folder / "predictions.csv", pd.concat([shown, answered[answers]], axis=1))
     result = {**result, **score(table, answered["correct"].to_numpy(bool), task.chance, task.from_keys)}
-    write_document(run_folder / "result.json", result)
-    return result
+    return write_document(run_folder / "result.json", result)
 
 
 def _begun_with(run_folder: Path) -> int:

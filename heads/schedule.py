@@ -3,7 +3,7 @@
 import logging
 import os
 import socket
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from contextlib import ExitStack
 from dataclasses import asdict, replace
 from pathlib import Path
@@ -29,8 +29,7 @@ def cores() -> int:
 
 
 def run_grid(
-    task: Task,
-    runs: list[Run],
+    parts: Sequence[tuple[Task, Sequence[Run]]],
     folder: Path,
     jobs: int = 1,
     scheduler: str = "processes",
@@ -40,7 +39,7 @@ def run_grid(
     connect: str = "20s",
     every: float = 60.0,
 ) -> None:
-    """Do all ``runs``; ``done`` is told each one's result, or the error that ended it, while the others go on.
+    """Do all runs of all tasks; ``done`` is told each one's result, or the error that ended it, while the others go on.
 
     ``died`` is told of a run whose worker process died; Dask starts it again elsewhere, three times at most.
 
@@ -48,18 +47,16 @@ def run_grid(
     ``processes`` of this machine, or the address of a Dask cluster whose workers see the same files.
     """
     folder = folder.resolve()
-    task.split.save(folder / "splits")
+    for task, _ in parts:
+        task.save_description(folder)
     local = scheduler in ("threads", "processes")
-    if local and min(jobs, len(runs)) <= 1:
-        for each in runs:
-            done(each, _attempt(task, each, folder, report, every))
+    if local and min(jobs, sum(len(runs) for _, runs in parts)) <= 1:
+        for task, runs in parts:
+            for each in runs:
+                done(each, _attempt(task, each, folder, report, every))
         return
-    from distributed import (
-        Client,
-        KilledWorker,
-        LocalCluster,
-        as_completed,
-    )  # half a second that a single run need not wait for
+    # Half a second that a single run need not wait for.
+    from distributed import Client, KilledWorker, LocalCluster, as_completed
 
     if not local:
         _require_scheduler(scheduler)
@@ -83,8 +80,10 @@ def run_grid(
         except (OSError, ValueError, TimeoutError) as error:
             raise _no_scheduler(scheduler, error) from None
         client.subscribe_topic("epoch", lambda event: report(event[1]["label"], _received(event[1])))
-        shared = client.scatter(task, broadcast=True)
-        waiting = {client.submit(_remote, shared, each, folder, every, pure=False): each for each in runs}
+        waiting: dict[Any, Run] = {}
+        for task, runs in parts:
+            shared = client.scatter(task, broadcast=True)
+            waiting |= {client.submit(_remote, shared, each, folder, every, pure=False): each for each in runs}
         by_key = {future.key: each for future, each in waiting.items()}
 
         def seen(event: tuple[float, dict[str, Any]]) -> None:
@@ -174,7 +173,11 @@ def _remote(task: Task, each: Run, folder: Path, every: float) -> dict[str, Any]
     return _attempt(task, each, folder, report, every)
 
 
-def share_threads(runs: list[Run], jobs: int) -> list[Run]:
+def share_threads(parts: Sequence[tuple[Task, Sequence[Run]]], jobs: int) -> list[tuple[Task, list[Run]]]:
     """The machine's cores divided among ``jobs`` runs at a time."""
-    threads = max(1, cores() // max(1, min(jobs, len(runs))))
-    return [replace(each, settings=replace(each.settings, threads=threads)) for each in runs]
+    total = sum(len(runs) for _, runs in parts)
+    threads = max(1, cores() // max(1, min(jobs, total)))
+    return [
+        (task, [replace(each, settings=replace(each.settings, threads=threads)) for each in runs])
+        for task, runs in parts
+    ]

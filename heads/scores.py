@@ -114,7 +114,7 @@ def _votes(group: np.ndarray, vote: np.ndarray) -> np.ndarray:
 def odd_places(table: pd.DataFrame) -> np.ndarray:
     """(n,) int64, 0 … 2: the place of the odd one."""
     if ODD_POSITION in table.columns:
-        return table[ODD_POSITION].to_numpy(np.int64) - 1
+        return np.asarray(table[ODD_POSITION], np.int64) - 1
     same = table[list(FACES)].to_numpy(str) == table[ODD].to_numpy(str)[:, None]
     return np.asarray(same.argmax(axis=1), np.int64)
 

@@ -201,11 +201,11 @@ def choices(labels: np.ndarray, kind: str, seed: int) -> list[Choice]:
     found = []
     for fractions in (FRACTIONS, (0.6, 0.2, 0.2), (0.5, 0.2, 0.3), (0.4, 0.2, 0.4), (0.34, 0.33, 0.33)):
         with suppress(FeatureStoreError):
-            option = "--fractions " + " ".join(f"{share:.2f}".lstrip("0") for share in fractions)
+            option = "`fractions` " + " ".join(f"{share:.2f}".lstrip("0") for share in fractions)
             found.append(_choice(option, [draw_split(codes, kind, seed, fractions, "")]))
     for folds in (2, 3, 4, 5, 10):
         with suppress(FeatureStoreError):
-            found.append(_choice(f"--folds {folds}", draw_folds(codes, kind, seed, FRACTIONS, "", folds)))
+            found.append(_choice(f"`folds` {folds}", draw_folds(codes, kind, seed, FRACTIONS, "", folds)))
     return sorted(found, key=lambda choice: -min(choice.train, choice.test))
 
 
@@ -284,11 +284,9 @@ def _set_aside(part: np.ndarray, photographs: np.ndarray) -> int:
 
 def _held_out(distinct: np.ndarray, test: Sequence[Any] | np.ndarray, kind: str) -> np.ndarray:
     unknown = sorted(set(test) - set(distinct))
+    there = sorted([str(label) for label in distinct], key=natural_order)
     if unknown:
-        raise FeatureStoreError(
-            f"no {kind} {listing(map(repr, unknown))} to hold out; there are "
-            f"{listing(sorted(map(str, distinct.tolist()), key=natural_order), 10)}."
-        )
+        raise FeatureStoreError(f"no {kind} {listing(map(repr, unknown))} to hold out; there are {listing(there, 10)}.")
     return np.flatnonzero(np.isin(distinct, list(test)))
 
 

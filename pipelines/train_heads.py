@@ -11,16 +11,16 @@ from click.shell_completion import CompletionItem
 from heads.registry import HEADS
 from pipelines._cli import DEMO_IMAGES, DEMO_STORE, Command, as_typed, progress_bar
 from pipelines._params import Expression, Finite, Pairs, Rank
+from pipelines._training_text import accuracy_text, comparison_text, faulty_file, group_text, plan_text, progress_text
 
 if TYPE_CHECKING:
-    import pandas as pd
-
     from featurestore import FeatureStoreError
     from heads.grid import Grid, GridRequest
     from heads.runs import Run
     from heads.train import Epoch, Pace
 
 DEMO_TRIALS = DEMO_IMAGES / "trials.csv"
+DEFAULT_OUT = Path("store/runs")
 EPILOG = r"""
 Examples:
 
@@ -31,8 +31,15 @@ Examples:
   python pipelines/train_heads.py --store store/photos.zarr --trials photos_trials.csv \
       --layers fc7-relu --heads similarity --split face --where "gender == 'female'"
 
+  # few trials are left where faces are never seen: test every face once, in three folds
+  python pipelines/train_heads.py --store store/photos.zarr --trials photos_trials.csv \
+      --layers fc7-relu --heads similarity --split face --folds 3
+
   # which face is it? trained on some views, tested on others
   python pipelines/train_heads.py --store store/photos.zarr --layers fc7-relu --heads identity
+
+  # are two layers different? the same trials, head by head
+  python pipelines/train_heads.py --compare maxp_5_3 fc7-relu
 
   # what would be trained? what does a head look like?
   python pipelines/train_heads.py --layers maxp_5_3 --heads conv --dry-run
@@ -55,6 +62,11 @@ def _complete_layers(ctx: click.Context, param: click.Parameter, incomplete: str
 
 def _complete_heads(ctx: click.Context, param: click.Parameter, incomplete: str) -> list[CompletionItem]:
     return [CompletionItem(name, help=note) for name, note in HEADS.items() if name.startswith(incomplete)]
+
+
+def _complete_compared(ctx: click.Context, param: click.Parameter, incomplete: str) -> list[CompletionItem]:
+    runs = sorted(path.parent.name for path in Path(ctx.params.get("out") or DEFAULT_OUT).glob("*/result.json"))
+    return [CompletionItem(name) for name in runs if name.startswith(incomplete)]
 
 
 @click.command(cls=Command, epilog=EPILOG)
@@ -82,6 +94,13 @@ def _complete_heads(ctx: click.Context, param: click.Parameter, incomplete: str)
     metavar="FILE|same-person",
     help="CSV or Parquet with face_1, face_2, face_3, odd (or head1 … head_odd), or same-person to make "
     "trials from the keys. [default for the demo store: its own]",
+)
+@click.option(
+    "--on-error",
+    type=click.Choice(["stop", "skip"]),
+    default="stop",
+    show_default=True,
+    help="At faulty trials: stop and list them, or leave them out and keep them as a CSV in --out.",
 )
 @click.option(
     "--n-trials", type=click.IntRange(1), default=5000, show_default=True, help="How many same-person trials to make."
@@ -213,19 +232,32 @@ def _complete_heads(ctx: click.Context, param: click.Parameter, incomplete: str)
 @click.option(
     "--out",
     type=click.Path(path_type=Path, file_okay=False),
-    default=Path("store/runs"),
+    default=DEFAULT_OUT,
     show_default=True,
     help="Folder that the runs are written to.",
 )
 @click.option("--dry-run", is_flag=True, help="Print the plan and stop.")
+@click.option(
+    "--compare",
+    multiple=True,
+    metavar="A B …",
+    shell_complete=_complete_compared,
+    help="Test finished runs of --out against each other on the same trials, in pairs, and stop: names of runs, layers, or "
+    "LAYER:HEAD.",
+)
 @click.option(
     "--draw",
     type=click.Path(path_type=Path, dir_okay=False),
     metavar="FILE",
     help="Print a summary of the first head, draw it as .svg or .png, and stop.",
 )
-def main(jobs: int | None, scheduler: str, dry_run: bool, draw: Path | None, **options: Any) -> None:
-    """Train heads on cached layers, never touching the backbone, and print a table of all runs."""
+def main(
+    jobs: int | None, scheduler: str, dry_run: bool, draw: Path | None, compare: tuple[str, ...], **options: Any
+) -> None:
+    """Train heads on cached layers, never touching the backbone, and print a table of them."""
+    if compare:
+        _compare(options["out"], compare)
+        return
     request = _request(**options)
     from heads.grid import plan_grid
     from heads.schedule import default_jobs, run_grid, share_threads
@@ -235,10 +267,11 @@ def main(jobs: int | None, scheduler: str, dry_run: bool, draw: Path | None, **o
         _draw(grid, draw)
         return
     jobs = jobs or default_jobs(grid)
-    click.echo(f"Plan{' (nothing is run)' if dry_run else ''}\n{_plan(grid, jobs)}\n")
+    click.echo(f"Plan{' (nothing is run)' if dry_run else ''}\n{as_typed(plan_text(grid, jobs))}\n")
     if dry_run:
         return
     grid.refuse_if_full(jobs)
+    _keep_faulty(grid)
     failed: list[tuple[Run, FeatureStoreError]] = []
     with progress_bar(grid.runs, "training", " runs", alike=False) as bar:
         say = (
@@ -246,20 +279,19 @@ def main(jobs: int | None, scheduler: str, dry_run: bool, draw: Path | None, **o
         )  # a bar is redrawn around each line, which a log need not see
 
         def seen(label: str, line: "Epoch | Pace") -> None:
-            say(_line(label, line))
+            say(progress_text(label, line))
 
         def died(run: "Run") -> None:
             say(f"{run.label} | its worker process died; it starts again in another from its last saved state")
 
         def done(run: "Run", result: "dict[str, Any] | FeatureStoreError") -> None:
             if isinstance(result, dict):
-                say(f"{run.label}: test accuracy {result['accuracy']:.3f} [{result['low']:.3f}, {result['high']:.3f}]")
+                say(f"{run.label}: {accuracy_text(result)}")
             else:
                 failed.append((run, result))
             bar.update()
 
-        for task, runs in grid.parts:
-            run_grid(task, share_threads(runs, jobs), grid.out, jobs, scheduler, seen, done, died)
+        run_grid(share_threads(grid.parts, jobs), grid.out, jobs, scheduler, seen, done, died)
     _report(grid)
     if failed:
         click.echo(f"\n{len(failed)} runs failed:", err=True)
@@ -312,95 +344,34 @@ def _request(
     )
 
 
-def _plan(grid: "Grid", jobs: int) -> str:
-    lines = []
-    for task, _ in grid.parts:
-        kind = f"photographs of {len(task.classes)} faces to identify," if task.classes else "odd-one-out trials"
-        sizes = ", ".join(f"{name} {len(task.split.indices(name))}" for name in ("train", "validation", "test"))
-        left_out = int((task.split.part < 0).sum())
-        lines.append(f"  {len(task.items)} {kind} from {' + '.join(task.sources)} in {task.store}")
-        lines.append(
-            f"  split     {task.split.name}: {sizes}"
-            + (f", {left_out} left out because they mix parts" if left_out else "")
-        )
-        if task.ceiling:
-            lines.append(
-                f"  ceiling   {task.ceiling.value:.3f}: {task.ceiling.n} answers to {task.ceiling.triplets} repeated triplets, "
-                "each against the other raters'"
-            )
-        elif not task.classes:
-            lines.append("  ceiling   unknown: no triplet was answered by two participants")
-        lines.append(f"  chance    {task.chance:.3f}")
-        if len(task.split.indices("test")) < 50:
-            lines.append("  note      so few test examples give wide intervals; see --fractions")
-    if grid.unanswered:
-        lines.append(f"  {grid.unanswered} trials without an answer (odd empty or 0) are left out")
-    if grid.excluded:
-        lines.append(f"  {grid.excluded} trials are left out by --where")
-    lines.append(f"  runs      {grid.runs}, {grid.finished} of them finished before; {jobs} at a time; into {grid.out}")
-    for name, parameters in grid.parameters.items():
-        lines.append(f"            {name:<24} {parameters:>13,} parameters")
-    from featurestore.text import human_bytes
+def _keep_faulty(grid: "Grid") -> None:
+    if grid.trials is not None and len(grid.trials.faulty):
+        from heads.run_files import write_csv
 
-    lines.append(
-        f"  memory    about {human_bytes(grid.memory(jobs))} for weights, gradients and Adam's moments; "
-        f"disk {human_bytes(grid.disk(jobs))} at most"
-    )
-    return "\n".join(lines)
-
-
-def _line(label: str, epoch: "Epoch | Pace") -> str:
-    from featurestore.text import human_duration
-    from heads.train import Pace
-
-    if isinstance(epoch, Pace):
-        rate, takes = epoch.examples_per_second, human_duration(epoch.epoch_seconds)
-        return f"{label} | {rate:,.{0 if rate >= 10 else 1}f} examples/s, about {takes} an epoch"
-    return (
-        f"{label} | epoch {epoch.epoch:>3}: loss {epoch.train_loss:.3f} train, {epoch.validation_loss:.3f} validation; "
-        f"accuracy {epoch.train_accuracy:.3f}, {epoch.validation_accuracy:.3f}; {epoch.examples_per_second:,.0f}/s"
-        f"{'  best' if epoch.best else ''}"
-    )
+        write_csv(faulty_file(grid), grid.trials.faulty)
 
 
 def _report(grid: "Grid") -> None:
     from heads.runs_table import write_runs_table
 
-    table = write_runs_table(grid.out)
+    _, summary = write_runs_table(grid.out)
     names = {run.name(task) for task, runs in grid.parts for run in runs}
-    table = table[table["name"].isin(names)] if len(table) else table
-    if len(table):
-        click.echo(f"\n{_table(table)}")
-        click.echo(f"\nAll runs: {grid.out / 'runs.csv'}. Curves: tensorboard --logdir {grid.out}")
-
-
-def _table(table: "pd.DataFrame") -> str:
-    """The runs as a person reads them."""
-    shown = table.assign(
-        accuracy=[f"{row.accuracy:.3f} [{row.low:.3f}, {row.high:.3f}]" for row in table.itertuples()],
-        of_ceiling=[f"{value:.2f}" if value == value else "" for value in table["normalised"].astype(float)],
-        vs_zero_shot=[f"p = {value:.2g}" if value == value else "" for value in table["p_zero_shot"]],
-        lr=[f"{row['lr']:g}" if row["head"] != "zero-shot" else "" for _, row in table.iterrows()],
-        seed=[f"{row['seed']:.0f}" if row["head"] != "zero-shot" else "" for _, row in table.iterrows()],
-        chance=[f"{value:.3f}" for value in table["chance"]],
-        ceiling=[f"{value:.3f}" if value == value else "" for value in table["ceiling"].astype(float)],
-        time=[f"{value:.1f} s" for value in table["wall_seconds"]],
+    if len(summary):
+        summary = summary[[bool(names & set(runs.split())) for runs in summary["runs"]]]
+    for _, group in summary.groupby("group") if len(summary) else ():
+        click.echo(f"\n{group_text(group)}")
+    click.echo(
+        f"\nSummary: {grid.out / 'summary.csv'}. All runs: {grid.out / 'runs.csv'}. Curves: tensorboard --logdir {grid.out}"
     )
-    columns = [
-        "layer",
-        "head",
-        "lr",
-        "seed",
-        "accuracy",
-        "chance",
-        "ceiling",
-        "of_ceiling",
-        "vs_zero_shot",
-        "n_test",
-        "best_epoch",
-        "time",
-    ]
-    return str(shown[columns].rename(columns=lambda name: name.replace("_", " ")).to_string(index=False))
+
+
+def _compare(out: Path, names: tuple[str, ...]) -> None:
+    from heads.comparison import compare
+    from heads.run_files import write_csv
+
+    table = compare(out, names)
+    write_csv(out / "comparison.csv", table)
+    click.echo(f"{comparison_text(table)}\nKept: {out / 'comparison.csv'}")
 
 
 def _draw(grid: "Grid", path: Path) -> None:

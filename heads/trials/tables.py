@@ -84,7 +84,7 @@ def _read_csv(path: Path) -> pd.DataFrame:
     clean.seek(0)
     table = pd.read_csv(clean, index_col=False, skip_blank_lines=False)
     for column, name in enumerate(header):
-        if name in (*_KEYS, *_PUBLISHED):
+        if name in _KEYS:
             table[name] = pd.Series([row[column] for row in cells], dtype=object)  # a face may be called 007, or NA
     return table.rename(columns=_TAKEN).assign(line=np.array(lines, int), fault=pd.Series(faults, dtype=object))
 

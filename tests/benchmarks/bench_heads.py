@@ -41,7 +41,7 @@ from heads.published import export
 from heads.registry import draw_head
 from heads.runs_table import write_runs_table
 from heads.schedule import run_grid
-from heads.scores import noise_ceiling
+from heads.scores import ceiling_scores
 from heads.splits import split_trials
 from heads.train import Examples, Settings, train_epoch, validate
 from heads.trials.matching import load_trials
@@ -186,8 +186,7 @@ def demo_examples(store: Path, trials: Path) -> tuple[Examples, float]:
     loaded = load_trials(trials, FeatureStore.open(store))
     split = split_trials(loaded, "trial", seed=0)
     parts = [split.indices(name) for name in ("train", "validation", "test")]
-    ceiling = noise_ceiling(loaded)
-    return Examples(loaded.items, loaded.odd, *parts), ceiling.value if ceiling else float("nan")
+    return Examples(loaded.items, loaded.odd, *parts), ceiling_scores(loaded.table, None)["ceiling"]
 
 
 def usual_race(
@@ -321,7 +320,7 @@ def results(request: GridRequest) -> dict[tuple[str, str], list[dict]]:
                 raise result
             found.setdefault((run.layer, run.head), []).append(result)
 
-        run_grid(task, runs, grid.out, done=done)
+        run_grid([(task, runs)], grid.out, done=done)
     write_runs_table(grid.out)
     return found
 

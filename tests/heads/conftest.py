@@ -1,5 +1,6 @@
 """A small store of made-up rows with something to learn, written by the real writer, and judgments of its faces."""
 
+import hashlib
 from itertools import combinations
 from pathlib import Path
 
@@ -25,7 +26,7 @@ def write_store(
     bad: tuple[str, int] | None = None,
     dtype: str = "float32",
     compress: str = "none",
-    image: str = "0" * 64,
+    image: str = "one",
     faces: list[str] | None = None,
     times: float = 1.0,
 ) -> Path:
@@ -55,7 +56,7 @@ def write_store(
         keys = pd.MultiIndex.from_product([faces or [f"face-{i + 1:03d}" for i in range(N_FACES)], VIEWS])
         table = keys.to_frame(index=False, name=["face_id", "view"])
         table["path"] = table["face_id"] + "/" + table["view"] + ".png"
-        table["image_sha256"] = image
+        table["image_sha256"] = [hashlib.sha256(f"{image} {i}".encode()).hexdigest() for i in range(len(table))]
         table["gender"] = np.where(np.arange(len(table)) // len(VIEWS) % 2, "male", "female")
         table["yaw"] = table["view"].map({"frontal": 0.0, "left": -30.0, "right": 30.0, "up": 0.0})
         writer.append(table)

@@ -1,6 +1,7 @@
 """Scores against slow loops, SciPy's own definitions and known answers."""
 
 import math
+import re
 from itertools import combinations
 from pathlib import Path
 
@@ -10,54 +11,151 @@ import pytest
 import torch
 
 from featurestore import FeatureStore
-from featurestore.intervals import accuracy
+from featurestore.intervals import accuracy, clustered_mean
 from heads.evaluation import audit_order, evaluate
 from heads.features import Features
 from heads.registry import draw_head
-from heads.scores import accuracy_by, by_position, noise_ceiling, normalised, paired_test
-from heads.trials.matching import Trials
+from heads.scores import (
+    CHANCE,
+    accuracy_by_face,
+    agreement,
+    by_position,
+    ceiling_scores,
+    clusters_of,
+    paired_test,
+    score,
+)
+from heads.trials.tables import FACES, VIEWS
 from tests.heads.conftest import write_store
 
 
-def raters(answers: np.ndarray) -> Trials:
-    """``answers`` (triplets, raters), 0 … 2: as trials, each rater seeing the three in an order of their own."""
+def raters(answers: np.ndarray, faces: int | None = None) -> pd.DataFrame:
+    """``answers`` (triplets, raters), 0 … 2: as trials, each rater seeing the three in an order of their own.
+
+    The triplets are of different faces, or of ``faces`` drawn at random.
+    """
     rng = np.random.default_rng(0)
-    items, odd, people = [], [], []
+    rows = []
     for triplet, row in enumerate(answers):
+        three = triplet * 3 + np.arange(3) if faces is None else rng.choice(faces, 3, replace=False)
         for person, answer in enumerate(row):
             order = rng.permutation(3)
-            items.append(triplet * 3 + order)
-            odd.append(int(np.flatnonzero(order == answer)[0]))
-            people.append(f"p{person}")
-    return Trials(np.array(items), np.array(odd), pd.DataFrame({"participant": people}), ("s",))
+            shown = [f"face-{three[i]}" for i in order]
+            position = int(np.flatnonzero(order == answer)[0])
+            rows.append([*shown, "a", "a", "a", shown[position], position + 1, f"p{person}"])
+    return pd.DataFrame(rows, columns=[*FACES, *VIEWS, "odd", "odd_position", "participant"])
 
 
 def test_the_ceiling_of_chance_is_chance() -> None:
     """Five raters who guess: in-sample majority would read .556."""
-    ceiling = noise_ceiling(raters(np.random.default_rng(1).integers(0, 3, (3000, 5))))
-    assert abs(ceiling.value - 1 / 3) < 0.012
-    assert (ceiling.n, ceiling.triplets) == (15000, 3000)
+    scores = ceiling_scores(raters(np.random.default_rng(1).integers(0, 3, (3000, 5))), None)
+    assert abs(scores["ceiling"] - 1 / 3) < 0.012
+    assert scores["n_repeated"] == 15000
 
 
 def test_the_ceiling_equals_a_slow_loop() -> None:
     answers = np.random.default_rng(2).choice(3, (60, 4), p=(0.6, 0.3, 0.1))
-    agreement = []
+    agrees = []
     for row in answers:
         for i in range(4):
             others = [answer for j, answer in enumerate(row) if j != i]
             most = max(others.count(k) for k in range(3))
             best = [k for k in range(3) if others.count(k) == most]
-            agreement.append((row[i] in best) / len(best))
-    assert noise_ceiling(raters(answers)).value == pytest.approx(np.mean(agreement))
+            agrees.append((row[i] in best) / len(best))
+    assert agreement(raters(answers)) == pytest.approx(agrees)
 
 
-def test_no_ceiling_without_repeats_and_a_rater_does_not_predict_themselves() -> None:
-    assert noise_ceiling(raters(np.zeros((5, 1), int))) is None
-    same = raters(np.zeros((5, 2), int))
-    assert noise_ceiling(Trials(same.items, same.odd, pd.DataFrame({"participant": ["p"] * 10}), ("s",))) is None
-    assert normalised(0.5, None) is None
-    assert normalised(1 / 3, noise_ceiling(same)) == 0
-    assert normalised(1.0, noise_ceiling(same)) == 1
+def test_the_ceiling_and_the_accuracy_beside_it_are_of_the_same_answers() -> None:
+    """200 hard triplets were repeated, 1,000 easy ones were not: .404 of one kind and .726 of all read "5.54 of ceiling"."""
+    rng = np.random.default_rng(3)
+    hard = raters(rng.choice(3, (60, 5), p=(0.6, 0.2, 0.2)), faces=40)
+    easy = raters(rng.integers(0, 3, (1000, 1))).replace("^face", "other", regex=True)
+    table = pd.concat([hard, easy], ignore_index=True)
+    correct = np.concatenate([rng.random(300) < 0.5, rng.random(1000) < 0.8])
+    scores = score(table, correct, CHANCE)
+    ceiling, accuracy_repeated = np.nanmean(agreement(hard)), correct[:300].mean()
+    assert scores["n_repeated"] == 300
+    assert scores["ceiling"] == pytest.approx(ceiling)
+    assert scores["accuracy_repeated"] == pytest.approx(accuracy_repeated)
+    assert scores["of_ceiling"] == pytest.approx((accuracy_repeated - CHANCE) / (ceiling - CHANCE))
+    assert scores["of_ceiling_low"] < scores["of_ceiling"] < scores["of_ceiling_high"]
+    assert scores["accuracy"] > 0.7 and scores["of_ceiling"] < 1
+
+
+@pytest.mark.parametrize(
+    ("table", "from_keys", "note"),
+    [
+        (raters(np.zeros((50, 1), int)), False, "0 test answers are to triplets that another participant answered"),
+        (raters(np.zeros((10, 2), int)), False, "20 test answers .*; 30 are needed"),
+        (raters(np.zeros((50, 5), int)).assign(participant="p"), False, "0 test answers"),
+        (raters(np.zeros((50, 5), int)), True, "made from the keys"),
+        (
+            raters(np.random.default_rng(0).integers(0, 3, (40, 3))),
+            False,
+            "cannot be told from chance|no more than by chance",
+        ),
+    ],
+)
+def test_a_ceiling_that_cannot_be_given_says_why(table: pd.DataFrame, from_keys: bool, note: str) -> None:
+    scores = score(table, np.ones(len(table), bool), CHANCE, from_keys)
+    assert re.search(note, scores["ceiling_note"])
+    assert math.isnan(scores["of_ceiling_low"])
+    if from_keys:
+        assert math.isnan(scores["ceiling"])
+
+
+def judged_by_effects(
+    rng: np.random.Generator, n: int, faces: int, people: int, spread: float
+) -> tuple[pd.DataFrame, np.ndarray]:
+    """Trials that are right with probability .6, more or less for each of its faces and its participant."""
+    shown = np.array([rng.choice(faces, 3, replace=False) for _ in range(n)])
+    who = rng.integers(people, size=n)
+    p = 0.6 + (rng.normal(0, spread, faces)[shown]).sum(axis=1) + rng.normal(0, spread, people)[who]
+    table = pd.DataFrame(shown.astype(str), columns=list(FACES)).assign(participant=who)
+    return table, rng.random(n) < np.clip(p, 0, 1)
+
+
+@pytest.mark.parametrize(
+    ("n", "faces", "people", "spread"), [(420, 40, 20, 0.08), (420, 40, 20, 0.0), (200, 12, 10, 0.08)]
+)
+def test_the_interval_over_faces_covers_the_truth_as_often_as_it_says(
+    n: int, faces: int, people: int, spread: float
+) -> None:
+    """Wilson's covers it far less often, where faces and participants matter."""
+    rng = np.random.default_rng(4)
+    covered = np.zeros(2)
+    for _ in range(200):
+        table, correct = judged_by_effects(rng, n, faces, people, spread)
+        mean, wilson = clustered_mean(correct, list(clusters_of(table).values())), accuracy(correct)
+        covered += [mean.low <= 0.6 <= mean.high, wilson.low <= 0.6 <= wilson.high]
+    assert 0.91 <= covered[0] / 200 <= 0.995  # .95, give or take what 200 draws allow
+    if spread:
+        assert covered[1] / 200 < 0.8
+
+
+def test_trials_that_share_a_cluster_are_counted_in_pairs_once() -> None:
+    """The variance over clusters against a slow loop over all pairs of trials, one of which shows a face twice."""
+    table, correct = judged_by_effects(np.random.default_rng(5), 60, 200, 100, 0.1)
+    table.loc[0, "face_2"] = table.loc[0, "face_1"]
+    off = correct - correct.mean()
+    faces, people = table[list(FACES)].to_numpy(), table["participant"].to_numpy()
+    shared = sum(
+        off[i] * off[j]
+        for i in range(60)
+        for j in range(60)
+        if i == j or set(faces[i]) & set(faces[j]) or people[i] == people[j]
+    )
+    counts = {face: (faces == face).any(axis=1) for face in np.unique(faces)} | {
+        p: people == p for p in np.unique(people)
+    }
+    jackknife = sum((off[of].sum() ** 2) * (1 / (1 - of.mean()) ** 2 - 1) for of in counts.values())
+    expected = math.sqrt(max(shared + jackknife, (off**2).sum())) / 60
+    assert clustered_mean(correct, [faces, people]).standard_error == pytest.approx(expected, rel=1e-3)
+
+
+def test_two_clusters_say_nothing_of_their_spread() -> None:
+    mean = clustered_mean(np.array([1.0, 0.0, 1.0, 1.0]), [np.array(["a", "a", "b", "b"])])
+    assert mean.value == 0.75 and math.isnan(mean.low) and math.isnan(mean.p)
 
 
 def test_wilson_interval_by_its_formula() -> None:
@@ -82,11 +180,15 @@ def test_paired_test_is_the_binomial_on_disagreements() -> None:
         paired_test(a, b[:3])
 
 
-def test_accuracy_by_face_counts_each_trial_once_per_face() -> None:
-    table = pd.DataFrame({"face_1": ["a", "a", "b"], "face_2": ["a", "b", "c"], "face_3": ["b", "c", "d"]})
-    scores = accuracy_by(table, np.array([True, False, True]), "face")
-    assert scores["n"].to_dict() == {"a": 2, "b": 3, "c": 2, "d": 1}
-    assert scores["value"].to_dict() == {"a": 0.5, "b": pytest.approx(2 / 3), "c": 0.5, "d": 1.0}
+def test_accuracy_of_a_face_where_it_is_odd_and_where_it_is_merely_shown() -> None:
+    rows = [["a", "b", "c", "a"], ["a", "b", "d", "b"], ["10", "9", "a", "a"]]
+    table = pd.DataFrame(rows, columns=[*FACES, "odd"])
+    scores = accuracy_by_face(table, np.array([True, False, True]))
+    assert list(scores.index) == ["9", "10", "a", "b", "c", "d"]  # as people sort them
+    assert scores.loc["a", ["when_odd", "n_when_odd", "when_shown", "n_when_shown"]].tolist() == [1.0, 2, 0.0, 1]
+    assert scores.loc["b", ["when_odd", "n_when_odd", "when_shown", "n_when_shown"]].tolist() == [0.0, 1, 1.0, 1]
+    assert math.isnan(scores.loc["c", "when_odd"]) and scores.loc["c", "n_when_odd"] == 0
+    assert scores.loc["c", "when_shown_low"] < 1.0
 
 
 def test_evaluate_equals_one_trial_at_a_time(tmp_path: Path) -> None:

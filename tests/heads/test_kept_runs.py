@@ -15,7 +15,7 @@ from featurestore import FeatureStore
 from heads import load_head
 from heads.grid import GridRequest, plan_grid
 from heads.runs import train_run
-from heads.runs_table import runs_table
+from heads.runs_table import finished_runs, runs_table
 from heads.train import Settings
 
 KEPT = Path(__file__).parent / "data" / "version-0.1"
@@ -26,12 +26,16 @@ def kept(tmp_path: Path) -> Path:
     return Path(shutil.copytree(KEPT, tmp_path / "kept"))
 
 
-def test_the_table_of_runs_is_as_it_was_written(kept: Path) -> None:
-    written = pd.read_csv(kept / "runs" / "runs.csv")
-    read = runs_table(kept / "runs")
-    assert list(read["name"]) == list(written["name"])
-    for column in ("accuracy", "low", "high", "p_zero_shot", "rank", "pull"):
+def test_the_table_of_runs_has_what_was_written(kept: Path) -> None:
+    """And what 0.1.0 did not write: the validation loss, from the metrics, and the ceiling of the tested trials."""
+    written = pd.read_csv(kept / "runs" / "runs.csv").set_index("name")
+    read = runs_table(finished_runs(kept / "runs")).set_index("name").loc[written.index]
+    for column in ("accuracy", "low", "high", "p_zero_shot", "pull"):
         assert np.allclose(read[column].astype(float), written[column].astype(float), equal_nan=True), column
+    (trained,) = (kept / "runs").glob("fc7-relu-similarity-*")
+    losses = pd.read_csv(trained / "metrics.csv")["validation_loss"]
+    assert read.loc[trained.name, "validation_loss"] == pytest.approx(losses.min())
+    assert "normalised" not in read
 
 
 def test_a_head_answers_as_it_did(kept: Path) -> None:

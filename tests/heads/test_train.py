@@ -27,7 +27,7 @@ from heads.models.identity import IdentityHead
 from heads.published import export
 from heads.registry import draw_head
 from heads.runs import Run, train_run
-from heads.runs_table import runs_table, write_runs_table
+from heads.runs_table import finished_runs, runs_table, write_runs_table
 from heads.schedule import run_grid
 from heads.scores import paired_test
 from heads.tasks import Task
@@ -74,8 +74,8 @@ def test_heads_learn_what_is_there_and_the_accuracy_is_that_of_the_weights_saved
 ) -> None:
     grid = plan_grid(request(made, judged, tmp_path, settings=replace(QUICK, epochs=30)))
     ((task, runs),) = grid.parts
-    run_grid(task, runs, tmp_path)
-    table = write_runs_table(tmp_path)
+    run_grid([(task, runs)], tmp_path)
+    table, _ = write_runs_table(tmp_path)
     score = table.set_index("head")["accuracy"]
     assert score["similarity"] > 0.7
     assert score["similarity"] > score["zero-shot"] > 0.35
@@ -108,7 +108,7 @@ def test_similarity_generalises_to_faces_never_seen(made: Path, tmp_path: Path) 
     )
     ((task, runs),) = grid.parts
     results = []
-    run_grid(task, runs, tmp_path, done=lambda each, result: results.append(result))
+    run_grid([(task, runs)], tmp_path, done=lambda each, result: results.append(result))
     similarity = next(result for result in results if result["epochs"])
     assert similarity["low"] > 1 / 3
 
@@ -207,8 +207,7 @@ def test_a_grid_through_dask_gives_what_one_process_gives(
     ((task, runs),) = grid.parts
     done, epochs = {}, []
     run_grid(
-        task,
-        runs,
+        [(task, runs)],
         tmp_path / "dask",
         2,
         scheduler,
@@ -232,7 +231,7 @@ def test_a_long_first_epoch_tells_its_pace_once(
     grid = plan_grid(request(made, judged, tmp_path, seeds=[0, 1], settings=replace(QUICK, epochs=2)))
     ((task, runs),) = grid.parts
     seen: dict[str, list] = {}
-    run_grid(task, runs, tmp_path, jobs, "threads", lambda label, line: seen.setdefault(label, []).append(line))
+    run_grid([(task, runs)], tmp_path, jobs, "threads", lambda label, line: seen.setdefault(label, []).append(line))
     assert len(seen) == 2
     for pace, *epochs in seen.values():
         assert isinstance(pace, Pace)
@@ -281,7 +280,7 @@ def test_a_worker_that_dies_is_said_in_our_words_and_dask_says_nothing(
 def test_an_address_without_a_cluster_is_said_so(made: Path, judged: Path, tmp_path: Path) -> None:
     ((task, runs),) = plan_grid(request(made, judged, tmp_path)).parts
     with pytest.raises(FeatureStoreError, match="no Dask scheduler at 'tcp:"):
-        run_grid(task, runs, tmp_path, 1, "tcp://127.0.0.1:1", connect="1s")
+        run_grid([(task, runs)], tmp_path, 1, "tcp://127.0.0.1:1", connect="1s")
 
 
 def test_a_failing_run_does_not_take_the_others_with_it(made: Path, judged: Path, tmp_path: Path) -> None:
@@ -290,11 +289,11 @@ def test_a_failing_run_does_not_take_the_others_with_it(made: Path, judged: Path
     )
     ((task, runs),) = grid.parts
     done: dict = {}
-    run_grid(task, runs, tmp_path, done=lambda each, result: done.update({(each.head, each.settings.lr): result}))
+    run_grid([(task, runs)], tmp_path, done=lambda each, result: done.update({(each.head, each.settings.lr): result}))
     assert isinstance(done["conv", 1e30], FeatureStoreError)
     assert "epoch 1, step 2" in str(done["conv", 1e30]) or "epoch 1" in str(done["conv", 1e30])
     assert isinstance(done["conv", 1e-3], dict)
-    assert len(runs_table(tmp_path)) == 2
+    assert len(runs_table(finished_runs(tmp_path))) == 2
 
 
 def test_rows_that_are_not_finite_are_named(judged: Path, tmp_path: Path) -> None:
@@ -436,7 +435,7 @@ def test_a_hostile_checkpoint_runs_no_code(tmp_path: Path) -> None:
 
 def test_other_photographs_are_another_run(made: Path, judged: Path, tmp_path: Path) -> None:
     """A store of the same keys, network and trials, but other images: nothing of the first one's runs may be taken."""
-    other = write_store(tmp_path / "other.zarr", image="1" * 64)
+    other = write_store(tmp_path / "other.zarr", image="another")
     each = Run("fc7-relu", "zero-shot", QUICK)
     names = [each.name(task_of(path, judged, tmp_path)) for path in (made, other)]
     assert names[0] != names[1]
@@ -498,8 +497,8 @@ def test_same_person_trials_obey_conditions_and_refuse_what_has_no_effect(made: 
 def test_each_measure_is_compared_with_its_own_zero_shot(made: Path, judged: Path, tmp_path: Path) -> None:
     for measure in ("cosine", "dot"):
         grid = plan_grid(request(made, judged, tmp_path, measure=measure, settings=replace(QUICK, epochs=1)))
-        run_grid(*grid.parts[0], tmp_path)
-    table = runs_table(tmp_path)
+        run_grid(grid.parts, tmp_path)
+    table = runs_table(finished_runs(tmp_path))
     assert table[table["head"] == "zero-shot"]["p_zero_shot"].isna().all()
     for measure in ("cosine", "dot"):
         own = table[table["measure"] == measure].set_index("head")
