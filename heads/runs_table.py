@@ -103,9 +103,10 @@ class Answers:
     @property
     def validation_loss(self) -> float:
         """Mean over seeds and folds; NaN if one has none."""
-        return float(np.mean([_number(run.row.get("validation_loss")) for run in self.runs]))
+        return _mean(self.runs, "validation_loss")
 
 
+_COUNTS = ("n_train", "n_validation", "n_left_out", "n_set_aside")
 _ABOUT = (
     "test",
     "fold",
@@ -115,10 +116,7 @@ _ABOUT = (
     "where",
     "sessions",
     "views",
-    "n_train",
-    "n_validation",
-    "n_left_out",
-    "n_set_aside",
+    *_COUNTS,
     "backbone",
     "weights",
 )
@@ -166,8 +164,10 @@ def _with_losses(result: dict[str, Any], folder: Path) -> dict[str, Any]:
         return result
 
 
-def _number(value: Any) -> float:
-    return float("nan") if value is None else float(value)
+def _mean(runs: Sequence[FinishedRun], name: str) -> float:
+    """Of a result of several runs; NaN where one has none."""
+    values = [run.row.get(name) for run in runs]
+    return float(np.mean([np.nan if value is None or value == "" else float(value) for value in values]))
 
 
 def runs_table(runs: Sequence[FinishedRun]) -> pd.DataFrame:
@@ -251,11 +251,12 @@ def summary_table(runs: Sequence[FinishedRun]) -> pd.DataFrame:
             "n_seeds": len(each.by_seed),
             "n_folds": each.n_folds,
             "validation_loss": each.validation_loss,
-            "train_accuracy": float(np.mean([_number(run.row.get("train_accuracy")) for run in each.runs])),
+            "train_accuracy": _mean(each.runs, "train_accuracy"),
             **scores,
             "accuracy": float(np.mean(each.by_seed)),
             "sd": float(np.std(each.by_seed, ddof=1)) if len(each.by_seed) > 1 else np.nan,
-            **{name: run.row[name] for name in ("test", *_ABOUT[2:]) if name in run.row},
+            **{name: run.row[name] for name in _ABOUT if name != "fold" and name not in _COUNTS},
+            **{name: _mean(each.runs, name) for name in _COUNTS},
             "runs": " ".join(run.row["name"] for run in each.runs),
         }
         other = baseline.get((run.group, *_untrained(run)))

@@ -9,6 +9,7 @@ import json
 from collections.abc import Sequence
 from contextlib import suppress
 from dataclasses import dataclass
+from itertools import product
 from pathlib import Path
 from typing import Any
 
@@ -195,18 +196,22 @@ class Choice:
 def choices(labels: np.ndarray, kind: str, seed: int) -> list[Choice]:
     """How many examples each choice of fractions or folds would leave, the one to suggest first.
 
-    That is the one whose smaller of training and test is largest.
+    That is the one whose smallest part is largest, where a quarter is enough for validation.
     """
     codes = np.unique(labels, return_inverse=True)[1].reshape(labels.shape)
     found = []
     for fractions in (FRACTIONS, (0.6, 0.2, 0.2), (0.5, 0.2, 0.3), (0.4, 0.2, 0.4), (0.34, 0.33, 0.33)):
         with suppress(FeatureStoreError):
-            option = "`fractions` " + " ".join(f"{share:.2f}".lstrip("0") for share in fractions)
-            found.append(_choice(option, [draw_split(codes, kind, seed, fractions, "")]))
-    for folds in (2, 3, 4, 5, 10):
+            found.append(_choice(_option(fractions), [draw_split(codes, kind, seed, fractions, "")]))
+    for folds, fractions in product((2, 3, 4, 5, 10), (FRACTIONS, (0.5, 0.3, 0.2))):
         with suppress(FeatureStoreError):
-            found.append(_choice(f"`folds` {folds}", draw_folds(codes, kind, seed, FRACTIONS, "", folds)))
-    return sorted(found, key=lambda choice: -min(choice.train, choice.test))
+            option = f"`folds` {folds} {_option(fractions)}"
+            found.append(_choice(option, draw_folds(codes, kind, seed, fractions, "", folds)))
+    return sorted(found, key=lambda choice: -min(choice.train, 4 * choice.validation, choice.test))
+
+
+def _option(fractions: Sequence[float]) -> str:
+    return "`fractions` " + " ".join(f"{share:.2f}".lstrip("0") for share in fractions)
 
 
 def _choice(option: str, splits: Sequence[Split]) -> Choice:

@@ -35,7 +35,7 @@ def plan_text(grid: "Grid", jobs: int) -> str:
         lines.append(_split_line(task))
         lines.append(f"  chance    {task.chance:.3f}")
         if not task.classes:
-            lines.append(f"  ceiling   {_ceiling_text(task)}")
+            lines.append(f"  ceiling   {_ceiling_text(task, grid)}")
         if len(task.split.indices("test")) < 50 and not task.split.fold:
             lines.append("  note      so few test examples give wide intervals; see --fractions and --folds")
     if grid.trials:
@@ -74,10 +74,14 @@ def _split_line(task: "Task") -> str:
     )
 
 
-def _ceiling_text(task: "Task") -> str:
+def _ceiling_text(task: "Task", grid: "Grid") -> str:
+    """Of all trials that will be tested: those of all folds."""
+    import numpy as np
+
     from heads.scores import ceiling_scores
 
-    found = ceiling_scores(task.table.iloc[task.split.indices("test")], None, task.chance, task.from_keys)
+    tests = [other.split.indices("test") for other, _ in grid.parts if other.split.test == task.split.test]
+    found = ceiling_scores(task.table.iloc[np.concatenate(tests)], None, task.chance, task.from_keys)
     if found["ceiling"] != found["ceiling"]:
         return f"unknown: {found['ceiling_note']}"
     interval = _interval(found["ceiling_low"], found["ceiling_high"])
@@ -90,10 +94,10 @@ def _choices(grid: "Grid") -> list[str]:
     """Other ways to split, where they leave different numbers of trials."""
     if not grid.choices:
         return []
-    rows = [f"  choices   {'':<26} {'train':>7} {'validation':>10} {'test':>7}"]
+    rows = [f"  choices   {'':<34} {'train':>7} {'validation':>10} {'test':>7}"]
     rows += [
-        f"            {as_typed(each.option):<26} {each.train:>7} {each.validation:>10} {each.test:>7}"
-        + ("  suggested: most trials in the smaller of training and test" if i == 0 else "")
+        f"            {as_typed(each.option):<34} {each.train:>7} {each.validation:>10} {each.test:>7}"
+        + ("  suggested: its smallest part is largest, validation counted four times" if i == 0 else "")
         for i, each in enumerate(grid.choices)
     ]
     return rows

@@ -144,6 +144,12 @@ def _complete_compared(ctx: click.Context, param: click.Parameter, incomplete: s
     help="Shares of training, validation and test.",
 )
 @click.option(
+    "--folds",
+    type=click.IntRange(2),
+    metavar="K",
+    help="Train each head K times, so that every face (view, triplet) is tested once, and pool the answers.",
+)
+@click.option(
     "--hold-out",
     multiple=True,
     metavar="NAME …",

@@ -33,5 +33,6 @@ class Faults:
             rows = self.kind == kind
             values = [value for value in pd.unique(self.value[rows]) if value != ""]
             about = f": {listing(map(repr, values), 3)}" if values else ""
-            told.append(f"  {int(rows.sum())} {kind}{about} (line {listing(lines[rows])})")
+            where = f"line{'s' if rows.sum() > 1 else ''} {listing(lines[rows])}"
+            told.append(f"  {int(rows.sum())} {kind}{about} ({where})")
         return "\n".join(told)

@@ -222,11 +222,12 @@ def _match_faces(table: pd.DataFrame, own: np.ndarray, source: Source, faults: F
             called[face] = face
         elif len(candidates) == 1:
             called[face] = candidates[0]
-    for column in FACES:
-        unknown = own & ~table[column].isin(list(called)).to_numpy()
-        if unknown.any():
-            kind = f"name a face that is not in {source.folder} ({_known_faces(table.loc[unknown, column].iloc[0], known)})"
-            faults.note(unknown, kind, table[column])
+    faces = table[list(FACES)].to_numpy(object)
+    unknown = own[:, None] & ~np.isin(faces, list(called))
+    if unknown.any():
+        hint = _known_faces(faces[unknown][0], known)
+        first = faces[np.arange(len(faces)), unknown.argmax(axis=1)]
+        faults.note(unknown.any(axis=1), f"name a face that is not in {source.folder} ({hint})", first)
     table = table.copy()
     for column in (*FACES, ODD):
         table.loc[own, column] = table.loc[own, column].map(lambda face: called.get(face, face)).astype(object)

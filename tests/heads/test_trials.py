@@ -1,6 +1,7 @@
 """Trials: read in the forms people have, matched by key, refused where they make no sense."""
 
 import gzip
+import re
 from pathlib import Path
 
 import numpy as np
@@ -117,6 +118,97 @@ def test_bad_trials_are_refused_with_the_line_and_the_way_out(
 ) -> None:
     with pytest.raises(FeatureStoreError, match=message):
         trials_from(made, tmp_path, rows, **{"view": "frontal", **options})
+
+
+SAME = ("face-001", "face-001", "face-002")
+SEEN = {"view_1": "frontal", "view_2": "left", "view_3": "up"}
+
+
+@pytest.mark.parametrize(
+    ("answer", "place"),
+    [
+        ({"odd": "face-001", "odd_position": 2}, 1),
+        ({"odd": "face-001", "odd_position": 1}, 0),
+        ({"odd": "face-001", "odd_view": "left"}, 1),
+        ({"odd": "", "odd_position": 3}, 2),
+        ({"odd": "face-002", "odd_position": ""}, 2),
+        ({"odd": "1", "odd_position": 2, "odd_view": "left"}, 1),
+    ],
+)
+def test_a_face_shown_twice_is_odd_in_one_place(made: Path, tmp_path: Path, answer: dict, place: int) -> None:
+    trials = trials_from(made, tmp_path, [{**row(*SAME), **SEEN, **answer}])
+    assert trials.odd.tolist() == [place]
+    assert trials.table["odd"].tolist() == [SAME[place]]
+    assert trials.table["odd_position"].tolist() == [place + 1]
+
+
+def test_which_of_two_pictures_was_odd_is_part_of_what_was_asked(made: Path, tmp_path: Path) -> None:
+    """Otherwise a run on the one would be taken for a run on the other."""
+    hashes = {
+        trials_from(made, tmp_path, [{**row(*SAME, odd="face-001"), **SEEN, "odd_position": i}]).hash for i in (1, 2)
+    }
+    assert len(hashes) == 2
+
+
+@pytest.mark.parametrize(
+    ("answer", "message"),
+    [
+        ({"odd": "face-001", "odd_position": 3}, r"1 contradict themselves: .*'face-001' \(line 2\)"),
+        ({"odd": "face-001", "odd_position": 4}, r"an odd_position that is not 1, 2 or 3: '4'"),
+        ({"odd": "face-001", "odd_position": "left"}, r"an odd_position that is not 1, 2 or 3: 'left'"),
+        ({"odd": "face-001", "odd_view": "up"}, r"an odd_view in which the odd face was not shown: 'up'"),
+        ({"odd": "face-001"}, r"shown twice; say which with odd_position"),
+    ],
+)
+def test_answers_that_contradict_themselves(made: Path, tmp_path: Path, answer: dict, message: str) -> None:
+    with pytest.raises(FeatureStoreError, match=message):
+        trials_from(made, tmp_path, [{**row(*SAME), **SEEN, **answer}])
+
+
+FAULTY = """face_1,face_2,face_3,odd,note
+face-001,face-002,face-003,face-002,good
+face-001,face-002,face-999,face-002,"a note
+on two lines"
+face-001,face-002,face-003,face-009,
+
+face-001,face-002,face-003,face-001,good
+face-001,face-002,face-003
+face-001,face-998,face-003,face-001,
+face-001,face-002,face-003,,no answer
+"""
+
+
+def test_all_faults_of_a_file_are_told_at_once_by_kind_and_line(made: Path, tmp_path: Path) -> None:
+    (tmp_path / "t.csv").write_text(FAULTY)
+    store = FeatureStore.open(made)
+    with pytest.raises(FeatureStoreError) as raised:
+        load_trials(tmp_path / "t.csv", store, view="frontal")
+    told = str(raised.value)
+    assert "4 of 6 trials are faulty" in told
+    assert re.search(r"2 name a face that is not in .*: 'face-999', 'face-998' \(lines 3, 9\)", told)
+    assert re.search(r"1 name an odd face that is not one of the three: 'face-009' \(line 5\)", told)
+    assert re.search(r"1 have more or fewer fields than the header's 5 \(line 8\)", told)
+    assert "`on_error` skip" in told
+
+
+def test_faulty_trials_can_be_left_out_and_are_kept(made: Path, tmp_path: Path) -> None:
+    (tmp_path / "t.csv").write_text(FAULTY)
+    trials = load_trials(tmp_path / "t.csv", FeatureStore.open(made), view="frontal", on_error="skip")
+    assert trials.table["line"].tolist() == [2, 7]
+    assert trials.table["note"].tolist() == ["good", "good"]
+    assert (len(trials.faulty), trials.unanswered, trials.excluded) == (4, 1, 0)
+    assert trials.faulty["line"].tolist() == [3, 5, 8, 9]
+    assert trials.faulty["fault"].str.contains("face-999").tolist() == [True, False, False, False]
+    (tmp_path / "t.csv").write_text("face_1,face_2,face_3,odd\na,b,c,a\n")
+    with pytest.raises(FeatureStoreError, match="No trial is left"):
+        load_trials(tmp_path / "t.csv", FeatureStore.open(made), view="frontal", on_error="skip")
+
+
+def test_a_face_may_be_called_na_or_007(tmp_path: Path) -> None:
+    path = write_store(tmp_path / "s.zarr", faces=["NA", "007", *(f"f{i}" for i in range(28))])
+    (tmp_path / "t.csv").write_text("face_1,face_2,face_3,odd\nNA,007,f1,NA\n")
+    trials = load_trials(tmp_path / "t.csv", FeatureStore.open(path), view="frontal")
+    assert trials.table[[*FACES, "odd"]].to_numpy().tolist() == [["NA", "007", "f1", "NA"]]
 
 
 def test_files_that_are_no_tables(made: Path, tmp_path: Path) -> None:
