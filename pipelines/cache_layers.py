@@ -20,6 +20,7 @@ from pipelines._cli import (
 )
 
 if TYPE_CHECKING:
+    from featurestore.caching.extractor import Loaded
     from featurestore.caching.job import CachingJob, CachingRequest
     from featurestore.caching.plan import Plan
     from featurestore.caching.run import Summary
@@ -173,17 +174,16 @@ def main(list_layers: bool, dry_run: bool, rename: bool, forget: tuple[str, ...]
     if dry_run:
         if rename or forget:
             _rename_and_forget(job, rename, forget, dry_run)
-        click.echo(f"Plan (nothing is run)\n{as_typed(str(_plan(job)))}")
+        _plan(job, dry_run)
         return
     with store_lock(request.store, "pipelines/cache_layers.py"):
         if rename or forget:
             _rename_and_forget(job, rename, forget, dry_run)
-        plan = _plan(job)
-        click.echo(f"Plan\n{as_typed(str(plan))}\n")
-        plan.refuse_if_renamed()
+        plan, loaded = _plan(job, dry_run)
+        click.echo()
         plan.refuse_if_full()
         with progress_bar(plan.images, "computing") as bar:
-            summary = cache_layers(job, plan, bar.update)
+            summary = cache_layers(job, plan, bar.update, loaded)
     _report(plan, summary)
     if summary.interrupted:
         click.get_current_context().exit(130)
@@ -251,7 +251,7 @@ def _rename_and_forget(job: "CachingJob", rename: bool, forget: tuple[str, ...],
 
     store, would = job.request.store, "Would be " if dry_run else ""
     if rename:
-        renamed = _plan(job).moves.renamed
+        renamed = _make_plan(job).moves.renamed
         names = [job.source_name]
         if renamed and not dry_run:
             names = [*rename_photographs(store, job.source_name, renamed)]
@@ -269,11 +269,25 @@ def _rename_and_forget(job: "CachingJob", rename: bool, forget: tuple[str, ...],
     click.echo()
 
 
-def _plan(job: "CachingJob") -> "Plan":
+def _make_plan(job: "CachingJob") -> "Plan":
     from featurestore.caching.planning import make_plan
 
     with progress_bar(None, "checking photographs") as bar:
         return make_plan(job, bar.update)
+
+
+def _plan(job: "CachingJob", dry_run: bool) -> "tuple[Plan, Loaded | None]":
+    """The plan, printed, and the network if it was timed for it. Renamed photographs end a run that is not dry."""
+    from featurestore.caching.estimate import estimate
+
+    plan = _make_plan(job)
+    click.echo(f"Plan{' (nothing is run)' if dry_run else ''}\n{as_typed(str(plan))}")
+    if not dry_run:
+        plan.refuse_if_renamed()
+    timed = estimate(job, plan)
+    if timed:
+        click.echo(f"  {'time':<9} {timed}")
+    return plan, timed.loaded if timed else None
 
 
 def _list_layers(backbone: str, recipe: str | None) -> None:

@@ -1,6 +1,8 @@
 """A network cut after the layers asked for, with its weights in place, ready to compute."""
 
+import time
 from collections.abc import Iterable
+from dataclasses import dataclass
 
 import torch
 from torch import nn
@@ -11,6 +13,15 @@ from featurestore.errors import FeatureStoreError
 from featurestore.networks.spec import BackboneSpec
 from featurestore.networks.tracing import extractor, tensor_names
 from featurestore.text import listing
+
+
+@dataclass(frozen=True)
+class Loaded:
+    """An extractor of ``layers`` and the seconds that building it and reading its weights took."""
+
+    layers: list[str]
+    network: nn.Module
+    seconds: float
 
 
 def refuse_absent(spec: BackboneSpec, layers: Iterable[str], weights: Weights) -> None:
@@ -44,3 +55,10 @@ def load_extractor(
     if spec.equal is None:  # a network that is not ours
         check_capture(cut, spec, paths, weights)
     return cut.requires_grad_(False).to(device=device, dtype=dtype).to(memory_format=torch.channels_last)
+
+
+def load(spec: BackboneSpec, layers: list[str], weights: Weights, device: torch.device, dtype: torch.dtype) -> Loaded:
+    """``load_extractor``, timed."""
+    started = time.perf_counter()
+    network = load_extractor(spec, layers, weights, device, dtype)
+    return Loaded(layers, network, time.perf_counter() - started)

@@ -14,9 +14,10 @@ from dataclasses import dataclass, field
 
 import numpy as np
 import pandas as pd
+import torch
 
 from featurestore.caching.compute import compute
-from featurestore.caching.extractor import load_extractor
+from featurestore.caching.extractor import Loaded, load
 from featurestore.caching.job import CachingJob
 from featurestore.caching.plan import CountPhotographs, LayerPlan, Plan
 from featurestore.caching.shard_sink import ShardSink
@@ -45,13 +46,17 @@ class Summary:
     interrupted: bool = False
 
 
-def cache_layers(job: CachingJob, plan: Plan, progress: CountPhotographs = lambda n: None) -> Summary:
+def cache_layers(
+    job: CachingJob, plan: Plan, progress: CountPhotographs = lambda n: None, loaded: Loaded | None = None
+) -> Summary:
     """Carry out ``plan``, under ``store_lock``. Ctrl-C ends it early with everything computed so far in the store.
+
+    ``loaded`` is a network of this job that is there already; where the run needs other layers, it loads its own.
 
     Raises FeatureStoreError for a photograph that cannot be read (``on_error="stop"``), NaN or infinite activations,
     or a disk that takes no more; what was computed before is kept in each case.
     """
-    run = _Run(job, plan, progress)
+    run = _Run(job, plan, progress, loaded)
     started = time.perf_counter()
     try:
         run.carry_out()
@@ -63,12 +68,13 @@ def cache_layers(job: CachingJob, plan: Plan, progress: CountPhotographs = lambd
             "free some space or choose another `store`, then run the same command again."
         ) from error
     run.summary.seconds = time.perf_counter() - started - run.summary.loading
+    run.summary.loading += loaded.seconds if loaded else 0.0
     return run.summary
 
 
 class _Run:
-    def __init__(self, job: CachingJob, plan: Plan, progress: CountPhotographs) -> None:
-        self.job, self.plan, self.progress = job, plan, progress
+    def __init__(self, job: CachingJob, plan: Plan, progress: CountPhotographs, loaded: Loaded | None) -> None:
+        self.job, self.plan, self.progress, self.loaded = job, plan, progress, loaded
         self.summary = Summary(failures=list(plan.failures))
 
     def carry_out(self) -> None:
@@ -83,11 +89,11 @@ class _Run:
         plans = {part.layer.name: part for part in plan.layers}
         incomplete = {name: part for name, part in plans.items() if part.needed.any()}
         if incomplete:
-            hashes = self._stage(incomplete, self._photos_to_fill(), plan.new.iloc[:0])
+            hashes = self._stage(incomplete, photos_to_fill(self.job, plan), plan.new.iloc[:0])
             if plan.recompute.any():
                 self._end_recompute(hashes)
         if len(plan.new):
-            self._stage(plans, self._photos_to_append(), plan.new)
+            self._stage(plans, photos_to_append(self.job, plan), plan.new)
 
     def _publish_table(self) -> None:
         """Publish new layers (still without rows) and metadata; changed photographs lose their hash until all is recomputed."""
@@ -107,24 +113,6 @@ class _Run:
         self.writer.replace_table(table)
         self.writer.publish()
 
-    def _photos_to_fill(self) -> list[Photo]:
-        rows = self.plan.to_fill
-        table = self.plan.existing.iloc[rows]
-        hashes = np.where(self.plan.recompute[rows], "", table["image_sha256"].to_numpy(object))
-        boxes = self._boxes(table)
-        known = zip(table["face_id"], table["view"], table["path"], rows.tolist(), hashes, boxes, strict=True)
-        return [Photo(face, view, path, row, sha256 or None, box) for face, view, path, row, sha256, box in known]
-
-    def _photos_to_append(self) -> list[Photo]:
-        new = self.plan.new
-        known = zip(new["face_id"], new["view"], new["path"], self._boxes(new), strict=True)
-        return [Photo(face, view, path, box=box) for face, view, path, box in known]
-
-    def _boxes(self, table: pd.DataFrame) -> list[Box | None]:
-        if self.job.recipe.box_margin is None:
-            return [None] * len(table)
-        return [box_of(item) for item in table[list(BOX)].to_dict("records")]
-
     def _stage(self, plans: Mapping[str, LayerPlan], photos: list[Photo], new: pd.DataFrame) -> dict[int, str]:
         """Decode, compute and write ``photos`` for the layers of ``plans``; ``new`` are the items they append, if they do.
 
@@ -139,16 +127,14 @@ class _Run:
             slots=next(iter(plans.values())).layer.slots,
             next_row=self.writer.n_items,
             batch_size=job.batch_size,
-            workers=job.request.workers or min(4, os.cpu_count() or 1),
+            workers=decoding_threads(job),
             skip=job.request.on_error == "skip",
             pin=job.device.type == "cuda",
         )
         dtypes = {name: part.layer.dtype for name, part in plans.items()}
         waiting: deque[Future[None]] = deque()
         with ThreadPoolExecutor(1, thread_name_prefix="write") as thread, reproducible():
-            loading = time.perf_counter()
-            network = load_extractor(job.spec, list(plans), job.weights, job.device, precision)
-            self.summary.loading += time.perf_counter() - loading
+            network = self._network(list(plans))
             try:
                 for batch in stream:
                     if isinstance(batch, Failure):
@@ -171,6 +157,15 @@ class _Run:
                     self.summary.bytes_written += sink.bytes_written
         return sink.hashes
 
+    def _network(self, layers: list[str]) -> torch.nn.Module:
+        """The extractor of ``layers``; the one before it is kept if it is the same, and freed otherwise."""
+        if self.loaded is None or self.loaded.layers != layers:
+            self.loaded = None
+            job = self.job
+            self.loaded = load(job.spec, layers, job.weights, job.device, PRECISIONS[job.request.precision])
+            self.summary.loading += self.loaded.seconds
+        return self.loaded.network
+
     def _note(self, failure: Failure) -> None:
         if self.job.request.on_error != "skip":
             raise FeatureStoreError(
@@ -178,3 +173,30 @@ class _Run:
                 "What was computed so far is kept."
             )
         self.summary.failures.append(failure)
+
+
+def photos_to_fill(job: CachingJob, plan: Plan) -> list[Photo]:
+    """The photographs of registered items that lack rows, which must still be those that were cached."""
+    rows = plan.to_fill
+    table = plan.existing.iloc[rows]
+    hashes = np.where(plan.recompute[rows], "", table["image_sha256"].to_numpy(object))
+    known = zip(table["face_id"], table["view"], table["path"], rows.tolist(), hashes, _boxes(job, table), strict=True)
+    return [Photo(face, view, path, row, sha256 or None, box) for face, view, path, row, sha256, box in known]
+
+
+def photos_to_append(job: CachingJob, plan: Plan) -> list[Photo]:
+    """The photographs that are new."""
+    new = plan.new
+    known = zip(new["face_id"], new["view"], new["path"], _boxes(job, new), strict=True)
+    return [Photo(face, view, path, box=box) for face, view, path, box in known]
+
+
+def decoding_threads(job: CachingJob) -> int:
+    """Threads that read and decode, beside the one that computes."""
+    return job.request.workers or min(4, os.cpu_count() or 1)
+
+
+def _boxes(job: CachingJob, table: pd.DataFrame) -> list[Box | None]:
+    if job.recipe.box_margin is None:
+        return [None] * len(table)
+    return [box_of(item) for item in table[list(BOX)].to_dict("records")]
