@@ -1,5 +1,6 @@
 """The command as a user runs it."""
 
+import re
 from pathlib import Path
 
 import pandas as pd
@@ -119,6 +120,10 @@ def test_a_head_is_drawn(folder: Path) -> None:
     picture = (folder / "head.svg").read_text()
     assert picture.count("Conv2d") == 4
     assert "<svg" in picture
+    width, height = map(float, re.search(r'width="(\d+)pt" height="(\d+)pt"', picture).groups())
+    assert height / width <= 297 / 210  # a page
+    assert "shared by x1, x2, x3" in picture
+    assert not re.search("getitem|unsqueeze|flatten|<title>(mul|sub)", picture)
     assert draw(build_head("similarity", (512, 7, 7)), folder / "head.png").read_bytes()[:4] == b"\x89PNG"
 
 
