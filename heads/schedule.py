@@ -3,6 +3,7 @@
 import logging
 import os
 import socket
+import warnings
 from collections.abc import Callable, Sequence
 from contextlib import ExitStack
 from dataclasses import asdict, replace
@@ -64,6 +65,8 @@ def run_grid(
         _quieten(stack)
         address: Any = scheduler
         if local:
+            stack.enter_context(warnings.catch_warnings())
+            warnings.filterwarnings("ignore", category=UserWarning, module=r"distributed\b")  # such as of a port in use
             processes = scheduler == "processes"
             address = stack.enter_context(
                 LocalCluster(

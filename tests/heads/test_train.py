@@ -5,8 +5,10 @@ import os
 import re
 import resource
 import signal
+import socket
 import subprocess
 import sys
+from contextlib import suppress
 from dataclasses import replace
 from functools import partial
 from pathlib import Path
@@ -240,9 +242,14 @@ def test_a_long_first_epoch_tells_its_pace_once(
 
 
 def test_a_worker_that_dies_is_said_in_our_words_and_dask_says_nothing(
-    made: Path, judged: Path, tmp_path: Path
+    made: Path, judged: Path, tmp_path: Path, request: pytest.FixtureRequest
 ) -> None:
-    """Two real worker processes; one is killed, and the grid is stopped by Ctrl-C later."""
+    """Two real worker processes; one is killed, and the grid is stopped by Ctrl-C later. Dask's usual port is taken."""
+    taken = socket.socket()
+    request.addfinalizer(taken.close)
+    with suppress(OSError):  # somebody else has it
+        taken.bind(("127.0.0.1", 8787))
+        taken.listen()
     options = ["--store", made, "--trials", judged, "--layers", "fc7-relu", "--heads", "conv", "--seeds", "0,1"]
     options += ["--epochs", "9999", "--patience", "9999", "--jobs", "2", "--out", tmp_path / "runs"]
     line = [sys.executable, "-u", str(ROOT / "pipelines" / "train_heads.py"), *map(str, options)]
