@@ -42,7 +42,7 @@ def run_grid(
 ) -> None:
     """Do all runs of all tasks; ``done`` is told each one's result, or the error that ended it, while the others go on.
 
-    ``died`` is told of a run whose worker process died; Dask starts it again elsewhere, three times at most.
+    ``died`` is told of a run whose worker process died; Dask tries it four times at most.
 
     With one job and no cluster they run one after the other in this process. ``scheduler`` is ``threads`` or
     ``processes`` of this machine, or the address of a Dask cluster whose workers see the same files.

@@ -77,7 +77,7 @@ class Epoch:
 
 @dataclass(frozen=True)
 class Pace:
-    """The speed so far in the first epoch, and how long the training part of an epoch takes at it."""
+    """The speed in the first epoch so far but for its first step, and how long the training part of an epoch takes at it."""
 
     examples_per_second: float
     epoch_seconds: float
@@ -189,9 +189,12 @@ def train_epoch(
         optimizer.step()
         total += value * len(wanted)
         right += int((logits.argmax(1) == wanted).sum())
-        seconds, done = time.perf_counter() - start, first + len(wanted)
-        if pace and seconds >= PACE_AFTER and done < len(items):
-            pace(Pace(done / seconds, len(items) * seconds / done))
+        now = time.perf_counter()
+        if step == 1:
+            second_step = now  # the first one also makes room for gradients and moments
+        elif pace and now - start >= PACE_AFTER:
+            rate = (first + len(wanted) - settings.batch_size) / (now - second_step)
+            pace(Pace(rate, len(items) / rate))
             pace = None
     seconds = time.perf_counter() - start
     return Epoch(

@@ -288,7 +288,9 @@ def main(
             say(progress_text(label, line))
 
         def died(run: "Run") -> None:
-            say(f"{run.label} | its worker process died; it starts again in another from its last saved state")
+            say(
+                f"{run.label} | its worker process died; it is tried again from its last saved state, four times at most"
+            )
 
         def done(run: "Run", result: "dict[str, Any] | FeatureStoreError") -> None:
             if isinstance(result, dict):
