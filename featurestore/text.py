@@ -2,7 +2,7 @@
 
 import difflib
 import re
-from collections.abc import Iterable
+from collections.abc import Iterable, Sequence
 
 _MOST_NAMES = 50
 
@@ -41,7 +41,20 @@ def human_duration(seconds: float) -> str:
     return f"{seconds / 86400:.1f} days"
 
 
+def aligned(rows: Sequence[Sequence[str]]) -> list[str]:
+    """Lines of a table, its columns as wide as their widest cell."""
+    widths = [max(map(len, column)) for column in zip(*rows, strict=True)]
+    return [
+        "  " + "  ".join(cell.ljust(width) for cell, width in zip(row, widths, strict=True)).rstrip() for row in rows
+    ]
+
+
 def natural_order(text: str) -> tuple[tuple[int | str, ...], str]:
     """Sort key under which ``"2" < "10"`` and ``"view9" < "view10"``."""
     parts = re.split(r"([0-9]+)", text)
     return tuple(int(part) if i % 2 else part for i, part in enumerate(parts)), text
+
+
+def in_natural_order(names: Iterable[str]) -> list[str]:
+    """Sorted as people do: 2 before 10."""
+    return sorted(names, key=natural_order)

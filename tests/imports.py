@@ -13,12 +13,16 @@ import featurestore.demo.dataset
 import featurestore.networks.external
 import featurestore.queries.identification
 import featurestore.store.lazy
+import featurestore.store.removal
+import featurestore.store.rewriting
+import featurestore.store.summary
 import heads.describe
 import heads.runs_table
 import heads.schedule
 import pipelines.cache_layers
 import pipelines.convert_weights
 import pipelines.make_faces
+import pipelines.store_info
 import pipelines.train_heads
 import pipelines.verify_store
 

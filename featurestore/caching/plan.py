@@ -13,7 +13,7 @@ from featurestore.errors import FeatureStoreError
 from featurestore.photos.loading import Failure
 from featurestore.store.shards import index_bytes
 from featurestore.store.zarr_format import Layer
-from featurestore.text import human_bytes, listing
+from featurestore.text import aligned, human_bytes, listing
 
 CountPhotographs = Callable[[int], Any]  # called with the number of photographs just finished
 
@@ -139,19 +139,14 @@ class Plan:
         rows = [("layer", "shape", "stored as", "per image", "cached", "to compute", "shards")]
         for part in self.layers:
             layer = part.layer
-            stored = layer.dtype.name + ("" if layer.compress == "none" else f" {layer.compress}")
             total = len(self.existing) + len(self.new)
             rows.append((
                 layer.name,
                 "×".join(map(str, layer.shape)),
-                stored,
+                layer.stored_as,
                 human_bytes(layer.row_bytes),
                 str(int((part.present & ~part.needed).sum())),
                 str(int(part.needed.sum()) + len(self.new)),
                 f"{-(-total // layer.slots)} of {layer.slots}",
             ))  # fmt: skip
-        widths = [max(map(len, column)) for column in zip(*rows, strict=True)]
-        return [
-            "  " + "  ".join(cell.ljust(width) for cell, width in zip(row, widths, strict=True)).rstrip()
-            for row in rows
-        ]
+        return aligned(rows)

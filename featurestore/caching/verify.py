@@ -109,7 +109,8 @@ def check_source(source: Source, progress: Callable[[int], object] = lambda n: N
     # Which layers of a user's own network are equal by construction, such as a dropout and its input, is not known.
     known = spec is not None and spec.equal is not None
     suspicious = (*_suspicious_keys(source), *(repeats if known else ()))
-    return StoreReport(source.name, records, tuple(damage), absent, suspicious, () if known else repeats)
+    notes = (*(() if known else repeats), *_copies(source))
+    return StoreReport(source.name, records, tuple(damage), absent, suspicious, notes)
 
 
 def _suspicious_keys(source: Source) -> Iterator[str]:
@@ -125,6 +126,14 @@ def _suspicious_keys(source: Source) -> Iterator[str]:
             f"{unknown} items have no photograph hash: a recompute was interrupted; run pipelines/cache_layers.py "
             "again with --recompute-changed"
         )
+
+
+def _copies(source: Source) -> Iterator[str]:
+    copies = np.flatnonzero(source.originals != np.arange(source.n_items))
+    if len(copies):
+        pairs = [f"{'/'.join(source.keys[row])} = {'/'.join(source.keys[source.originals[row]])}" for row in copies[:5]]
+        more = f" and {len(copies) - len(pairs)} more" if len(copies) > len(pairs) else ""
+        yield f"{len(copies)} items have the same photograph as another: {', '.join(pairs)}{more}"
 
 
 def _check_shard(layer: Layer, shard: int, names: list[str]) -> _ShardCheck:

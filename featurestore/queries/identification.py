@@ -2,6 +2,7 @@
 
 import math
 from collections.abc import Iterable
+from dataclasses import dataclass
 from typing import Any
 
 import numpy as np
@@ -10,78 +11,122 @@ import torch
 
 from featurestore.errors import FeatureStoreError
 from featurestore.intervals import accuracy
+from featurestore.keys import KEY
 from featurestore.store.reader import FeatureStore, Source
 from featurestore.store.rows import Rows
-from featurestore.text import listing
+from featurestore.text import in_natural_order, listing, near_matches
 
 _COLUMNS = ["source", "backbone", "weights", "layer", "accuracy", "low", "high", "chance", "probes", "gallery"]
+_COLUMNS += ["set_aside", "not_shared"]
 _BLOCK_BYTES = 1 << 25  # of rows held at once, on each side
 
 
 def identification_table(
     store: FeatureStore,
-    held_out: Iterable[str],
-    layers: Iterable[str] | None = None,
-    sources: Iterable[str] | None = None,
+    held_out: str | Iterable[str],
+    layers: str | Iterable[str] | None = None,
+    sources: str | Iterable[str] | None = None,
 ) -> pd.DataFrame:
     """Identification accuracy by nearest neighbour for every layer of every source, the best first.
 
     Each item whose view is in ``held_out`` (the probes) is compared by cosine with all items of the other views (the
-    gallery), and is right if the nearest one is of the same face. Columns: source, backbone, weights, layer, accuracy,
-    low and high (Wilson's 95 % interval), chance (expected of a random choice from the gallery), probes and gallery.
-    Probes whose face has no other view are left out, and so are items that a layer has no row of. ``layers`` and
-    ``sources`` choose some. Memory is bounded, whatever the size of a layer.
-    Raises FeatureStoreError for views and layers that are not there.
+    gallery), and is right if the nearest one is of the same face. One view, layer or source may be given as a string;
+    ``layers`` and ``sources`` choose some.
+
+    Columns: source, backbone, weights, layer, accuracy, low and high (Wilson's 95 % interval), chance (expected of a random
+    choice from the gallery), probes and gallery (items compared); set_aside: probes that are not scored, because the gallery
+    holds the same photograph (see ``Source.originals``); not_shared: items of the source that are left out, because not every
+    source compared has the same photograph (sha256) under that key. Probes whose face has no other view are left out, and so
+    are items that a layer has no row of. Accuracy is NaN where no probe is left. Memory is bounded, whatever the size of a layer.
+    Raises FeatureStoreError for views and layers that are not there, and for sources without a photograph in common.
     """
-    held = {str(view) for view in held_out}
-    wanted = None if layers is None else list(layers)
-    chosen = [store.source(name) for name in (sources or store.sources)]
+    held, wanted = set(_names(held_out)), None if layers is None else _names(layers)
+    chosen = [store.source(name) for name in _names(sources or store.sources)]
     if wanted is not None:
-        there = {name for source in chosen for name in source.layers}
+        there = {name: None for source in chosen for name in source.layers}
         unknown = [name for name in wanted if name not in there]
         if unknown:
-            raise FeatureStoreError(f"no source of {store.path} holds the layer {listing(unknown)}.")
+            raise FeatureStoreError(
+                f"no source of {store.path} holds the layer {listing(unknown)}. {near_matches(unknown[0], there)}"
+            )
+        chosen = [source for source in chosen if source.layers.keys() & set(wanted)]
     rows = []
-    for source in chosen:
-        probes, gallery = _split(source, held)
+    for source, shared in zip(chosen, _shared(chosen), strict=True):
+        split = _split(source, held, shared)
         names = [name for name in source.layers if wanted is None or name in wanted]
-        rows += [_row(source, name, probes, gallery) for name in names]
+        rows += [_row(source, name, split) for name in names]
     table = pd.DataFrame(rows, columns=_COLUMNS)
     return table.sort_values("accuracy", ascending=False, kind="stable").reset_index(drop=True)
 
 
-def _split(source: Source, held: set[str]) -> tuple[np.ndarray, np.ndarray]:
-    """Rows of the probes and of the gallery."""
-    faces, views = (source.coordinate(name) for name in ("face_id", "view"))
-    missing = held - set(views)
+def _names(given: str | Iterable[str]) -> list[str]:
+    return [given] if isinstance(given, str) else [str(name) for name in given]
+
+
+def _shared(sources: list[Source]) -> list[np.ndarray]:
+    """Of each source, bool per item: whether all the others have the same photograph under its key."""
+    if len(sources) == 1:
+        return [np.ones(sources[0].n_items, bool)]
+    photographs = []
+    for source in sources:
+        source.require_unique_keys()
+        hashes = source.coordinate("image_sha256")
+        photographs.append([
+            (*key, digest) if digest else None for key, digest in zip(source.keys, hashes, strict=True)
+        ])  # fmt: skip
+    common = set.intersection(*map(set, photographs)) - {None} if photographs else set()
+    if sources and not common:
+        raise FeatureStoreError(
+            f"{listing(source.name for source in sources)} have no photograph in common, so they cannot be compared. Choose one "
+            "with `sources`, or cache the same photographs in all."
+        )
+    return [np.array([photograph in common for photograph in of], bool) for of in photographs]
+
+
+@dataclass(frozen=True)
+class _Split:
+    """Rows (int64) of the probes and of the gallery, and how many items were left out."""
+
+    probes: np.ndarray
+    gallery: np.ndarray
+    set_aside: int
+    not_shared: int
+
+
+def _split(source: Source, held: set[str], shared: np.ndarray) -> _Split:
+    faces, views = (source.coordinate(name) for name in KEY)
+    present = set(views[shared])
+    missing = held - present
     if missing or not held:
         raise FeatureStoreError(
-            f"no view {listing(sorted(missing) or ['(none given)'])} in {source.folder}; "
-            f"it has {listing(sorted(set(views)), 12)}."
+            f"no view {listing(in_natural_order(missing) or ['(none given)'])} in {source.folder}; "
+            f"it has {listing(in_natural_order(present), 12)}."
         )
     is_held = np.isin(views, list(held))
-    gallery = np.flatnonzero(~is_held)
-    probes = np.flatnonzero(is_held & np.isin(faces, faces[gallery]))
+    gallery = np.flatnonzero(~is_held & shared)
+    probes = np.flatnonzero(is_held & shared & np.isin(faces, faces[gallery]))
     if not len(probes):
         raise FeatureStoreError(
             f"no face of {source.folder} has views both held out and not, so nothing can be identified. Hold out fewer views."
         )
-    return probes, gallery
+    copied = np.isin(source.originals[probes], source.originals[gallery])
+    return _Split(probes[~copied], gallery, int(copied.sum()), int((~shared).sum()))
 
 
-def _row(source: Source, layer: str, probes: np.ndarray, gallery: np.ndarray) -> tuple[Any, ...]:
+def _row(source: Source, layer: str, split: _Split) -> tuple[Any, ...]:
     rows = source.rows(layer)
-    probes, gallery = probes[rows.present[probes]], gallery[rows.present[gallery]]
+    probes, gallery = split.probes[rows.present[split.probes]], split.gallery[rows.present[split.gallery]]
     faces = source.coordinate("face_id")
     probes = probes[np.isin(faces[probes], faces[gallery])]
     attributes = (source.name, source.attributes["backbone"], source.attributes.get("weights_name", ""), layer)
+    counts = (len(probes), len(gallery), split.set_aside, split.not_shared)
     if not len(probes):
-        return (*attributes, *[np.nan] * 4, 0, len(gallery))
+        return (*attributes, *[np.nan] * 4, *counts)
     score = accuracy(faces[nearest(rows, probes, gallery)] == faces[probes])
-    _, place, counts = np.unique(faces[gallery], return_inverse=True, return_counts=True)
-    share = dict(zip(faces[gallery], counts[place] / len(gallery), strict=True))
+    _, place, sizes = np.unique(faces[gallery], return_inverse=True, return_counts=True)
+    share = dict(zip(faces[gallery], sizes[place] / len(gallery), strict=True))
     chance = float(np.mean([share[face] for face in faces[probes]]))
-    return (*attributes, score.value, score.low, score.high, chance, len(probes), len(gallery))
+    return (*attributes, score.value, score.low, score.high, chance, *counts)
 
 
 def nearest(rows: Rows, probes: np.ndarray, gallery: np.ndarray) -> np.ndarray:

@@ -31,7 +31,7 @@ from featurestore.store.zarr_format import (
     read_document,
     source_names,
 )
-from featurestore.text import listing, natural_order, near_matches
+from featurestore.text import in_natural_order, listing, natural_order, near_matches
 
 if TYPE_CHECKING:
     import dask.array as da
@@ -161,9 +161,9 @@ class Source:
         """What is near a face, or a view of one, that is not there."""
         known = self._views[self._views["face_id"] == face]["view"]
         if not len(known) or view is None:
-            faces = sorted(set(self._views["face_id"]), key=natural_order)
+            faces = in_natural_order(set(self._views["face_id"]))
             return f"There is no face {face!r}. {near_matches(face, faces[:_MOST_COMPARED], f'There are {listing(faces)}.')}"
-        views = sorted(known, key=natural_order)
+        views = in_natural_order(known)
         return f"Face {face!r} has no view {view!r}; {near_matches(view, views, f'it has {listing(views, 12)}.')}"
 
     @cached_property

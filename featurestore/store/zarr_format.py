@@ -61,6 +61,11 @@ class Layer:
         return RecordFormat(self.dtype, math.prod(self.shape), self.compress)  # type: ignore[arg-type]
 
     @property
+    def stored_as(self) -> str:
+        """Element type, and compression if there is one: ``float16 zstd``."""
+        return self.dtype.name + ("" if self.compress == "none" else f" {self.compress}")
+
+    @property
     def row_bytes(self) -> int:
         """Bytes of one item's row, decoded."""
         return self.record.row_bytes

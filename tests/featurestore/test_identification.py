@@ -32,10 +32,13 @@ def store(tmp_path_factory: pytest.TempPathFactory) -> FeatureStore:
 def by_hand(store: FeatureStore, source: str, layer: str, held: set[str]) -> float:
     opened = store.source(source)
     rows = opened.rows(layer).gather(range(opened.n_items)).flatten(1).double().numpy()
+    photographs = [Path(path).read_bytes() for path in opened.items["path"]]
     right, probes = 0, 0
     for i, (face, view) in enumerate(opened.keys):
         if view not in held:
             continue
+        if any(photographs[i] == photographs[j] for j, (_, seen) in enumerate(opened.keys) if seen not in held):
+            continue  # the gallery holds its copy
         probes += 1
         best, who = -2.0, None
         for j, (other, seen) in enumerate(opened.keys):
@@ -60,19 +63,48 @@ def test_one_call_gives_every_layer_of_every_network(
     for row in table.itertuples():
         assert row.accuracy == by_hand(store, row.source, row.layer, {"2", "3"}), row
         assert (row.probes, row.gallery, row.chance) == (8, 4, 0.25)
+        assert (row.set_aside, row.not_shared) == (0, 0)
         assert row.low <= row.accuracy <= row.high
         assert row.weights == "random:0"
     assert list(table["accuracy"]) == sorted(table["accuracy"], reverse=True)
 
 
-def test_the_same_pictures_are_found(tmp_path: Path) -> None:
-    """A view that is a copy of another of its face: whatever the network, it is the nearest."""
-    photographs = write_photographs(tmp_path / "photographs", 4, 2)
-    for face in photographs.iterdir():
-        (face / "3.png").write_bytes((face / "1.png").read_bytes())
+def test_a_probe_is_not_identified_by_its_own_copy(tmp_path: Path) -> None:
+    """Two of four held-out views are copies of gallery photographs: of the same face, and of another one."""
+    photographs = write_photographs(tmp_path / "photographs", 4, 10)
+    for probe, original in (("f1/10", "f1/3"), ("f2/10", "f3/1")):
+        (photographs / f"{probe}.png").write_bytes((photographs / f"{original}.png").read_bytes())
     run_pass(photographs, tmp_path / "s.zarr", ["maxp_1_2"])
-    table = identification_table(FeatureStore.open(tmp_path / "s.zarr"), held_out=["3"])
-    assert table["accuracy"].tolist() == [1.0]
+    store = FeatureStore.open(tmp_path / "s.zarr")
+    (row,) = identification_table(store, held_out="10", layers="maxp_1_2", sources="vggface").itertuples()
+    assert row.accuracy == by_hand(store, row.source, row.layer, {"10"})
+    assert (row.probes, row.gallery, row.set_aside) == (2, 36, 2)
+    with pytest.raises(FeatureStoreError, match=r"no view 11 in .* it has 1, 2, 3, 4, 5, 6, 7, 8, 9, 10"):
+        identification_table(store, "11")
+    for face in photographs.iterdir():
+        (face / "2.png").write_bytes((face / "1.png").read_bytes())
+    run_pass(photographs, tmp_path / "copies.zarr", ["maxp_1_2"])
+    (row,) = identification_table(FeatureStore.open(tmp_path / "copies.zarr"), held_out="2").itertuples()
+    assert np.isnan(row.accuracy)
+    assert (row.probes, row.set_aside) == (0, 4)
+
+
+def test_sources_are_compared_on_the_photographs_they_share(tmp_path: Path) -> None:
+    photographs, store = write_photographs(tmp_path / "p", 4, 3), tmp_path / "s.zarr"
+    run_pass(photographs, store, ["maxp_1_2"])
+    (photographs / "f1" / "3.png").unlink()
+    (photographs / "f2" / "1.png").write_bytes((photographs / "f2" / "1.png").read_bytes() + b"another file")
+    (write_photographs(tmp_path / "q", 1, 1, seed=9) / "f1").rename(photographs / "f5")
+    run_pass(photographs, store, ["maxp_1_2"], weights="random:1")
+    table = identification_table(FeatureStore.open(store), "3").set_index("weights")
+    assert table["not_shared"].to_dict() == {"random:0": 2, "random:1": 2}
+    assert (table["probes"] == 3).all()
+    assert (table["gallery"] == 7).all()
+    alone = identification_table(FeatureStore.open(store), "3", sources=table.loc["random:0", "source"])
+    assert alone.loc[0, ["probes", "gallery", "not_shared"]].tolist() == [4, 8, 0]
+    run_pass(write_photographs(tmp_path / "q", 2, 2, seed=9), store, ["relu_1_1"], weights="random:2")
+    with pytest.raises(FeatureStoreError, match=r"have no photograph in common.*`sources`"):
+        identification_table(FeatureStore.open(store), "2")
 
 
 def test_layers_and_sources_can_be_chosen(store: FeatureStore) -> None:

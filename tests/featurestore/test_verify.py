@@ -130,6 +130,20 @@ def test_a_dropout_may_equal_the_relu_before_it(tmp_path: Path) -> None:
     assert check_source(source).sound
 
 
+def test_copies_are_noted_and_are_no_damage(tmp_path: Path) -> None:
+    images = write_photographs(tmp_path / "photographs", 4, 3)
+    for face in images.iterdir():
+        for view in (2, 3):
+            shutil.copy(face / "1.png", face / f"{view}.png")
+    run_pass(images, tmp_path / "s.zarr", ["relu_1_1"])
+    done = command("verify_store", tmp_path / "s.zarr", "--recompute", 0)
+    assert done.returncode == 0, done.stdout
+    assert "note   8 items have the same photograph as another: f1/2 = f1/1, f1/3 = f1/1, f2/2 = f2/1" in done.stdout
+    assert "and 3 more" in done.stdout
+    assert done.stdout.endswith("sound\n")
+    assert "NOT SOUND" not in done.stdout
+
+
 def test_unfinished_is_not_damaged(store: Path) -> None:
     shard(store, LAYERS[0], 1).unlink()
     found = command("verify_store", store, "--device", "cpu")
