@@ -40,7 +40,7 @@ from featurestore.store.zarr_format import (
     write_json,
 )
 
-_REMOVED = "removed" + PARTIAL  # in the folder of a layer that is being removed
+_REMOVED = ".removed" + PARTIAL  # ending of a file beside the folder of a layer that is being removed
 
 
 @contextmanager
@@ -115,13 +115,17 @@ def drop_leftovers(store: Path) -> list[str]:
             gone.append(path.name.removesuffix(PARTIAL))
         else:
             path.unlink()
-    for marker in sorted(store.glob(f"*/*/{_REMOVED}")):
-        layer, source = marker.parent, marker.parent.parent
-        if layer.name in read_document(source)["consolidated_metadata"]["metadata"]:
-            marker.unlink()  # killed before it was taken out
-        else:
-            shutil.rmtree(layer)
-            gone.append(f"{source.name}/{layer.name}")
+    for marker in sorted(store.glob(f"*/*{_REMOVED}")):
+        source, layer = marker.parent, marker.name.removesuffix(_REMOVED)
+        if (
+            layer not in read_document(source)["consolidated_metadata"]["metadata"]
+        ):  # otherwise killed before it was taken out
+            shutil.rmtree(source / layer, ignore_errors=True)
+            gone.append(f"{source.name}/{layer}")
+        marker.unlink()
+    for partial in [path for name in source_names(store) for path in (store / name).rglob("*" + PARTIAL)]:
+        if partial.is_file():
+            partial.unlink()
     return gone
 
 
@@ -147,9 +151,6 @@ class SourceWriter:
         else:
             write_json(store / METADATA, root_document({}))
         drop_leftovers(store)
-        for partial in self.folder.rglob("*" + PARTIAL):
-            if partial.is_file():
-                partial.unlink()
         if (self.folder / METADATA).exists():
             source = Source(store, name)
             self.attributes = source.attributes
@@ -184,11 +185,13 @@ class SourceWriter:
 
     def remove_layer(self, name: str) -> None:
         """Take a layer out and publish that, then delete its files; killed in between, ``drop_leftovers`` deletes them."""
-        marker = self.layers.pop(name).folder / _REMOVED
+        marker = self.folder / (name + _REMOVED)
         marker.touch()
+        folder = self.layers.pop(name).folder
         self._unpublished_changes = True
         self.publish()
-        shutil.rmtree(marker.parent)
+        shutil.rmtree(folder)
+        marker.unlink()
 
     def open_shard(self, layer: str, shard: int, keep: Sequence[int] = (), end: int = 0) -> ShardWriter:
         """A writer for one shard of one layer; see ShardWriter."""

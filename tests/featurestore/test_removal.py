@@ -172,8 +172,9 @@ def test_what_a_kill_left_is_no_source_and_is_deleted(photographs: Path, tmp_pat
     shutil.copytree(store, tmp_path / "copy")
     shutil.copytree(tmp_path / "copy", store / f"{name}.partial")  # half a rewriting
     shutil.copytree(tmp_path / "copy" / name, store / "other-0123.partial")  # half a removal
-    (store / name / LAYERS[0] / "removed.partial").touch()  # about to be removed, and still there
     shutil.copytree(store / name / LAYERS[0], store / name / "maxp_9_9")  # removed, files still there
+    for layer in ("maxp_9_9", LAYERS[0]):  # the second was about to be removed
+        (store / name / f"{layer}.removed.partial").touch()
     assert list(FeatureStore.open(store).sources) == [name]
     assert finish_removals(store) == ["other-0123", f"{name}/maxp_9_9"]
     assert contents(store) == finished
