@@ -20,7 +20,7 @@ from heads.trials.same_person import SAME_PERSON
 
 _FRONT = (
     "group",
-    "rank",
+    "validation_rank",
     "name",
     "layer",
     "head",
@@ -171,7 +171,7 @@ def _mean(runs: Sequence[FinishedRun], name: str) -> float:
 
 
 def runs_table(runs: Sequence[FinishedRun]) -> pd.DataFrame:
-    """A row per run, in groups, those with the most test trials first; within a group by ``rank``, the lowest validation loss.
+    """A row per run, in groups, those with the most test trials first; within a group the lowest validation loss.
 
     A test chooses nothing: choose by validation loss, then read the accuracy. Of folds, each is ranked by itself.
     ``p_zero_shot`` is McNemar's exact test against the untrained layer, ``p_zero_shot_cluster`` one over faces (participants).
@@ -190,9 +190,9 @@ def runs_table(runs: Sequence[FinishedRun]) -> pd.DataFrame:
         rows.append(row)
     table = pd.DataFrame(rows)
     table["validation_loss"] = table.get("validation_loss", pd.Series(np.nan, table.index)).astype(float)
-    table["rank"] = table.groupby(["group", "split"])["validation_loss"].rank(method="first").astype("Int64")
+    table["validation_rank"] = table.groupby(["group", "split"])["validation_loss"].rank(method="first").astype("Int64")
     table = table.reindex(columns=[*_FRONT, *(name for name in table if name not in _FRONT)])
-    return table.sort_values(["group", "fold", "rank", "name"], ignore_index=True, na_position="last")
+    return table.sort_values(["group", "fold", "validation_rank", "name"], ignore_index=True, na_position="last")
 
 
 def _untrained(run: FinishedRun) -> tuple[Any, ...]:

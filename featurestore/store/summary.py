@@ -22,12 +22,9 @@ def describe_store(store: FeatureStore) -> str:
 def _describe(source: Source) -> Iterator[str]:
     said = source.attributes
     faces, views = (set(source.coordinate(name)) for name in KEY)
-    weights = said.get("weights_name") or said["weights"]
-    if said["weights"].startswith("seed:"):
-        weights += " (random numbers, not a trained network)"
     yield source.name
     for name, value in (
-        ("backbone", f"{said['backbone']}, weights {weights}"),
+        ("backbone", f"{said['backbone']}, weights {source.weights}"),
         ("recipe", f"{said['recipe'].get('name', 'unnamed')}, computed in {said['precision']}"),
         ("licence", said.get("licence", "not stated")),
         ("items", f"{source.n_items}, of {len(faces)} faces"),

@@ -30,7 +30,7 @@ def test_the_table_of_runs_has_what_was_written(kept: Path) -> None:
     """And what 0.1.0 did not write: the validation loss, from the metrics, and the ceiling of the tested trials."""
     written = pd.read_csv(kept / "runs" / "runs.csv").set_index("name")
     read = runs_table(finished_runs(kept / "runs")).set_index("name").loc[written.index]
-    for column in ("accuracy", "low", "high", "p_zero_shot", "pull"):
+    for column in ("accuracy", "low", "high", "p_zero_shot", "rank", "pull"):
         assert np.allclose(read[column].astype(float), written[column].astype(float), equal_nan=True), column
     (trained,) = (kept / "runs").glob("fc7-relu-similarity-*")
     losses = pd.read_csv(trained / "metrics.csv")["validation_loss"]

@@ -51,10 +51,10 @@ def test_few_trials_do_not_win_over_many(runs: Path) -> None:
     assert small["accuracy"].max() == 1.0 > table[table["n_test"] > 100]["accuracy"].max()
     assert table["n_test"].is_monotonic_decreasing
     assert small["group"].unique().tolist() == [2]
-    for _, group in table.dropna(subset="rank").groupby("group"):
+    for _, group in table.dropna(subset="validation_rank").groupby("group"):
         assert group["validation_loss"].is_monotonic_increasing
-        assert group["rank"].tolist() == list(range(1, len(group) + 1))
-    assert table.loc[table["head"] == "zero-shot", "rank"].isna().all()
+        assert group["validation_rank"].tolist() == list(range(1, len(group) + 1))
+    assert table.loc[table["head"] == "zero-shot", "validation_rank"].isna().all()
 
 
 def test_the_best_run_is_chosen_by_validation_within_one_test(runs: Path) -> None:
