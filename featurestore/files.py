@@ -1,6 +1,7 @@
 """What everything that reads or writes files shares: their hash and name, and replacing them in one step."""
 
 import ctypes
+import errno
 import hashlib
 import os
 import re
@@ -73,10 +74,14 @@ def exchange(one: Path, other: Path) -> None:
 def _exchange_in_kernel(one: bytes, other: bytes) -> int:
     """Not 0 if it failed; then errno says why."""
     libc = ctypes.CDLL(None, use_errno=True)
-    if sys.platform == "darwin":
-        return int(libc.renamex_np(one, other, ctypes.c_uint(2)))  # RENAME_SWAP of <stdio.h>
-    here = ctypes.c_int(-100)  # AT_FDCWD of <fcntl.h>; 2 is RENAME_EXCHANGE of <linux/fs.h>
-    return int(libc.renameat2(here, one, here, other, ctypes.c_uint(2)))
+    try:
+        if sys.platform == "darwin":
+            return int(libc.renamex_np(one, other, ctypes.c_uint(2)))  # RENAME_SWAP of <stdio.h>
+        here = ctypes.c_int(-100)  # AT_FDCWD of <fcntl.h>; 2 is RENAME_EXCHANGE of <linux/fs.h>
+        return int(libc.renameat2(here, one, here, other, ctypes.c_uint(2)))
+    except AttributeError:  # a C library that does not have the call
+        ctypes.set_errno(errno.ENOSYS)
+        return -1
 
 
 class OpenFolder:

@@ -47,6 +47,10 @@ Examples:
       --images photos --boxes loose_bb_test.csv --weights resnet50_ft_weight.pkl
   python pipelines/cache_layers.py --layers features.7 --backbone torchvision:convnext_tiny --images photos --weights download
 
+  # photographs were renamed, or deleted; --dry-run shows what would be done
+  python pipelines/cache_layers.py --layers maxp_5_3 --images photos --weights vgg_face.pth --rename
+  python pipelines/cache_layers.py --layers maxp_5_3 --images photos --weights vgg_face.pth --forget anna/3 berta
+
 Run it again after an interruption, with more photographs, or with other layers: it computes what is missing.
 """
 

@@ -96,7 +96,7 @@ def find_moves(
 def gone_rows(old: pd.DataFrame, known: np.ndarray) -> list[int]:
     """Rows of items whose key is not asked for and whose file is not there; ``known`` as ``find_moves`` takes it."""
     paths = old["path"].to_numpy(object)
-    return [row for row in np.setdiff1d(np.arange(len(old)), known).tolist() if not os.path.lexists(paths[row])]
+    return [row for row in np.setdiff1d(np.arange(len(old)), known).tolist() if not os.path.isfile(paths[row])]
 
 
 def rename_photographs(store: Path, name: str, renamed: Sequence[Rename]) -> dict[str, int]:

@@ -10,6 +10,7 @@ import pandas as pd
 import xarray as xr
 from dask.base import tokenize
 
+from featurestore.errors import FeatureStoreError
 from featurestore.files import OpenFolder
 from featurestore.store.rows import read_shard
 from featurestore.store.zarr_format import Layer
@@ -45,6 +46,10 @@ def _read_block(layer: Layer, opened: OpenFolder, per_block: int, block_id: tupl
     first = block_id[0] * per_block
     with opened.unchanged():
         shards = [read_shard(layer, shard) for shard in range(first, min(first + per_block, layer.n_shards))]
+    if not layer.folder.is_dir():
+        raise FeatureStoreError(
+            f"layer {layer.name!r} was removed since {layer.folder.parent} was opened: open it again."
+        )
     if not shards:
         return np.empty((0, *layer.shape), layer.dtype)
     return shards[0] if len(shards) == 1 else np.concatenate(shards)

@@ -1,7 +1,9 @@
 """Items removed and renamed, layers and sources removed: the same bytes as a store made that way, and readers that notice."""
 
 import pickle
+import resource
 import shutil
+import signal
 import warnings
 from pathlib import Path
 
@@ -16,6 +18,7 @@ from featurestore.store.removal import finish_removals, removal_of, remove
 from featurestore.store.rewriting import remove_items, rename_items
 from featurestore.store.shards import DamagedShard
 from featurestore.store.writer import store_lock
+from tests.commands import _FORKS
 from tests.conftest import LAYERS, run_pass, write_photographs
 from tests.featurestore.test_cache import contents, values
 
@@ -79,6 +82,27 @@ def test_a_damaged_record_stops_it_and_nothing_changes(photographs: Path, tmp_pa
         DamagedShard, match=r"layer maxp_2_2 .* row 4: .* Nothing has changed.*verify_store.py .* --repair"
     ):
         remove_keys(store, GONE[:1])
+    assert contents(store) == before
+
+
+def remove_on_a_full_disk(store: Path) -> None:
+    """The limit is the kernel's own, so the write that fails is a real one."""
+    signal.signal(signal.SIGXFSZ, signal.SIG_IGN)
+    resource.setrlimit(resource.RLIMIT_FSIZE, (1 << 20, 1 << 20))
+    with pytest.raises(
+        FeatureStoreError, match=r"cannot be written: File too large. vggface-\w+ is as it was; free some"
+    ):
+        remove_keys(store, GONE)
+
+
+def test_a_disk_that_takes_no_more_leaves_the_store_as_it_was(photographs: Path, tmp_path: Path) -> None:
+    store = tmp_path / "s.zarr"
+    run_pass(photographs, store, LAYERS[:1])
+    before = contents(store)
+    process = _FORKS.Process(target=remove_on_a_full_disk, args=(store,))
+    process.start()
+    process.join()
+    assert process.exitcode == 0, "see its traceback"
     assert contents(store) == before
 
 
@@ -156,7 +180,10 @@ def test_a_layer_and_a_source_are_removed(photographs: Path, tmp_path: Path) -> 
     assert contents(store) == contents(tmp_path / "one.zarr")
     with pytest.raises(FeatureStoreError, match=r"was removed since it was opened"):
         opened.source(other).items  # noqa: B018
+    early = FeatureStore.open(store).dask(LAYERS[1])
     remove(store, removal_of(FeatureStore.open(store), None, LAYERS[1]))
+    with pytest.raises(FeatureStoreError, match=r"layer 'maxp_2_2' was removed since .* was opened: open it again"):
+        early.compute()
     last = FeatureStore.open(store).source()
     assert (last.n_items, list(last.layers)) == (10, [])
     with pytest.raises(FeatureStoreError, match=r"has no source 'vgface'. It is one of: vggface-"):

@@ -123,6 +123,16 @@ def test_a_store_that_another_process_writes_is_left_alone(store: Path) -> None:
         pass
 
 
+def test_a_removal_that_was_killed_is_finished_by_the_same_command(store: Path) -> None:
+    going = names(store)["seed:1"]
+    (store / going).rename(store / f"{going}.partial")  # as SIGKILL leaves it; test_killed_removal.py kills
+    done = command("store_info", store, "--remove", going)
+    assert done.returncode == 0, done.stderr
+    assert done.stdout == f"Finished removing {going} from {store}, which had been interrupted.\n"
+    assert sorted(path.name for path in store.iterdir()) == sorted([*names(store).values(), "zarr.json"])
+    assert command("store_info", store, "--remove", going).returncode == 1
+
+
 @pytest.mark.parametrize(
     ("word", "expected"), [("--remove-layer", set(LAYERS)), ("--remove", None), ("--source", None)]
 )
