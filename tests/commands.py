@@ -13,8 +13,8 @@ import tempfile
 from pathlib import Path
 
 ROOT = Path(__file__).resolve().parents[1]
-_FORKS = multiprocessing.get_context("forkserver")
-_FORKS.set_forkserver_preload(["tests.imports"])
+FORKS = multiprocessing.get_context("forkserver")
+FORKS.set_forkserver_preload(["tests.imports"])
 
 
 def command(script: str, *arguments: object, cwd: Path | None = None) -> subprocess.CompletedProcess[str]:
@@ -33,7 +33,7 @@ def start(
 ) -> multiprocessing.Process:
     """Begin it; its output goes to the two files, or where the tests' own goes."""
     line = list(map(str, arguments))
-    process = _FORKS.Process(target=_run, args=(script, line, cwd, outputs, dict(os.environ)))
+    process = FORKS.Process(target=_run, args=(script, line, cwd, outputs, dict(os.environ)))
     process.start()
     return process
 

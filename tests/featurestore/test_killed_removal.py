@@ -14,7 +14,7 @@ from featurestore import FeatureStore
 from featurestore.store.removal import finish_removals, removal_of, remove
 from featurestore.store.rewriting import remove_items, rename_items
 from featurestore.store.writer import store_lock
-from tests.commands import _FORKS
+from tests.commands import FORKS
 from tests.featurestore.test_cache import contents
 from tests.heads.conftest import write_store
 
@@ -84,7 +84,7 @@ def folder(tmp_path: Path) -> Iterator[Path]:
 
 @pytest.mark.parametrize("operation", STEPS)
 def test_killed_at_any_step(operation: Callable[[Path], None], folder: Path) -> None:
-    process = _FORKS.Process(target=kill_at_steps, args=(operation, folder))  # it has no threads, so it may fork
+    process = FORKS.Process(target=kill_at_steps, args=(operation, folder))  # it has no threads, so it may fork
     process.start()
     process.join()
     assert process.exitcode == 0, "see its traceback"

@@ -18,7 +18,7 @@ from featurestore.store.removal import finish_removals, removal_of, remove
 from featurestore.store.rewriting import remove_items, rename_items
 from featurestore.store.shards import DamagedShard
 from featurestore.store.writer import store_lock
-from tests.commands import _FORKS
+from tests.commands import FORKS
 from tests.conftest import LAYERS, run_pass, write_photographs
 from tests.featurestore.test_cache import contents, values
 
@@ -99,7 +99,7 @@ def test_a_disk_that_takes_no_more_leaves_the_store_as_it_was(photographs: Path,
     store = tmp_path / "s.zarr"
     run_pass(photographs, store, LAYERS[:1])
     before = contents(store)
-    process = _FORKS.Process(target=remove_on_a_full_disk, args=(store,))
+    process = FORKS.Process(target=remove_on_a_full_disk, args=(store,))
     process.start()
     process.join()
     assert process.exitcode == 0, "see its traceback"
