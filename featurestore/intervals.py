@@ -86,6 +86,18 @@ def clustered_mean(values: np.ndarray, clusters: Sequence[np.ndarray], seed: int
     return ClusteredMean(mean, float(low), float(high), error, width, p)
 
 
+def accuracy_over(correct: np.ndarray, clusters: Sequence[np.ndarray]) -> Accuracy:
+    """Share of right answers with the interval of ``clustered_mean``, within 0 … 1.
+
+    Wilson's where all are right or all are wrong, so that nothing is known of the spread over clusters. ``correct`` is bool, or a
+    share for each example.
+    """
+    mean = clustered_mean(correct, clusters)
+    if len(correct) and mean.value in (0, 1):
+        return accuracy(np.asarray(correct, bool))
+    return Accuracy(mean.value, max(0.0, mean.low), min(1.0, mean.high), len(correct))
+
+
 def _codes(labels: np.ndarray) -> np.ndarray:
     """(n, k) int64 numbers of labels. What is missing, or repeats another of its row, has a number of its own."""
     columns = np.asarray(labels, object).reshape(len(labels), -1)

@@ -13,7 +13,7 @@ import numpy as np
 import pandas as pd
 from scipy import stats
 
-from featurestore.intervals import Accuracy, ClusteredMean, accuracy, clustered_mean
+from featurestore.intervals import Accuracy, ClusteredMean, accuracy, accuracy_over, clustered_mean
 from featurestore.text import natural_order
 from heads.trials.tables import FACES, ODD, ODD_POSITION, VIEWS
 
@@ -60,14 +60,13 @@ def score(table: pd.DataFrame, correct: np.ndarray, chance: float, from_keys: bo
     averaged = correct.dtype != bool  # over seeds: no count of right answers, which Wilson's interval is about
     whole = Accuracy(float(np.mean(correct)), math.nan, math.nan, len(correct)) if averaged else accuracy(correct)
     shared = clusters_of(table)
-    mean = clustered_mean(correct, list(shared.values()))
-    varies = len(correct) > 0 and 0 < whole.value < 1  # without variation the spread over clusters says nothing
+    over = accuracy_over(correct, list(shared.values()))
     return {
         "accuracy": whole.value,
         "low": whole.low,
         "high": whole.high,
-        "cluster_low": max(0.0, mean.low) if varies else whole.low,
-        "cluster_high": min(1.0, mean.high) if varies else whole.high,
+        "cluster_low": over.low,
+        "cluster_high": over.high,
         "clusters": ", ".join(f"{pd.Series(labels.ravel()).nunique()} {kind}" for kind, labels in shared.items()),
         "n_test": len(correct),
         "chance": chance,

@@ -10,14 +10,25 @@ import pandas as pd
 import torch
 
 from featurestore.errors import FeatureStoreError
-from featurestore.intervals import accuracy
+from featurestore.intervals import accuracy, accuracy_over
 from featurestore.keys import KEY
 from featurestore.store.reader import FeatureStore, Source
 from featurestore.store.rows import Rows
 from featurestore.text import in_natural_order, listing, near_matches
 
-_COLUMNS = ["source", "backbone", "weights", "layer", "accuracy", "low", "high", "chance", "probes", "gallery"]
-_COLUMNS += ["set_aside", "not_shared"]
+_COLUMNS = [
+    "source",
+    "backbone",
+    "weights",
+    "layer",
+    "accuracy",
+    "low",
+    "high",
+    "cluster_low",
+    "cluster_high",
+    "chance",
+]
+_COLUMNS += ["probes", "gallery", "set_aside", "not_shared"]
 _BLOCK_BYTES = 1 << 25  # of rows held at once, on each side
 
 
@@ -33,11 +44,12 @@ def identification_table(
     gallery), and is right if the nearest one is of the same face. One view, layer or source may be given as a string;
     ``layers`` and ``sources`` choose some.
 
-    Columns: source, backbone, weights, layer, accuracy, low and high (Wilson's 95 % interval), chance (expected of a random
-    choice from the gallery), probes and gallery (items compared); set_aside: probes that are not scored, because the gallery
-    holds the same photograph (see ``Source.originals``); not_shared: items of the source that are left out, because not every
-    source compared has the same photograph (sha256) under that key. Probes whose face has no other view are left out, and so
-    are items that a layer has no row of. Accuracy is NaN where no probe is left. Memory is bounded, whatever the size of a layer.
+    Columns: source, backbone, weights (random ones called so), layer, accuracy, low and high (Wilson's 95 % interval, which
+    takes probes for independent), cluster_low and cluster_high (over faces), chance (expected of a random choice from the
+    gallery), probes and gallery (items compared); set_aside: probes that are not scored, because the gallery holds the same
+    photograph (see ``Source.originals``); not_shared: items of the source that are left out, because not every source compared
+    has the same photograph (sha256) under that key. Probes whose face has no other view are left out, and so are items that a
+    layer has no row of. Accuracy is NaN where no probe is left. Memory is bounded, whatever the size of a layer.
     Raises FeatureStoreError for views and layers that are not there, and for sources without a photograph in common.
     """
     held, wanted = set(_names(held_out)), None if layers is None else _names(layers)
@@ -118,15 +130,16 @@ def _row(source: Source, layer: str, split: _Split) -> tuple[Any, ...]:
     probes, gallery = split.probes[rows.present[split.probes]], split.gallery[rows.present[split.gallery]]
     faces = source.coordinate("face_id")
     probes = probes[np.isin(faces[probes], faces[gallery])]
-    attributes = (source.name, source.attributes["backbone"], source.attributes.get("weights_name", ""), layer)
+    attributes = (source.name, source.attributes["backbone"], source.weights, layer)
     counts = (len(probes), len(gallery), split.set_aside, split.not_shared)
     if not len(probes):
-        return (*attributes, *[np.nan] * 4, *counts)
-    score = accuracy(faces[nearest(rows, probes, gallery)] == faces[probes])
+        return (*attributes, *[np.nan] * 6, *counts)
+    right = faces[nearest(rows, probes, gallery)] == faces[probes]
+    score, over = accuracy(right), accuracy_over(right, [faces[probes]])
     _, place, sizes = np.unique(faces[gallery], return_inverse=True, return_counts=True)
     share = dict(zip(faces[gallery], sizes[place] / len(gallery), strict=True))
     chance = float(np.mean([share[face] for face in faces[probes]]))
-    return (*attributes, score.value, score.low, score.high, chance, *counts)
+    return (*attributes, score.value, score.low, score.high, over.low, over.high, chance, *counts)
 
 
 def nearest(rows: Rows, probes: np.ndarray, gallery: np.ndarray) -> np.ndarray:

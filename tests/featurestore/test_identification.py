@@ -10,6 +10,7 @@ from featurestore.errors import FeatureStoreError
 from featurestore.queries import identification as module
 from tests.conftest import run_pass, write_photographs
 
+RANDOM = "(random numbers, not a trained network)"
 NETWORKS = {
     "inception_resnet_v1": ["maxpool_3a", "descriptor"],
     "resnet50_ft": ["layer1.0", "descriptor"],
@@ -65,7 +66,7 @@ def test_one_call_gives_every_layer_of_every_network(
         assert (row.probes, row.gallery, row.chance) == (8, 4, 0.25)
         assert (row.set_aside, row.not_shared) == (0, 0)
         assert row.low <= row.accuracy <= row.high
-        assert row.weights == "random:0"
+        assert row.weights == f"random:0 {RANDOM}"
     assert list(table["accuracy"]) == sorted(table["accuracy"], reverse=True)
 
 
@@ -97,10 +98,10 @@ def test_sources_are_compared_on_the_photographs_they_share(tmp_path: Path) -> N
     (write_photographs(tmp_path / "q", 1, 1, seed=9) / "f1").rename(photographs / "f5")
     run_pass(photographs, store, ["maxp_1_2"], weights="random:1")
     table = identification_table(FeatureStore.open(store), "3").set_index("weights")
-    assert table["not_shared"].to_dict() == {"random:0": 2, "random:1": 2}
+    assert table["not_shared"].to_dict() == {f"random:{seed} {RANDOM}": 2 for seed in (0, 1)}
     assert (table["probes"] == 3).all()
     assert (table["gallery"] == 7).all()
-    alone = identification_table(FeatureStore.open(store), "3", sources=table.loc["random:0", "source"])
+    alone = identification_table(FeatureStore.open(store), "3", sources=table.loc[f"random:0 {RANDOM}", "source"])
     assert alone.loc[0, ["probes", "gallery", "not_shared"]].tolist() == [4, 8, 0]
     run_pass(write_photographs(tmp_path / "q", 2, 2, seed=9), store, ["relu_1_1"], weights="random:2")
     with pytest.raises(FeatureStoreError, match=r"have no photograph in common.*`sources`"):
