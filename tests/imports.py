@@ -17,9 +17,11 @@ import featurestore.store.removal
 import featurestore.store.rewriting
 import featurestore.store.summary
 import heads.describe
+import heads.network_table
 import heads.runs_table
 import heads.schedule
 import pipelines.cache_layers
+import pipelines.compare_networks
 import pipelines.convert_weights
 import pipelines.make_faces
 import pipelines.store_info

@@ -116,6 +116,7 @@ def test_the_ground_imports_nothing_above_it(module: str) -> None:
         "heads.registry",
         "pipelines.cache_layers",
         "pipelines.convert_weights",
+        "pipelines.compare_networks",
         "pipelines.store_info",
         "pipelines.train_heads",
         "pipelines.verify_store",

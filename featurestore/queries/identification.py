@@ -63,7 +63,7 @@ def identification_table(
             )
         chosen = [source for source in chosen if source.layers.keys() & set(wanted)]
     rows = []
-    for source, shared in zip(chosen, _shared(chosen), strict=True):
+    for source, shared in zip(chosen, shared_items(chosen), strict=True):
         split = _split(source, held, shared)
         names = [name for name in source.layers if wanted is None or name in wanted]
         rows += [_row(source, name, split) for name in names]
@@ -75,7 +75,7 @@ def _names(given: str | Iterable[str]) -> list[str]:
     return [given] if isinstance(given, str) else [str(name) for name in given]
 
 
-def _shared(sources: list[Source]) -> list[np.ndarray]:
+def shared_items(sources: list[Source]) -> list[np.ndarray]:
     """Of each source, bool per item: whether all the others have the same photograph under its key."""
     if len(sources) == 1:
         return [np.ones(sources[0].n_items, bool)]
