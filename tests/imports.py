@@ -10,6 +10,7 @@ import featurestore.caching.run
 import featurestore.checkpoints.convert
 import featurestore.checkpoints.download
 import featurestore.demo.dataset
+import featurestore.demo.olivetti
 import featurestore.networks.external
 import featurestore.queries.identification
 import featurestore.store.lazy
@@ -23,6 +24,7 @@ import heads.schedule
 import pipelines.cache_layers
 import pipelines.compare_networks
 import pipelines.convert_weights
+import pipelines.fetch_olivetti
 import pipelines.make_faces
 import pipelines.store_info
 import pipelines.train_heads
