@@ -40,7 +40,8 @@ class ClusteredMean:
     """A mean of values that share faces or participants, with the 95 % interval of a cluster bootstrap over these.
 
     ``p`` is that of a t-test (two-sided) of the mean being zero with the clustered ``standard_error``. NaN, but for ``value``,
-    with fewer than three clusters of a kind. ``width`` is the interval's half in standard errors: a quantile of Student's t.
+    with fewer than three clusters of a kind, and where all values are the same, since nothing is then known of their spread (p
+    is 1 if they are zero). ``width`` is the interval's half in standard errors: a quantile of Student's t.
     """
 
     value: float
@@ -66,6 +67,8 @@ def clustered_mean(values: np.ndarray, clusters: Sequence[np.ndarray], seed: int
     fewest = min((int(codes.max(initial=-1)) + 1 for codes in kinds), default=n)
     if fewest < _FEWEST:
         return ClusteredMean(mean, *[math.nan] * 5)
+    if np.min(values) == np.max(values):
+        return ClusteredMean(mean, math.nan, math.nan, math.nan, math.nan, math.nan if mean else 1.0)
     rng = np.random.default_rng(seed)
     variance, draws = 0.0, np.zeros(_RESAMPLES)
     for codes in kinds:
@@ -82,7 +85,7 @@ def clustered_mean(values: np.ndarray, clusters: Sequence[np.ndarray], seed: int
         draws = rng.standard_normal(_RESAMPLES)
     draws *= width / float(stats.norm.ppf(0.975)) * error / draws.std()
     low, high = mean - np.percentile(draws, [97.5, 2.5])
-    p = float(2 * stats.t.sf(abs(mean) / error, fewest - 1)) if error else float(mean == 0)
+    p = float(2 * stats.t.sf(abs(mean) / error, fewest - 1))
     return ClusteredMean(mean, float(low), float(high), error, width, p)
 
 
@@ -95,7 +98,8 @@ def accuracy_over(correct: np.ndarray, clusters: Sequence[np.ndarray]) -> Accura
     mean = clustered_mean(correct, clusters)
     if len(correct) and mean.value in (0, 1):
         return accuracy(np.asarray(correct, bool))
-    return Accuracy(mean.value, max(0.0, mean.low), min(1.0, mean.high), len(correct))
+    low, high = (float(np.clip(end, 0, 1)) for end in (mean.low, mean.high))
+    return Accuracy(mean.value, low, high, len(correct))
 
 
 def _codes(labels: np.ndarray) -> np.ndarray:

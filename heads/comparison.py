@@ -10,7 +10,7 @@ import pandas as pd
 from featurestore.errors import FeatureStoreError
 from featurestore.text import listing, near_matches
 from heads.runs_table import Answers, FinishedRun, answers, finished_runs
-from heads.scores import clusters_of, difference, paired_test
+from heads.scores import cluster_text, difference, paired_test
 
 
 def compare(folder: Path, names: Sequence[str]) -> pd.DataFrame:
@@ -18,62 +18,98 @@ def compare(folder: Path, names: Sequence[str]) -> pd.DataFrame:
 
     A name is a run's (or the beginning of one), ``LAYER:HEAD``, or a layer, which is compared head by head. Of a layer and
     head that was trained with several settings, those with the lowest validation loss are taken; seeds are averaged and
-    folds pooled. ``p`` is of a t-test over faces (and participants), ``p_holm`` corrected for all rows (Holm 1979),
-    ``p_mcnemar`` McNemar's exact test, which takes trials for independent (with one seed). FeatureStoreError for
-    names that are not there and for pairs that were tested on different trials.
+    folds pooled, but beside a run of one fold only this fold counts. ``p`` is of a t-test over faces (and participants),
+    ``p_holm`` corrected for the rows of the same test (Holm 1979), ``p_mcnemar`` McNemar's exact test, which takes trials for
+    independent (with one seed). FeatureStoreError for names that are not there, for pairs that were tested on different
+    trials, and for runs that are compared with themselves.
     """
-    if len(dict.fromkeys(names)) < 2:
+    names = list(dict.fromkeys(names))
+    if len(names) < 2:
         raise FeatureStoreError("a comparison needs two names or more: runs, layers, or LAYER:HEAD.")
     runs = finished_runs(folder)
-    chosen = {name: _chosen(runs, name, folder) for name in dict.fromkeys(names)}
-    rows = [row for one, other in combinations(chosen, 2) for row in _pair(one, chosen[one], other, chosen[other])]
+    if not runs:
+        raise FeatureStoreError(f"there are no finished runs in {folder}.")
+    single = {name: run for name in names if (run := _run_called(runs, name))}
+    tests = {run.row["split"]: name for name, run in single.items()}
+    if len(tests) > 1:
+        raise _different({name: [run.row["split_name"]] for name, run in single.items()})
+    if tests:
+        runs = [run for run in runs if run.row["split"] in tests]
+    chosen = {
+        name: [_alone(single[name])]
+        if name in single
+        else _best(list(answers(runs, pool=not tests)), runs, name, folder)
+        for name in names
+    }
+    rows = [row for one, other in combinations(names, 2) for row in _pair(one, chosen[one], other, chosen[other])]
     table = pd.DataFrame(rows)
-    return table.assign(p_holm=_holm(table["p"].to_numpy(float)))
+    return table.assign(p_holm=table.groupby("test")["p"].transform(lambda p: _holm(p.to_numpy(float))))
 
 
-def _chosen(runs: Sequence[FinishedRun], name: str, folder: Path) -> list[Answers]:
-    """What a name stands for: one run, or the best settings of each head on a layer, in each group."""
-    named = [run for run in runs if run.row["name"] == name] or [
-        run for run in runs if run.row["name"].startswith(name) and "-" in name.removeprefix(run.row["layer"])
-    ]
-    if len(named) == 1:
-        run = named[0]
-        return [Answers((run,), run.correct, run.table, (float(run.correct.mean()),), 1)]
+def _run_called(runs: Sequence[FinishedRun], name: str) -> FinishedRun | None:
+    """The run of that name, or the only one whose name begins so."""
+    named = [run for run in runs if run.row["name"] == name]
+    layers = {run.row["layer"] for run in runs}
+    if not named and name not in layers:
+        named = [run for run in runs if run.row["name"].startswith(name)]
+    return named[0] if len(named) == 1 else None
+
+
+def _alone(run: FinishedRun) -> Answers:
+    return Answers((run,), run.correct, run.table, (float(run.correct.mean()),), (run.row["split"],))
+
+
+def _best(found: Sequence[Answers], runs: Sequence[FinishedRun], name: str, folder: Path) -> list[Answers]:
+    """The best settings of each head on a layer, in each group."""
     layer, _, head = name.rpartition(":") if ":" in name else (name, "", "")
-    found = [each for each in answers(runs) if each.row["layer"] == layer and head in ("", each.row["head"])]
-    if not found:
+    own = [each for each in found if each.row["layer"] == layer and head in ("", each.row["head"])]
+    if not own:
+        begin = [run.row["name"] for run in runs if run.row["name"].startswith(name)]
         known = sorted({run.row["layer"] for run in runs} | {f"{run.row['layer']}:{run.row['head']}" for run in runs})
+        what = f"{len(begin)} runs in {folder} begin" if begin else f"no run in {folder} begins"
+        hint = (
+            f"Say which: {listing(begin)}." if begin else near_matches(name, [*known, *(r.row["name"] for r in runs)])
+        )
         raise FeatureStoreError(
-            f"{len(named) or 'no'} runs in {folder} begin with {name!r}, and no layer or LAYER:HEAD is called so. "
-            f"{near_matches(name, [*known, *(run.row['name'] for run in runs)])}"
+            f"{what} with {name!r}, and no layer or LAYER:HEAD that was tested is called so. {hint}"
         )
     best: dict[tuple[object, ...], Answers] = {}
-    for each in sorted(found, key=lambda each: (np.isnan(each.validation_loss), each.validation_loss)):
-        best.setdefault((each.runs[0].group, each.row["head"], each.row["sources"]), each)
+    for each in sorted(own, key=lambda each: (np.isnan(each.validation_loss), each.validation_loss)):
+        best.setdefault((each.splits, each.row["head"], each.row["sources"]), each)
     return list(best.values())
 
 
 def _pair(one: str, first: list[Answers], other: str, second: list[Answers]) -> list[dict[str, object]]:
-    by_head = ":" not in one and ":" not in other and len({each.row["head"] for each in (*first, *second)}) > 1
-    rows = []
-    for a in first:
-        for b in second:
-            if a.runs[0].group != b.runs[0].group or len(a.values) != len(b.values):
-                continue
-            if by_head and len(first) > 1 and len(second) > 1 and a.row["head"] != b.row["head"]:
-                continue
-            rows.append(_row(_title(one, a), a, _title(other, b), b))
-    if rows:
-        return rows
-    tests = [listing(dict.fromkeys(each.row["test"] for each in side), 3) for side in (first, second)]
-    raise FeatureStoreError(
-        f"{one} and {other} were not tested on the same trials: {one} on {tests[0]}, {other} on {tests[1]}. Train both with the "
-        "same trials, photographs, `split` and `split_seed`."
+    by_head = ":" not in one and ":" not in other and len(first) > 1 and len(second) > 1
+    same_test = [(a, b) for a in first for b in second if a.group == b.group and a.splits == b.splits]
+    if not same_test:
+        raise _different({one: [each.row["test"] for each in first], other: [each.row["test"] for each in second]})
+    pairs = [
+        (a, b)
+        for a, b in same_test
+        if not set(_names(a)) & set(_names(b)) and not (by_head and a.row["head"] != b.row["head"])
+    ]
+    if not pairs:
+        raise FeatureStoreError(f"{one} and {other} are the same runs, or have runs in common.")
+    several = len({each.row["sources"] for pair in pairs for each in pair}) > 1
+    return [_row(_title(one, a, several), a, _title(other, b, several), b) for a, b in pairs]
+
+
+def _names(each: Answers) -> list[str]:
+    return [run.row["name"] for run in each.runs]
+
+
+def _different(tests: dict[str, list[str]]) -> FeatureStoreError:
+    told = "; ".join(f"{name} on {listing(dict.fromkeys(of), 3)}" for name, of in tests.items())
+    return FeatureStoreError(
+        f"{' and '.join(tests)} were not tested on the same trials: {told}. Train them with the same trials, photographs, "
+        "`split`, `split_seed` and `folds`."
     )
 
 
-def _title(name: str, each: Answers) -> str:
-    return f"{name}:{each.row['head']}" if name == each.row["layer"] else name
+def _title(name: str, each: Answers, with_source: bool) -> str:
+    title = f"{name}:{each.row['head']}" if name == each.row["layer"] else name
+    return f"{title} of {each.row['sources']}" if with_source else title
 
 
 def _row(one: str, a: Answers, other: str, b: Answers) -> dict[str, object]:
@@ -90,9 +126,7 @@ def _row(one: str, a: Answers, other: str, b: Answers) -> dict[str, object]:
         "p": found.p,
         "p_mcnemar": paired_test(a.values, b.values).p if single else np.nan,
         "n_test": len(a.values),
-        "clusters": ", ".join(
-            f"{pd.unique(labels.ravel()).size} {kind}" for kind, labels in clusters_of(a.table).items()
-        ),
+        "clusters": cluster_text(a.table),
         "seeds": f"{len(a.by_seed)}, {len(b.by_seed)}",
         "test": a.row["test"],
     }

@@ -9,7 +9,7 @@ from typing import Any, Literal
 from featurestore import FeatureStore
 from featurestore.errors import FeatureStoreError
 from featurestore.files import sha256_of
-from featurestore.text import human_bytes
+from featurestore.text import human_bytes, in_natural_order, listing
 from heads.registry import build_head, check_head
 from heads.reuse import why_not_reused
 from heads.run_files import read_result
@@ -128,11 +128,12 @@ def plan_grid(request: GridRequest) -> Grid:
         kind = request.split or "trial"
         if kind in ("face", "view") and not request.hold_out:
             other_choices = tuple(choices(trial_labels(trials, kind), kind, request.split_seed))
-        for split in _trial_splits(request, trials):
+        for split in _trial_splits(request, trials, other_choices):
             task = triplet_task(store, trials, split, _about_trials(request))
-            parts.append((task, _runs(request, layers, heads, task)))
+            parts.append((task, _runs(request, store, layers, heads, task)))
     if "identity" in request.heads:
-        parts += [(task, _runs(request, layers, ["identity"], task)) for task in _identities(request, store, layers)]
+        for task in _identities(request, store, layers):
+            parts.append((task, _runs(request, store, layers, ["identity"], task)))
     return Grid(
         request.out,
         parts,
@@ -194,7 +195,20 @@ def _trials(request: GridRequest, store: FeatureStore, layers: Sequence[str]) ->
     return match(same_person_trials(found, request.n_trials, request.split_seed, items), store, source)
 
 
-def _trial_splits(request: GridRequest, trials: Trials) -> list[Split]:
+def _trial_splits(request: GridRequest, trials: Trials, others: Sequence[Choice]) -> list[Split]:
+    try:
+        return _asked_splits(request, trials)
+    except FeatureStoreError as error:
+        if not others:
+            raise
+        best = others[0]
+        raise FeatureStoreError(
+            f"{error} For example {best.option}, which leaves {best.train} trials to train on, {best.validation} for validation "
+            f"and {best.test} to test."
+        ) from None
+
+
+def _asked_splits(request: GridRequest, trials: Trials) -> list[Split]:
     if request.split and request.split.endswith(".json"):
         return [Split.load(Path(request.split), trials.hash, len(trials))]
     kind = request.split or "trial"
@@ -215,6 +229,7 @@ def _about_trials(request: GridRequest) -> dict[str, Any]:
         "sessions": ", ".join(
             f"{session}={value}" for pairs in (sessions.views, sessions.sources) for session, value in pairs.items()
         ),
+        "held_out": ", ".join(request.hold_out),
     }
 
 
@@ -236,16 +251,24 @@ def _identities(request: GridRequest, store: FeatureStore, layers: Sequence[str]
         splits = [
             draw_split(views, "view", request.split_seed, request.fractions, of, request.hold_out, photographs=shown)
         ]
-    about = {"where": " and ".join(f"({condition})" for condition in request.where)}
+    about = {
+        "where": " and ".join(f"({condition})" for condition in request.where),
+        "held_out": ", ".join(request.hold_out),
+        "views": listing(in_natural_order(set(views.ravel().tolist())), 10),
+    }
     return [identity_task(store, source, items, split, about) for split in splits]
 
 
-def _runs(request: GridRequest, layers: Sequence[str], heads: Sequence[str], task: Task) -> list[Run]:
+def _runs(
+    request: GridRequest, store: FeatureStore, layers: Sequence[str], heads: Sequence[str], task: Task
+) -> list[Run]:
     runs, fold = [], task.split.fold
     for layer in layers:
+        dtypes = dict.fromkeys(store.source(name).layer(layer).dtype.name for name in task.sources)
+        dtype = "+".join(dtypes)
         for head in heads:
             if head == "zero-shot":
-                runs.append(Run(layer, head, request.settings, {"measure": request.measure}, fold))
+                runs.append(Run(layer, head, request.settings, {"measure": request.measure}, fold, dtype))
                 continue
             options: dict[str, Any] = {}
             if head in ("conv", "fc"):
@@ -254,5 +277,5 @@ def _runs(request: GridRequest, layers: Sequence[str], heads: Sequence[str], tas
                 options = {"rank": request.rank, "measure": request.measure, "l2": request.l2}
             for lr in dict.fromkeys(request.lr):
                 for seed in dict.fromkeys(request.seeds):
-                    runs.append(Run(layer, head, replace(request.settings, lr=lr, seed=seed), options, fold))
+                    runs.append(Run(layer, head, replace(request.settings, lr=lr, seed=seed), options, fold, dtype))
     return runs

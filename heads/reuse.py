@@ -28,10 +28,9 @@ def why_not_reused(folder: Path, store: FeatureStore, parts: list[tuple[Task, li
         yield from dict.fromkeys(reason for reason in reasons if reason)
 
 
-def _finished(folder: Path) -> dict[str, Any] | None:
+def _finished(folder: Path) -> Any:
     try:
-        config: dict[str, Any] = json.loads((folder / "config.json").read_text("utf-8"))
-        return config if read_result(folder) and isinstance(config, dict) else None
+        return json.loads((folder / "config.json").read_text("utf-8")) if read_result(folder) else None
     except (OSError, ValueError):
         return None
 
@@ -46,7 +45,7 @@ def _reason(was: dict[str, Any], now: dict[str, Any], task: Task, folder: Path, 
         return f"photographs have changed since earlier runs, which are done again: {changed}"
     about = task.description()
     same_request = all(was.get(name) == about.get(name) for name in ("trials_file", "where", "sessions", "views"))
-    if same_request and was.get("trials_sha256") != about.get("trials_sha256"):
+    if same_request and was.get("trials") != now["trials"] and was.get("trials_sha256") != about.get("trials_sha256"):
         return f"{about['trials_file']} has changed since earlier runs, which are done again"
     return ""
 

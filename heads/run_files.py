@@ -16,12 +16,18 @@ _TEXT = dict.fromkeys([*FACES, *VIEWS, ODD, *KEY, "predicted", "participant", "s
 
 
 def read_result(folder: Path) -> dict[str, Any] | None:
-    """A finished run's result; None for an unfinished one."""
+    """A finished run's result; None for a run that is unfinished or whose files are damaged, which is trained again."""
     try:
         result = json.loads((folder / "result.json").read_text("utf-8"))
-    except (FileNotFoundError, ValueError):
+        if result["state"] != "finished" or not isinstance(
+            json.loads((folder / "config.json").read_text("utf-8")), dict
+        ):
+            return None
+        answered = read_predictions(folder, ["correct"])
+        whole = answered is not None and len(answered) == result["n_test"] and {"name", "chance"} <= result.keys()
+        return result if whole else None
+    except (OSError, ValueError, KeyError, TypeError, AttributeError):
         return None
-    return result if isinstance(result, dict) and result.get("state") == "finished" else None
 
 
 def read_predictions(folder: Path, columns: list[str] | None = None) -> pd.DataFrame | None:

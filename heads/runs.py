@@ -38,13 +38,14 @@ OnEpoch = Callable[[str, Epoch | Pace], None]  # a run's label; every epoch, and
 
 @dataclass(frozen=True)
 class Run:
-    """One head to train: on which layer, with which options and settings."""
+    """One head to train: on which layer, with which options and settings. ``dtype`` is what the layer's rows are stored as."""
 
     layer: str
     head: str
     settings: Settings
     options: dict[str, Any] = field(default_factory=dict)
     fold: tuple[int, int] | None = None
+    dtype: str = "float32"
 
     def config(self, task: Task) -> dict[str, Any]:
         """Everything that the result depends on, but for the number of threads."""
@@ -62,6 +63,7 @@ class Run:
             "trials": task.split.examples_hash,
             "photographs": task.photographs,
             "split": task.split.hash,
+            **({"dtype": self.dtype} if self.dtype != "float32" else {}),
         }
 
     def identity(self, task: Task) -> str:
@@ -190,17 +192,18 @@ def make_head(run: Run, shape: tuple[int, ...], task: Task) -> Head:
 
 
 def _with_current_trials(result: dict[str, Any], task: Task, run_folder: Path) -> dict[str, Any]:
-    """A finished run's result beside the trials as they are now: participants' names may have been corrected since."""
+    """A finished run's result beside the trials as they are now: participants may have been corrected, the file renamed."""
     if task.classes:
         return result
     answered = read_predictions(run_folder)
     if answered is None:
         return result
     table = task.table.iloc[task.split.indices("test")]
-    shown = shown_columns(table)
-    answers = [name for name in answered.columns if name in ANSWERS]
-    write_csv(run_folder / "predictions.csv", pd.concat([shown, answered[answers]], axis=1))
     result = {**result, **score(table, answered["correct"].to_numpy(bool), task.chance, task.from_keys)}
+    answers = [name for name in answered.columns if name in ANSWERS]
+    write_csv(run_folder / "predictions.csv", pd.concat([shown_columns(table), answered[answers]], axis=1))
+    config = json.loads((run_folder / "config.json").read_text("utf-8"))
+    write_document(run_folder / "config.json", {**config, **task.description()})
     return write_document(run_folder / "result.json", result)
 
 

@@ -7,7 +7,7 @@ import json
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any
+from typing import Any, TypeVar
 
 import numpy as np
 import pandas as pd
@@ -38,7 +38,11 @@ _FRONT = (
     "clusters",
     "n_test",
     "chance",
+    "n_two_faces",
+    "accuracy_two_faces",
+    "accuracy_three_faces",
     "n_repeated",
+    "n_triplets",
     "ceiling",
     "ceiling_low",
     "ceiling_high",
@@ -54,6 +58,7 @@ _FRONT = (
     "where",
     "sessions",
     "views",
+    "held_out",
     "n_train",
     "n_validation",
 )
@@ -86,14 +91,20 @@ class FinishedRun:
 class Answers:
     """What one layer and head answered to the trials of a group: a mean over seeds, of folds one after the other.
 
-    ``values`` (n,) are shares of seeds that were right, 0 … 1 (bool with one seed), ``table`` the trials, ``runs`` who answered.
+    ``values`` (n,) are shares of seeds that were right, 0 … 1 (bool with one seed), ``table`` the trials, ``runs`` who answered,
+    ``splits`` the hashes of what was tested, fold by fold.
     """
 
     runs: tuple[FinishedRun, ...]
     values: np.ndarray
     table: pd.DataFrame
     by_seed: tuple[float, ...]
-    n_folds: int
+    splits: tuple[str, ...]
+
+    @property
+    def group(self) -> tuple[str, str, str]:
+        """What they share with others that may be compared."""
+        return self.runs[0].group
 
     @property
     def row(self) -> dict[str, Any]:
@@ -116,6 +127,7 @@ _ABOUT = (
     "where",
     "sessions",
     "views",
+    "held_out",
     *_COUNTS,
     "backbone",
     "weights",
@@ -129,21 +141,21 @@ def finished_runs(folder: Path) -> list[FinishedRun]:
     newest = sorted(folder.glob("*/predictions.csv"), key=lambda path: path.stat().st_mtime, reverse=True)
     for path in newest:  # participants may have been corrected since an older one
         result = read_result(path.parent)
+        if result is None or result["name"] != path.parent.name:  # unfinished, damaged, or a copy
+            continue
         try:
             config = json.loads((path.parent / "config.json").read_text("utf-8"))
             settings = {"layer": config["layer"], "head": config["head"], "sources": " ".join(config["sources"])}
-            settings |= {**config["settings"], **config["options"]}
+            settings |= {"dtype": config.get("dtype", "float32"), **config["settings"], **config["options"]}
             about = {name: config[name] for name in ("split", "split_name", "trials", "photographs")}
         except (OSError, ValueError, KeyError, TypeError):
             continue  # not a run of ours, or one that is being written
         test = (config["trials"], config["split"], config["photographs"])
         answered = read_predictions(path.parent, ["correct"] if test in shown else None)
-        if result is None or answered is None:
+        if answered is None:
             continue
         table = shown.setdefault(test, answered.drop(columns=list(ANSWERS), errors="ignore"))
         correct = answered["correct"].to_numpy(bool)
-        if len(table) != len(correct):
-            continue
         about |= {name: config.get(name, "") for name in _ABOUT}
         about["test"] = about["test"] or about["split_name"]  # before there were folds
         row = {**_with_losses(result, path.parent), **about, **settings}
@@ -179,11 +191,10 @@ def runs_table(runs: Sequence[FinishedRun]) -> pd.DataFrame:
     if not runs:
         return pd.DataFrame()
     numbers = _group_numbers(runs)
-    baseline = {(run.group, run.row["split"], *_untrained(run)): run for run in runs if run.row["head"] == "zero-shot"}
     rows = []
     for run in runs:
         row = {"group": numbers[run.group], **run.row}
-        other = baseline.get((run.group, run.row["split"], *_untrained(run)))
+        other = _baseline(run, [each for each in runs if each.row["split"] == run.row["split"]])
         if other is not None and other is not run:
             row["p_zero_shot"] = paired_test(run.correct, other.correct).p
             row["p_zero_shot_cluster"] = difference(run.table, run.correct, other.correct).p
@@ -195,9 +206,20 @@ def runs_table(runs: Sequence[FinishedRun]) -> pd.DataFrame:
     return table.sort_values(["group", "fold", "validation_rank", "name"], ignore_index=True, na_position="last")
 
 
-def _untrained(run: FinishedRun) -> tuple[Any, ...]:
-    """Which zero-shot run belongs to it."""
-    return run.row["layer"], run.row["sources"], run.row.get("measure", "cosine")
+_Compared = TypeVar("_Compared", FinishedRun, "Answers")
+
+
+def _baseline(one: _Compared, others: Sequence[_Compared]) -> _Compared | None:
+    """The zero-shot run that belongs to ``one``: of its measure, or the only one of its layer."""
+    same = [
+        other
+        for other in others
+        if other.row["head"] == "zero-shot"
+        and other.group == one.group
+        and all(other.row[name] == one.row[name] for name in ("layer", "sources", "dtype"))
+    ]
+    own = [other for other in same if other.row.get("measure") == one.row.get("measure")]
+    return own[0] if own else same[0] if len(same) == 1 else None
 
 
 def _group_numbers(runs: Sequence[FinishedRun]) -> dict[tuple[str, str, str], int]:
@@ -209,14 +231,18 @@ def _group_numbers(runs: Sequence[FinishedRun]) -> dict[tuple[str, str, str], in
     return {group: number for number, group in enumerate(order, start=1)}
 
 
-def answers(runs: Sequence[FinishedRun]) -> Iterator[Answers]:
-    """Runs that differ in seed and fold alone, brought together. A seed of which a fold is missing is left out."""
+def answers(runs: Sequence[FinishedRun], pool: bool = True) -> Iterator[Answers]:
+    """Runs that differ in seed and fold alone, brought together. A seed of which a fold is missing is left out.
+
+    ``pool=False``: folds stay apart, as tests of their own.
+    """
     together: dict[tuple[Any, ...], list[FinishedRun]] = {}
     for run in runs:
-        together.setdefault((run.group, str(run.without_seed)), []).append(run)
+        apart = "" if pool else run.row["split"]
+        together.setdefault((run.group, apart, str(run.without_seed)), []).append(run)
     for same in together.values():
         folds = {run.row["split"]: run for run in sorted(same, key=lambda run: str(run.row["fold"]))}
-        wanted = int(str(same[0].row["fold"]).rpartition(" ")[2]) if same[0].row["fold"] else 1
+        wanted = int(str(same[0].row["fold"]).rpartition(" ")[2]) if pool and same[0].row["fold"] else 1
         seeds: dict[Any, dict[str, FinishedRun]] = {}
         for run in same:
             seeds.setdefault(run.row.get("seed"), {})[run.row["split"]] = run
@@ -227,7 +253,7 @@ def answers(runs: Sequence[FinishedRun]) -> Iterator[Answers]:
         table = pd.concat([run.table for run in folds.values()], ignore_index=True)
         values = right[0] if len(right) == 1 else right.mean(axis=0)
         used = tuple(run for of in whole.values() for run in of.values())
-        yield Answers(used, values, table, tuple(right.mean(axis=1)), wanted)
+        yield Answers(used, values, table, tuple(right.mean(axis=1)), tuple(folds))
 
 
 def summary_table(runs: Sequence[FinishedRun]) -> pd.DataFrame:
@@ -238,9 +264,6 @@ def summary_table(runs: Sequence[FinishedRun]) -> pd.DataFrame:
     """
     numbers = _group_numbers(runs)
     found = list(answers(runs))
-    baseline = {
-        (each.runs[0].group, *_untrained(each.runs[0])): each for each in found if each.row["head"] == "zero-shot"
-    }
     rows = []
     for each in found:
         run = each.runs[0]
@@ -249,7 +272,7 @@ def summary_table(runs: Sequence[FinishedRun]) -> pd.DataFrame:
             "group": numbers[run.group],
             **run.without_seed,
             "n_seeds": len(each.by_seed),
-            "n_folds": each.n_folds,
+            "n_folds": len(each.splits),
             "validation_loss": each.validation_loss,
             "train_accuracy": _mean(each.runs, "train_accuracy"),
             **scores,
@@ -259,8 +282,8 @@ def summary_table(runs: Sequence[FinishedRun]) -> pd.DataFrame:
             **{name: _mean(each.runs, name) for name in _COUNTS},
             "runs": " ".join(run.row["name"] for run in each.runs),
         }
-        other = baseline.get((run.group, *_untrained(run)))
-        if other is not None and other is not each and len(other.values) == len(each.values):
+        other = _baseline(each, found)
+        if other is not None and other is not each and other.splits == each.splits:
             gain = difference(each.table, each.values, other.values)
             row |= {"over_zero_shot": gain.value, "over_low": gain.low, "over_high": gain.high, "p_zero_shot": gain.p}
         rows.append(row)
@@ -296,9 +319,11 @@ def best_run(folder: Path | str, **columns: Any) -> "pd.Series[Any]":
     """The run with the lowest validation loss among those of ``folder`` whose columns have the values given.
 
     For example ``best_run("store/runs", head="conv", layer="fc7-relu")``. FeatureStoreError if there is none, or if they are
-    of several groups: their losses are of other trials and cannot be compared.
+    of several groups or folds: their losses are of other trials and cannot be compared.
     """
     table = runs_table(finished_runs(Path(folder)))
+    if table.empty:
+        raise FeatureStoreError(f"there are no finished runs in {folder}.")
     unknown = [name for name in columns if name not in table.columns]
     if unknown:
         raise FeatureStoreError(
@@ -306,12 +331,18 @@ def best_run(folder: Path | str, **columns: Any) -> "pd.Series[Any]":
         )
     for name, value in columns.items():
         table = table[table[name] == value]
-    groups = table.drop_duplicates("group")
-    if len(groups) != 1:
-        told = listing((f"group={row.group}: {row.test}, {row.trials_file}" for row in groups.itertuples()), 5)
-        asked = ", ".join(f"{name}={value!r}" for name, value in columns.items()) or "anything"
-        raise FeatureStoreError(
-            f"runs with {asked} in {folder} are of {len(groups)} groups"
-            + (f", tested on different trials. Say which: {told}." if len(groups) else ".")
+    asked = ", ".join(f"{name}={value!r}" for name, value in columns.items()) or "anything"
+    if table.empty:
+        raise FeatureStoreError(f"no finished run in {folder} has {asked}.")
+    tests = table.drop_duplicates(["group", "split"])
+    if len(tests) > 1:
+        told = (
+            f"group={row.group}{f', fold={row.fold!r}' if row.fold else ''}: {row.test}" for row in tests.itertuples()
         )
+        raise FeatureStoreError(
+            f"runs with {asked} in {folder} are of {len(tests)} tests, whose losses cannot be compared. Say which: "
+            f"{listing(told, 5)}."
+        )
+    if table["validation_loss"].isna().all() and len(table) > 1:
+        raise FeatureStoreError(f"the {len(table)} runs with {asked} in {folder} have no validation loss to choose by.")
     return table.sort_values("validation_loss", na_position="last").iloc[0]

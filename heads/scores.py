@@ -15,12 +15,13 @@ from scipy import stats
 
 from featurestore.intervals import Accuracy, ClusteredMean, accuracy, accuracy_over, clustered_mean
 from featurestore.text import natural_order
-from heads.trials.tables import FACES, ODD, ODD_POSITION, VIEWS
+from heads.trials.tables import FACES, ODD, ODD_POSITION, VIEWS, free_name
 
 CHANCE = 1 / 3  # one of three is odd
-FEWEST_REPEATED = 30  # answers, below which a ceiling is not estimated
+FEWEST_REPEATED, FEWEST_TRIPLETS = 30, 10  # answers, and triplets they are to, below which a ceiling is not estimated
 CEILING_COLUMNS = (
     "n_repeated",
+    "n_triplets",
     "ceiling",
     "ceiling_low",
     "ceiling_high",
@@ -51,11 +52,19 @@ def participants_of(table: pd.DataFrame) -> pd.Series:
     return table["participant"].mask(table["participant"].astype(str).str.strip() == "")
 
 
+def cluster_text(table: pd.DataFrame) -> str:
+    """How many faces, and participants, an interval is over."""
+    told = [f"{pd.Series(labels.ravel()).nunique()} {kind}" for kind, labels in clusters_of(table).items()]
+    few = participants_of(table).nunique()
+    return ", ".join([*told, *([f"{few} participants not counted"] if 0 < few < 3 else [])])
+
+
 def score(table: pd.DataFrame, correct: np.ndarray, chance: float, from_keys: bool = False) -> dict[str, Any]:
     """Every score of a test by name, NaN or empty where it cannot be given.
 
     ``accuracy``; ``low`` and ``high``, Wilson's interval, which takes trials for independent; ``cluster_low`` and
-    ``cluster_high``, over the ``clusters`` named; ``n_test``, ``chance``; and those of ``ceiling_scores``.
+    ``cluster_high``, over the ``clusters`` named; ``n_test``, ``chance``; ``n_two_faces`` trials show one face twice, with the
+    accuracies of these and of the others; and those of ``ceiling_scores``.
     """
     averaged = correct.dtype != bool  # over seeds: no count of right answers, which Wilson's interval is about
     whole = Accuracy(float(np.mean(correct)), math.nan, math.nan, len(correct)) if averaged else accuracy(correct)
@@ -67,19 +76,40 @@ def score(table: pd.DataFrame, correct: np.ndarray, chance: float, from_keys: bo
         "high": whole.high,
         "cluster_low": over.low,
         "cluster_high": over.high,
-        "clusters": ", ".join(f"{pd.Series(labels.ravel()).nunique()} {kind}" for kind, labels in shared.items()),
+        "clusters": cluster_text(table),
         "n_test": len(correct),
         "chance": chance,
+        **_by_faces_shown(table, correct),
         **ceiling_scores(table, correct, chance, from_keys),
     }
 
 
-def agreement(table: pd.DataFrame) -> np.ndarray:
+def shows_a_face_twice(table: pd.DataFrame) -> np.ndarray:
+    """bool per trial; none of identities does."""
+    if FACES[0] not in table.columns:
+        return np.zeros(len(table), bool)
+    faces = table[list(FACES)].to_numpy(object)
+    return np.asarray((faces[:, 0] == faces[:, 1]) | (faces[:, 0] == faces[:, 2]) | (faces[:, 1] == faces[:, 2]), bool)
+
+
+def _by_faces_shown(table: pd.DataFrame, correct: np.ndarray) -> dict[str, Any]:
+    """Trials of one person twice are easier than those of three, and survive a split by face more often: each apart."""
+    twice = shows_a_face_twice(table)
+    apart = {"n_two_faces": int(twice.sum()), "accuracy_two_faces": math.nan, "accuracy_three_faces": math.nan}
+    if 0 < apart["n_two_faces"] < len(table):
+        apart |= {
+            "accuracy_two_faces": float(correct[twice].mean()),
+            "accuracy_three_faces": float(correct[~twice].mean()),
+        }
+    return apart
+
+
+def agreement(table: pd.DataFrame) -> tuple[np.ndarray, np.ndarray]:
     """Leave one rater out: how far each answer (n,) is the majority of the *other* participants' to the same three items.
 
-    1 or 0; tied majorities count as a guess among them; NaN where no other participant answered. With the rater's own
-    answer among the votes the mean would be inflated: five raters who choose by chance would read 0.556 instead of
-    0.333. Where participants are not named, every answer counts as another participant's.
+    And the number of each trial's triplet (n,) int64. The agreement is 1 or 0; tied majorities count as a guess among them; NaN
+    where no other participant answered. With the rater's own answer among the votes the mean would be inflated: five raters
+    who choose by chance would read 0.556 instead of 0.333. Where participants are not named, every answer counts as another's.
     """
     n = len(table)
     views = [name for name in VIEWS if name in table.columns]
@@ -88,7 +118,7 @@ def agreement(table: pd.DataFrame) -> np.ndarray:
         for face, view in zip(FACES, views, strict=False)
     ]
     if not n or not views:
-        return np.full(n, np.nan)
+        return np.full(n, np.nan), np.arange(n)
     items = pd.factorize(np.concatenate(shown))[0].reshape(3, n).T
     if "source" in table.columns:
         items = items + len(items) * 3 * pd.factorize(table["source"])[0][:, None]
@@ -101,7 +131,7 @@ def agreement(table: pd.DataFrame) -> np.ndarray:
     counts = _votes(triplet, vote)[triplet] - _votes(own, vote)[own]
     favourite = counts == counts.max(axis=1, keepdims=True)
     agrees = favourite[np.arange(n), vote] / favourite.sum(axis=1)
-    return np.where(counts.any(axis=1), agrees, np.nan)
+    return np.where(counts.any(axis=1), agrees, np.nan), triplet
 
 
 def _votes(group: np.ndarray, vote: np.ndarray) -> np.ndarray:
@@ -132,34 +162,44 @@ def ceiling_scores(
         return {**scores, "ceiling_note": "identities have no raters"}
     if from_keys:
         return {**scores, "ceiling_note": "the answers were made from the keys, not given by people"}
-    agrees = agreement(table)
+    agrees, triplet = agreement(table)
     repeated = np.isfinite(agrees)
-    scores["n_repeated"] = n = int(repeated.sum())
-    if n < FEWEST_REPEATED:
-        few = f"{n} test answers are to triplets that another participant answered; {FEWEST_REPEATED} are needed"
+    scores["n_repeated"], scores["n_triplets"] = n, triplets = int(repeated.sum()), len(np.unique(triplet[repeated]))
+    if n < FEWEST_REPEATED or triplets < FEWEST_TRIPLETS:
+        few = (
+            f"{n} test answers are to triplets that another participant answered too, {triplets} of them; "
+            f"{FEWEST_REPEATED} answers to {FEWEST_TRIPLETS} triplets are needed"
+        )
         return {**scores, "ceiling_note": few}
     clusters = list(clusters_of(table[repeated]).values())
     above = agrees[repeated] - chance
     ceiling = clustered_mean(above, clusters)
     scores |= {
         "ceiling": ceiling.value + chance,
-        "ceiling_low": max(0.0, ceiling.low + chance),
-        "ceiling_high": min(1.0, ceiling.high + chance),
+        "ceiling_low": float(np.clip(ceiling.low + chance, 0, 1)),
+        "ceiling_high": float(np.clip(ceiling.high + chance, 0, 1)),
     }
-    if ceiling.value <= 0:
-        scores["ceiling_note"] = "the raters agree no more than by chance"
+    unanimous = above.min() == above.max()
+    if unanimous:
+        scores["ceiling_note"] = (
+            "the raters agree in every repeated triplet, so nothing is known of the ceiling's spread"
+        )
+    elif not ceiling.low > 0:
+        scores["ceiling_note"] = "the ceiling cannot be told from chance, so no share of it can be given"
     if correct is None:
         return scores
     head = np.asarray(correct, float)[repeated] - chance
     scores["accuracy_repeated"] = float(head.mean()) + chance
-    if ceiling.value <= 0:
-        return scores
-    scores["of_ceiling"] = float(head.mean()) / ceiling.value
     low, high = _ratio_interval(head, above, clusters)
-    scores |= {"of_ceiling_low": low, "of_ceiling_high": high}
-    if math.isnan(low):
-        scores["ceiling_note"] = "the ceiling cannot be told from chance, so of_ceiling may be anything"
-    return scores
+    if unanimous:  # a ceiling without spread scales the head's own interval
+        own = clustered_mean(head, clusters)
+        low, high = own.low / ceiling.value, own.high / ceiling.value
+    elif math.isnan(low):
+        return {
+            **scores,
+            "ceiling_note": scores["ceiling_note"] or "the interval of a share of the ceiling is unbounded",
+        }
+    return {**scores, "of_ceiling": float(head.mean()) / ceiling.value, "of_ceiling_low": low, "of_ceiling_high": high}
 
 
 def _ratio_interval(top: np.ndarray, bottom: np.ndarray, clusters: Sequence[np.ndarray]) -> tuple[float, float]:
@@ -206,7 +246,7 @@ def accuracy_by_face(table: pd.DataFrame, correct: np.ndarray) -> pd.DataFrame:
     Columns ``when_odd, when_odd_low, when_odd_high, n_when_odd`` and the same of ``when_shown``, indexed by face. Of
     identities: as ``accuracy_by``.
     """
-    if "face_id" in table.columns:
+    if FACES[0] not in table.columns:
         return accuracy_by(table, correct, "face")
     is_odd = np.arange(3) == odd_places(table)[:, None]
     sides = []
@@ -224,7 +264,7 @@ def accuracy_by(table: pd.DataFrame, correct: np.ndarray, what: str) -> pd.DataF
     A trial counts once for every view in it.
     """
     several, one = (FACES, "face_id") if what == "face" else (VIEWS, "view")
-    columns = [name for name in (*several, one) if name in table.columns]
+    columns = [name for name in several if name in table.columns] or [one]
     names = table[columns].to_numpy(object)
     by_name = _by_name(names.ravel(), np.repeat(np.arange(len(table)), len(columns)), correct)
     return by_name.rename_axis(what).sort_index(key=_naturally)
@@ -274,4 +314,5 @@ def predictions(table: pd.DataFrame, logits: np.ndarray, labels: np.ndarray) -> 
 
 def shown_columns(table: pd.DataFrame) -> pd.DataFrame:
     """The trials' own columns as ``predictions`` has them."""
-    return table.reset_index(drop=True).rename(columns={name: f"trial_{name}" for name in ANSWERS})
+    called = {name: free_name(f"trial_{name}", table.columns) for name in ANSWERS}
+    return table.reset_index(drop=True).rename(columns=called)

@@ -15,7 +15,7 @@ from featurestore.files import write_atomically
 from featurestore.keys import KEY
 from featurestore.store.reader import Source
 from featurestore.text import listing, natural_order
-from heads.scores import CHANCE
+from heads.scores import CHANCE, shows_a_face_twice
 from heads.splits import PARTS, Split
 from heads.train import Examples
 from heads.trials.conditions import rows_that_meet
@@ -60,14 +60,15 @@ class Task:
         return self.about.get("trials_file") == SAME_PERSON
 
     def description(self) -> dict[str, Any]:
-        """``about`` with the split: of each part how many examples, and how many belong to none."""
-        split = self.split
+        """``about`` with the split: of each part how many examples (and how many show one face twice), and those in none."""
+        split, twice = self.split, shows_a_face_twice(self.table)
         return {
             **self.about,
             "split_kind": split.kind,
             "fold": "{} of {}".format(*split.fold) if split.fold else None,
             "test": split.test,
             **{f"n_{name}": len(split.indices(name)) for name in PARTS},
+            **{f"n_two_faces_{name}": int(twice[split.indices(name)].sum()) for name in PARTS if twice.any()},
             "n_left_out": int((split.part < 0).sum()),
             "n_set_aside": split.set_aside,
         }

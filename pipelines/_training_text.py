@@ -38,6 +38,12 @@ def plan_text(grid: "Grid", jobs: int) -> str:
             lines.append(f"  ceiling   {_ceiling_text(task, grid)}")
         if len(task.split.indices("test")) < 50 and not task.split.fold:
             lines.append("  note      so few test examples give wide intervals; see --fractions and --folds")
+        few = len(task.split.indices("validation"))
+        if 0 < few < _FEW_VALIDATION:
+            lines.append(
+                f"  note      {few} examples say little of which epoch and which head are best; see --fractions"
+            )
+        lines += _kinds(task.description())
     if grid.trials:
         if grid.trials.unanswered:
             lines.append(f"  left out  {grid.trials.unanswered} trials without an answer (odd empty or 0)")
@@ -55,6 +61,22 @@ def plan_text(grid: "Grid", jobs: int) -> str:
         f"disk {human_bytes(grid.disk(jobs))} at most"
     )
     return "\n".join(lines)
+
+
+_FEW_VALIDATION = 30
+
+
+def _kinds(about: "dict[str, Any]") -> list[str]:
+    """Where some trials show one face twice: how many in each part. Those are easier, and survive a split by face more often."""
+    twice = [
+        (name, about.get(f"n_two_faces_{name}", 0), about[f"n_{name}"]) for name in ("train", "validation", "test")
+    ]
+    if all(n in (0, of) for _, n, of in twice):
+        return []
+    told = ", ".join(f"{n} of {of} in {name}" for name, n, of in twice)
+    return [
+        f"  note      trials that show one face twice: {told}; they are easier, so their accuracy is also given apart"
+    ]
 
 
 def _trials_text(about: "dict[str, Any]") -> str:
@@ -86,7 +108,8 @@ def _ceiling_text(task: "Task", grid: "Grid") -> str:
         return f"unknown: {found['ceiling_note']}"
     interval = _interval(found["ceiling_low"], found["ceiling_high"])
     return (
-        f"{found['ceiling']:.3f}{interval}, of {found['n_repeated']} test answers, each against the other raters' to it"
+        f"{found['ceiling']:.3f}{interval}, of {found['n_repeated']} test answers to {found['n_triplets']} triplets, "
+        "each against the other raters'"
     )
 
 
@@ -105,7 +128,8 @@ def _choices(grid: "Grid") -> list[str]:
 
 def faulty_file(grid: "Grid") -> Path:
     """Where trials that were left out are kept."""
-    return grid.out / "faulty_trials.csv"
+    name = Path(str(grid.parts[0][0].about["trials_file"])).name
+    return grid.out / f"faulty-{name.partition('.')[0]}.csv"
 
 
 def progress_text(label: str, epoch: "Epoch | Pace") -> str:
@@ -132,8 +156,13 @@ def group_text(group: "pd.DataFrame") -> str:
     has_ceiling = first["ceiling"] == first["ceiling"]
     if not has_ceiling:
         rows = rows.drop(columns=["repeated", "of ceiling"])
-    what = "trials" if first["trials_file"] else "photographs"
-    tested = [str(first[name]) for name in ("test", "trials_file", "where", "sessions", "weights") if first[name]]
+    if not 0 < first["n_two_faces"] < first["n_test"]:
+        rows = rows.drop(columns=["two faces", "three faces"])
+    is_triplet = group["head"].iloc[0] != "identity"
+    what = "trials" if is_triplet else "photographs"
+    tested = [
+        str(first[name]) for name in ("test", "trials_file", "where", "sessions", "held_out", "weights") if first[name]
+    ]
     lines = [
         f"{first['n_test']} test {what}: {', '.join(tested)}",
         rows.to_string(index=False),
@@ -161,6 +190,8 @@ def _summary_row(row: "dict[str, Any]") -> dict[str, str]:
         "train": _number(row["train_accuracy"]),
         "test": _number(row["accuracy"]) + _interval(row["cluster_low"], row["cluster_high"]),
         "sd": _number(row["sd"]),
+        "two faces": _number(row["accuracy_two_faces"]),
+        "three faces": _number(row["accuracy_three_faces"]),
         "over zero-shot": (_number(gain, "+.3f") + _interval(row["over_low"], row["over_high"]))
         if gain == gain
         else "",
@@ -205,7 +236,7 @@ def comparison_text(table: "pd.DataFrame") -> str:
     return "\n".join(
         [
             *lines,
-            f"p holm is corrected for {len(table)} comparisons. p mcnemar takes trials for independent: where faces or "
+            "p holm is corrected for the comparisons of the same test. p mcnemar takes trials for independent: where faces or "
             "participants differ it is too small.",
         ]
     )

@@ -366,6 +366,11 @@ def _report(grid: "Grid") -> None:
     names = {run.name(task) for task, runs in grid.parts for run in runs}
     if len(summary):
         summary = summary[[bool(names & set(runs.split())) for runs in summary["runs"]]]
+    pooled = {name for runs in summary["runs"] for name in runs.split()} if len(summary) else set()
+    if names - pooled:
+        click.echo(
+            f"\n{len(names - pooled)} runs are of folds whose others are missing, so nothing is pooled; see runs.csv."
+        )
     for _, group in summary.groupby("group") if len(summary) else ():
         click.echo(f"\n{group_text(group)}")
     click.echo(

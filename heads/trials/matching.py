@@ -97,9 +97,12 @@ def load_trials(
     n_read = len(table)
     conditions = list(where)
     columns = _item_columns(store, source) if conditions else []
-    of_trials, of_items = divide_conditions(conditions, list(table.columns), columns)
+    as_written = table.drop(columns=["line", "fault"]).rename(columns=table.attrs["renamed"])
+    of_trials, of_items = divide_conditions(conditions, list(as_written.columns), columns)
+    kept = np.ones(len(table), bool)
     for condition in of_trials:
-        table = table[rows_that_meet(condition, table)].reset_index(drop=True)
+        kept &= rows_that_meet(condition, as_written)
+    table = table[kept | (table["fault"] != "")].reset_index(drop=True)
     answered = _answered(table) | (table["fault"] != "")
     table, unanswered = table[answered].reset_index(drop=True), int((~answered).sum())
     if table.empty:
@@ -141,6 +144,8 @@ def match(
     table = table.reset_index(drop=True)
     if "line" not in table.columns:
         table["line"] = np.arange(1, len(table) + 1)
+    if "participant" in table.columns:
+        table["participant"] = table["participant"].map(as_key, na_action=None).astype(object)
     given = table
     faults = Faults(table["fault"] if "fault" in table.columns else pd.Series("", table.index))
     table = table.drop(columns="fault", errors="ignore")

@@ -4,6 +4,7 @@ import csv
 import io
 import re
 import zlib
+from collections.abc import Collection
 from pathlib import Path
 
 import fsspec
@@ -22,7 +23,7 @@ TIME_OUT = "0"  # in the published tables, whose faces count from 1
 _PUBLISHED = {"head1": "face_1", "head2": "face_2", "head3": "face_3", "head_odd": ODD}
 
 
-_TAKEN = {name: f"trial_{name}" for name in ("line", "fault", "source")}  # columns of a file that ours would hide
+_OURS = ("line", "fault", "source")  # columns that are added to those of a file
 _KEYS = (*FACES, *VIEWS, ODD, ODD_POSITION, ODD_VIEW)
 EXAMPLE = "face_1,view_1,face_2,view_2,face_3,view_3,odd,odd_position\nanna,left,anna,right,ben,left,anna,2"  # the second is odd
 
@@ -32,11 +33,12 @@ def read_table(path: Path) -> pd.DataFrame:
 
     ``line`` is the line an editor shows, or in Parquet the row, from 1 on. ``fault`` is not empty in a line with more or fewer
     fields than the header, whose values would be in wrong columns: its cells are empty. Without ``odd`` but with
-    ``odd_position``, ``odd`` is empty. Columns of the file called line, fault or source become ``trial_line`` and so on.
+    ``odd_position``, ``odd`` is empty. Columns of the file called line, fault or source become ``trial_line`` and so on;
+    ``attrs["renamed"]`` maps the new names to those of the file.
     """
     try:
         if path.suffix.lower() in (".parquet", ".pq"):
-            table = pd.read_parquet(path).reset_index(drop=True).rename(columns=_TAKEN)
+            table = _without_ours(pd.read_parquet(path).reset_index(drop=True))
             table["line"], table["fault"] = np.arange(1, len(table) + 1), ""
         else:
             table = _read_csv(path)
@@ -84,9 +86,25 @@ def _read_csv(path: Path) -> pd.DataFrame:
     clean.seek(0)
     table = pd.read_csv(clean, index_col=False, skip_blank_lines=False)
     for column, name in enumerate(header):
-        if name in _KEYS:
-            table[name] = pd.Series([row[column] for row in cells], dtype=object)  # a face may be called 007, or NA
-    return table.rename(columns=_TAKEN).assign(line=np.array(lines, int), fault=pd.Series(faults, dtype=object))
+        text = pd.Series([row[column] for row in cells], dtype=object)
+        numbers = pd.api.types.is_numeric_dtype(table[name]) and not text.str.match(r"0\d").any()
+        if name in _KEYS or not numbers:
+            table[name] = text  # as written: a face may be called 007, or NA
+    return _without_ours(table).assign(line=np.array(lines, int), fault=pd.Series(faults, dtype=object))
+
+
+def _without_ours(table: pd.DataFrame) -> pd.DataFrame:
+    called = {name: free_name(f"trial_{name}", table.columns) for name in _OURS if name in table.columns}
+    table = table.rename(columns=called)
+    table.attrs["renamed"] = {new: name for name, new in called.items()}
+    return table
+
+
+def free_name(name: str, taken: Collection[str]) -> str:
+    """``name``, with underscores if it is taken."""
+    while name in taken:
+        name += "_"
+    return name
 
 
 def _wrong_width(n: int, header: int) -> str:
@@ -95,5 +113,7 @@ def _wrong_width(n: int, header: int) -> str:
 
 def as_key(value: object) -> str:
     """A key as written, but 7.0 as 7: an empty cell in the column makes tables write whole numbers so."""
-    text = "" if value is None or value is pd.NA or value != value else str(value).strip()
+    if not pd.api.types.is_scalar(value):
+        return str(value)
+    text = "" if pd.isna(value) else str(value).strip()
     return text[:-2] if re.fullmatch(r"\d+\.0", text) else text

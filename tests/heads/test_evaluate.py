@@ -11,17 +11,19 @@ import pytest
 import torch
 
 from featurestore import FeatureStore
-from featurestore.intervals import accuracy, clustered_mean
+from featurestore.intervals import accuracy, accuracy_over, clustered_mean
 from heads.evaluation import audit_order, evaluate
 from heads.features import Features
 from heads.registry import draw_head
 from heads.scores import (
     CHANCE,
+    accuracy_by,
     accuracy_by_face,
     agreement,
     by_position,
     ceiling_scores,
     clusters_of,
+    difference,
     paired_test,
     score,
 )
@@ -62,7 +64,7 @@ def test_the_ceiling_equals_a_slow_loop() -> None:
             most = max(others.count(k) for k in range(3))
             best = [k for k in range(3) if others.count(k) == most]
             agrees.append((row[i] in best) / len(best))
-    assert agreement(raters(answers)) == pytest.approx(agrees)
+    assert agreement(raters(answers))[0] == pytest.approx(agrees)
 
 
 def test_the_ceiling_and_the_accuracy_beside_it_are_of_the_same_answers() -> None:
@@ -73,7 +75,7 @@ def test_the_ceiling_and_the_accuracy_beside_it_are_of_the_same_answers() -> Non
     table = pd.concat([hard, easy], ignore_index=True)
     correct = np.concatenate([rng.random(300) < 0.5, rng.random(1000) < 0.8])
     scores = score(table, correct, CHANCE)
-    ceiling, accuracy_repeated = np.nanmean(agreement(hard)), correct[:300].mean()
+    ceiling, accuracy_repeated = np.nanmean(agreement(hard)[0]), correct[:300].mean()
     assert scores["n_repeated"] == 300
     assert scores["ceiling"] == pytest.approx(ceiling)
     assert scores["accuracy_repeated"] == pytest.approx(accuracy_repeated)
@@ -86,7 +88,8 @@ def test_the_ceiling_and_the_accuracy_beside_it_are_of_the_same_answers() -> Non
     ("table", "from_keys", "note"),
     [
         (raters(np.zeros((50, 1), int)), False, "0 test answers are to triplets that another participant answered"),
-        (raters(np.zeros((10, 2), int)), False, "20 test answers .*; 30 are needed"),
+        (raters(np.zeros((10, 2), int)), False, "20 test answers .*, 10 of them; 30 answers to 10 triplets are needed"),
+        (raters(np.zeros((2, 20), int)), False, "40 test answers .*, 2 of them; 30 answers to 10 triplets are needed"),
         (raters(np.zeros((50, 5), int)).assign(participant="p"), False, "0 test answers"),
         (raters(np.zeros((50, 5), int)), True, "made from the keys"),
         (
@@ -99,7 +102,7 @@ def test_the_ceiling_and_the_accuracy_beside_it_are_of_the_same_answers() -> Non
 def test_a_ceiling_that_cannot_be_given_says_why(table: pd.DataFrame, from_keys: bool, note: str) -> None:
     scores = score(table, np.ones(len(table), bool), CHANCE, from_keys)
     assert re.search(note, scores["ceiling_note"])
-    assert math.isnan(scores["of_ceiling_low"])
+    assert math.isnan(scores["of_ceiling_low"]) and math.isnan(scores["of_ceiling"])
     if from_keys:
         assert math.isnan(scores["ceiling"])
 
@@ -153,9 +156,51 @@ def test_trials_that_share_a_cluster_are_counted_in_pairs_once() -> None:
     assert clustered_mean(correct, [faces, people]).standard_error == pytest.approx(expected, rel=1e-3)
 
 
+def test_raters_who_always_agree_give_a_ceiling_without_an_interval() -> None:
+    """Not 1.000 [1.000, 1.000]: nothing is known of the spread."""
+    table = raters(np.zeros((40, 3), int))
+    scores = score(table, np.arange(120) % 4 > 0, CHANCE)
+    assert scores["ceiling"] == 1.0 and math.isnan(scores["ceiling_low"])
+    assert "agree in every repeated triplet" in scores["ceiling_note"]
+    assert scores["of_ceiling"] == pytest.approx((0.75 - CHANCE) / (1 - CHANCE))
+    assert scores["of_ceiling_low"] < scores["of_ceiling"] < scores["of_ceiling_high"]
+
+
+def test_heads_that_always_differ_have_no_p_of_nothing() -> None:
+    table = raters(np.zeros((4, 1), int))
+    always = difference(table, np.ones(4), np.zeros(4))
+    assert always.value == 1.0 and math.isnan(always.p) and math.isnan(always.low)
+    assert difference(table, np.ones(4), np.ones(4)).p == 1.0
+
+
+def test_trials_that_show_a_face_twice_are_scored_apart() -> None:
+    table = raters(np.zeros((40, 1), int))
+    table.loc[:9, "face_2"] = table.loc[:9, "face_1"]
+    correct = np.arange(40) < 20
+    scores = score(table, correct, CHANCE)
+    assert (scores["n_two_faces"], scores["accuracy_two_faces"]) == (10, 1.0)
+    assert scores["accuracy_three_faces"] == pytest.approx(10 / 30)
+    assert math.isnan(score(table[10:], correct[10:], CHANCE)["accuracy_three_faces"])
+
+
+def test_two_participants_are_said_not_to_count() -> None:
+    table = raters(np.zeros((20, 2), int))
+    assert score(table, np.arange(40) % 2 == 0, CHANCE)["clusters"] == "60 faces, 2 participants not counted"
+    assert score(table.assign(participant=""), np.ones(40, bool), CHANCE)["clusters"] == "60 faces"
+
+
+def test_columns_of_the_trials_called_face_id_or_view_are_not_taken_for_ours() -> None:
+    table = raters(np.zeros((20, 1), int)).assign(face_id="target", view="lab")
+    correct = np.ones(20, bool)
+    assert "target" not in accuracy_by_face(table, correct).index
+    assert list(accuracy_by(table, correct, "view").index) == ["a"]
+
+
 def test_two_clusters_say_nothing_of_their_spread() -> None:
-    mean = clustered_mean(np.array([1.0, 0.0, 1.0, 1.0]), [np.array(["a", "a", "b", "b"])])
+    values, faces = np.array([1.0, 0.0, 1.0, 1.0]), [np.array(["a", "a", "b", "b"])]
+    mean = clustered_mean(values, faces)
     assert mean.value == 0.75 and math.isnan(mean.low) and math.isnan(mean.p)
+    assert math.isnan(accuracy_over(values, faces).low) and math.isnan(accuracy_over(values, faces).high)
 
 
 def test_wilson_interval_by_its_formula() -> None:

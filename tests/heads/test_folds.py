@@ -9,8 +9,9 @@ import pytest
 
 from featurestore import FeatureStore, FeatureStoreError
 from featurestore.store.writer import SourceWriter, store_lock
+from heads.comparison import compare
 from heads.grid import GridRequest, plan_grid
-from heads.runs_table import write_runs_table
+from heads.runs_table import best_run, write_runs_table
 from heads.schedule import run_grid
 from heads.splits import FRACTIONS, Split, choices, draw_folds, split_trials, trial_labels
 from heads.tasks import identity_items
@@ -89,8 +90,16 @@ def test_the_answers_of_folds_are_pooled(made: Path, judged: Path, tmp_path: Pat
     assert row["over_zero_shot"] == pytest.approx(
         row["accuracy"] - summary[summary["head"] == "zero-shot"]["accuracy"].iloc[0]
     )
-    for name in own[own["fold"] == "2 of 2"]["name"][:1]:
-        (tmp_path / name / "result.json").unlink()
+    with pytest.raises(FeatureStoreError, match=r"of 2 tests, .* fold='1 of 2'.* fold='2 of 2'"):
+        best_run(tmp_path, head="similarity")  # the luckiest fold is not the best run
+    best = best_run(tmp_path, head="similarity", fold="2 of 2")
+    folds = [own[own["fold"] == f"{k} of 2"].sort_values("validation_loss")["name"].tolist() for k in (1, 2)]
+    assert best["name"] == folds[1][0]
+    with pytest.raises(FeatureStoreError, match="not tested on the same trials"):
+        compare(tmp_path, [folds[0][0], folds[1][0]])
+    beside = compare(tmp_path, [folds[0][0], "fc7-relu:zero-shot"])
+    assert beside["n_test"].tolist() == [len(pd.read_csv(tmp_path / folds[0][0] / "predictions.csv"))]
+    (tmp_path / folds[1][0] / "result.json").unlink()
     _, summary = write_runs_table(tmp_path)
     assert summary[summary["head"] == "similarity"]["n_seeds"].tolist() == [1]  # a seed without all folds is not pooled
 

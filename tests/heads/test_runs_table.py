@@ -62,11 +62,9 @@ def test_the_best_run_is_chosen_by_validation_within_one_test(runs: Path) -> Non
     best = best_run(runs, head="similarity", layer="fc7-relu")
     own = table[(table["head"] == "similarity") & (table["layer"] == "fc7-relu")]
     assert best["name"] == own.loc[own["validation_loss"].idxmin(), "name"]
-    with pytest.raises(
-        FeatureStoreError, match=r"of 2 groups, tested on different trials. Say which: group=1: .*group=2"
-    ):
+    with pytest.raises(FeatureStoreError, match=r"of 2 tests, .* Say which: group=1: .*group=2"):
         best_run(runs)
-    with pytest.raises(FeatureStoreError, match="of 0 groups"):
+    with pytest.raises(FeatureStoreError, match=r"no finished run in .* has head='fc'"):
         best_run(runs, head="fc")
     with pytest.raises(FeatureStoreError, match="no column colour"):
         best_run(runs, colour="red")
@@ -146,12 +144,99 @@ def test_many_comparisons_are_corrected_as_holm_did(runs: Path) -> None:
     [
         (["fc7-relu:similarity", "fc7-relu:conv"], "were not tested on the same trials"),
         (["fc7-relu"], "two names or more"),
+        (["fc7-relu:zero-shot", "fc7-relu-zero-shot"], "Say which|the same runs"),
         (["fc7-relu", "fc6"], "Did you mean|It is one of"),
     ],
 )
 def test_what_cannot_be_compared(runs: Path, names: list[str], message: str) -> None:
     with pytest.raises(FeatureStoreError, match=message):
         compare(runs, names)
+
+
+def test_nothing_is_compared_with_itself(runs: Path) -> None:
+    table = pd.read_csv(runs / "runs.csv")
+    own = table[(table["layer"] == "fc7-relu") & (table["head"] == "similarity")]["name"]
+    with pytest.raises(FeatureStoreError, match="the same runs, or have runs in common"):
+        compare(runs, [own.iloc[0], "fc7-relu:similarity"])  # a seed and the mean that it is in
+    found = compare(runs, ["fc7-relu", "fc7-relu:zero-shot"])
+    assert set(found["first"]) == {"fc7-relu:similarity", "fc7-relu:conv"}
+    with pytest.raises(FeatureStoreError, match="no finished runs in"):
+        compare(runs / "nowhere", ["a", "b"])
+
+
+@pytest.mark.parametrize(
+    ("name", "content"),
+    [
+        ("predictions.csv", None),
+        ("predictions.csv", "correct\nTrue\n"),
+        ("predictions.csv", "\x00"),
+        ("result.json", '{"state": "finished"}'),
+        ("config.json", "{"),
+    ],
+)
+def test_a_damaged_run_is_trained_again(made: Path, tmp_path: Path, name: str, content: str | None) -> None:
+    write_trials(tmp_path / "t.csv", 200)
+    request = asked(made, tmp_path / "t.csv", tmp_path / "runs", settings=replace(QUICK, epochs=1))
+    trained(request)
+    before = write_runs_table(tmp_path / "runs")[0].set_index("name")["accuracy"]
+    (folder,) = (tmp_path / "runs").glob("fc7-relu-similarity-*")
+    full = (folder / name).read_text()
+    if content is None:
+        (folder / name).unlink()
+    else:
+        (folder / name).write_text(
+            content if name != "predictions.csv" or "\x00" in content else full[: len(full) // 2]
+        )
+    grid = plan_grid(request)
+    assert (grid.runs, grid.finished) == (2, 1)
+    assert len(write_runs_table(tmp_path / "runs")[0]) == 1  # the sound one stays
+    trained(request)
+    after = write_runs_table(tmp_path / "runs")[0].set_index("name")["accuracy"]
+    assert after.to_dict() == before.to_dict()
+
+
+def test_rows_stored_in_half_precision_are_another_run(tmp_path: Path) -> None:
+    write_trials(tmp_path / "t.csv", 200)
+    for dtype in ("float32", "float16"):
+        path = write_store(tmp_path / f"{dtype}.zarr", dtype=dtype)
+        request = asked(path, tmp_path / "t.csv", tmp_path / "runs", heads=["zero-shot"])
+        assert plan_grid(request).finished == 0
+        trained(request)
+    assert sorted(pd.read_csv(_written(tmp_path / "runs"))["dtype"]) == ["float16", "float32"]
+
+
+def _written(folder: Path) -> Path:
+    write_runs_table(folder)
+    return folder / "runs.csv"
+
+
+def test_a_reused_run_is_described_as_it_was_asked_for_last(made: Path, tmp_path: Path) -> None:
+    table = write_trials(tmp_path / "t.csv", 200)
+    trained(asked(made, tmp_path / "t.csv", tmp_path / "runs", heads=["zero-shot"]))
+    table.assign(participant="p", response_time=1).to_csv(tmp_path / "corrected.csv", index=False)
+    request = asked(
+        made, tmp_path / "corrected.csv", tmp_path / "runs", heads=["zero-shot"], where=["response_time > 0"]
+    )
+    assert plan_grid(request).finished == 1
+    trained(request)
+    (row,) = pd.read_csv(_written(tmp_path / "runs")).to_dict("records")
+    assert row["trials_file"].endswith("corrected.csv") and row["where"] == "(response_time > 0)"
+
+
+def test_heads_without_a_measure_are_compared_with_the_only_zero_shot_there_is(made: Path, tmp_path: Path) -> None:
+    write_trials(tmp_path / "t.csv", 300)
+    trained(
+        asked(made, tmp_path / "t.csv", tmp_path, heads=["fc8-fc"], measure="dot", settings=replace(QUICK, epochs=1))
+    )
+    runs, summary = write_runs_table(tmp_path)
+    assert runs.set_index("head")["p_zero_shot"].notna().to_dict() == {"fc8-fc": True, "zero-shot": False}
+    assert summary.set_index("head")["over_zero_shot"].notna().to_dict() == {"fc8-fc": True, "zero-shot": False}
+
+
+def test_what_was_held_out_is_said(made: Path, tmp_path: Path) -> None:
+    trained(asked(made, None, tmp_path, heads=["identity"], hold_out=["left", "up"], settings=replace(QUICK, epochs=1)))
+    (row,) = pd.read_csv(_written(tmp_path)).to_dict("records")
+    assert row["held_out"] == "left, up" and row["views"] == "frontal, left, right, up"
 
 
 def test_a_run_that_is_not_reused_says_why(made: Path, tmp_path: Path) -> None:
@@ -163,6 +248,8 @@ def test_a_run_that_is_not_reused_says_why(made: Path, tmp_path: Path) -> None:
     (reason,) = plan_grid(replace(request, store=other)).not_reused
     assert "photographs have changed" in reason and "face-001/frontal" in reason and "more" in reason
     table = pd.read_csv(tmp_path / "t.csv")
+    table.assign(participant="p").to_csv(tmp_path / "t.csv", index=False)
+    assert not plan_grid(replace(request, split_seed=3)).not_reused  # another split was asked for: that is why
     table.iloc[:-1].to_csv(tmp_path / "t.csv", index=False)
     (reason,) = plan_grid(request).not_reused
     assert "t.csv has changed since" in reason

@@ -204,6 +204,32 @@ def test_faulty_trials_can_be_left_out_and_are_kept(made: Path, tmp_path: Path) 
         load_trials(tmp_path / "t.csv", FeatureStore.open(made), view="frontal", on_error="skip")
 
 
+def test_faulty_rows_are_faulty_whatever_the_conditions(made: Path, tmp_path: Path) -> None:
+    (tmp_path / "t.csv").write_text(FAULTY)
+    store = FeatureStore.open(made)
+    with pytest.raises(FeatureStoreError, match="more or fewer fields"):
+        load_trials(tmp_path / "t.csv", store, view="frontal", where=["note == 'good'"])
+    trials = load_trials(tmp_path / "t.csv", store, view="frontal", where=["note == 'good'"], on_error="skip")
+    assert trials.table["line"].tolist() == [2, 7] and trials.faulty["line"].tolist() == [8]
+
+
+def test_conditions_are_on_the_columns_as_the_file_calls_them(made: Path, tmp_path: Path) -> None:
+    rows = [row(line=7, fault="x", source="lab A"), row(line=8, fault="y", source="lab B")]
+    for condition in ("line == 8", "fault == 'y'", "source == 'lab B'"):
+        trials = trials_from(made, tmp_path, rows, view="frontal", where=[condition])
+        assert trials.table["trial_line"].tolist() == [8]
+        assert trials.table["line"].tolist() == [3]
+
+
+def test_participants_are_read_as_they_are_written(made: Path, tmp_path: Path) -> None:
+    names = ["NA", "None", "007", "7", "r1 ", "r1"]
+    table = pd.DataFrame([row(participant=name, code="0012") for name in names])
+    table.to_csv(tmp_path / "t.csv", index=False)
+    trials = load_trials(tmp_path / "t.csv", FeatureStore.open(made), view="frontal")
+    assert trials.table["participant"].tolist() == ["NA", "None", "007", "7", "r1", "r1"]
+    assert trials.table["code"].tolist() == ["0012"] * 6
+
+
 def test_a_face_may_be_called_na_or_007(tmp_path: Path) -> None:
     path = write_store(tmp_path / "s.zarr", faces=["NA", "007", *(f"f{i}" for i in range(28))])
     (tmp_path / "t.csv").write_text("face_1,face_2,face_3,odd\nNA,007,f1,NA\n")

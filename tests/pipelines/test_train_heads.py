@@ -43,7 +43,7 @@ def test_the_demo_grid_needs_no_further_option(folder: Path) -> None:
     assert done.returncode == 0, done.stderr
     assert "500 odd-one-out trials" in done.stdout
     assert "train 350, validation 75, test 75" in done.stdout
-    assert "of 75 test answers, each against the other raters' to it" in done.stdout
+    assert "of 75 test answers to 15 triplets, each against the other raters'" in done.stdout
     assert done.stdout.count("| epoch") == 8
     assert "All runs: store/runs/runs.csv" in done.stdout
     table = pd.read_csv(folder / "store" / "runs" / "runs.csv")
@@ -82,12 +82,15 @@ def test_identities_and_same_person_trials_need_no_file(folder: Path) -> None:
 
 def test_the_plan_says_what_is_trained_on_and_what_other_splits_would_leave(folder: Path) -> None:
     line = ["--layers", "fc7-relu", "--heads", "similarity", "--split", "face", "--where", "yaw <= 0", "--dry-run"]
-    done = command("train_heads", *line, "--fractions", ".5", ".2", ".3", cwd=folder)
+    done = command("train_heads", *line, cwd=folder)
+    assert done.returncode == 1 and "part of the split by face is empty" in done.stderr
+    suggested = re.search(r"For example (--f.*), which leaves \d+ trials to train on", done.stderr)[1]
+    done = command("train_heads", *line, *suggested.split(), cwd=folder)
     assert done.returncode == 0, done.stderr
     assert "where     (yaw <= 0)" in done.stdout
     assert "views     frontal, left, up" in done.stdout
     assert "(sha256 " in done.stdout
-    assert done.stdout.count("--folds 3 --fractions .50 .30 .20") == 1
+    assert "  choices " in done.stdout and suggested in done.stdout
     assert done.stdout.count("  suggested: ") == 1
     assert "left out because they mix parts" in done.stdout
 
@@ -103,8 +106,8 @@ def test_faulty_trials_are_left_out_and_kept(folder: Path) -> None:
     assert "leave them out: --on-error skip" in done.stderr
     done = command("train_heads", *line, "--on-error", "skip", cwd=folder)
     assert done.returncode == 0, done.stderr
-    assert "2 faulty trials, kept in faulty/faulty_trials.csv" in done.stdout
-    assert pd.read_csv(folder / "faulty" / "faulty_trials.csv")["line"].tolist() == [5, 7]
+    assert "2 faulty trials, kept in faulty/faulty-faulty.csv" in done.stdout
+    assert pd.read_csv(folder / "faulty" / "faulty-faulty.csv")["line"].tolist() == [5, 7]
 
 
 def test_runs_are_compared(folder: Path) -> None:
@@ -120,7 +123,7 @@ def test_runs_are_compared(folder: Path) -> None:
     assert "500 test trials" in done.stdout and "p holm" in done.stdout
     assert len(pd.read_csv(folder / "folds" / "comparison.csv")) == 1
     done = command("train_heads", "--compare", "fc7-relu:similarity", "fc6", "--out", "folds", cwd=folder)
-    assert done.returncode == 1 and "no runs in folds begin with 'fc6'" in done.stderr
+    assert done.returncode == 1 and "no run in folds begins with 'fc6'" in done.stderr
 
 
 def test_a_plan_without_a_run(folder: Path) -> None:
