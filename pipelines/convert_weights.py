@@ -10,9 +10,11 @@ EPILOG = r"""
 Examples:
 
   python pipelines/convert_weights.py VGG_FACE.t7
+  python pipelines/convert_weights.py packaged --backbone dlib_resnet_v1
   python pipelines/convert_weights.py resnet50_ft_weight.pkl --backbone resnet50_ft --out weights/resnet50_ft.safetensors
 
-The file is recognised by its content. Its origin, sha256 and licence are written into the new one.
+The file is recognised by its content; `packaged` stands for that of an installed Python package.
+Its origin, sha256 and licence are written into the new one.
 """
 
 
@@ -25,17 +27,28 @@ The file is recognised by its content. Its origin, sha256 and licence are writte
     help="The network it belongs to. [default: the one that it fits]",
 )
 @click.option(
-    "--out", type=click.Path(path_type=Path), metavar="FILE", help="[default: FILE with the ending .safetensors]"
+    "--out",
+    type=click.Path(path_type=Path),
+    metavar="FILE",
+    help="[default: FILE with the ending .safetensors, here for `packaged`]",
 )
 @click.option("--overwrite", is_flag=True, help="Replace --out if it is there.")
 def main(file: Path, backbone: str | None, out: Path | None, overwrite: bool) -> None:
-    """Read the checkpoint FILE (.pth, LuaTorch .t7, HDF5, VGGFace2 .pkl …) and write it as .safetensors."""
+    """Read the checkpoint FILE (.pth, LuaTorch .t7, HDF5, VGGFace2 .pkl, dlib .dat …) and write it as .safetensors."""
     from featurestore.checkpoints.convert import convert, recognise
+    from featurestore.checkpoints.packaged import PACKAGED, packaged_file
     from featurestore.networks.registry import get_backbone
 
+    target = out or file.with_suffix(".safetensors")
+    if str(file) == PACKAGED:
+        if backbone is None:
+            raise click.UsageError(
+                f"{PACKAGED} needs the network whose weights are meant, such as --backbone dlib_resnet_v1."
+            )
+        file = packaged_file(get_backbone(backbone))
+        target = out or Path(file.with_suffix(".safetensors").name)
     fitting = [backbone] if backbone else recognise(file)
     spec = get_backbone(fitting[0])
-    target = out or file.with_suffix(".safetensors")
     weights = convert(file, spec, target, overwrite)
     click.echo(f"{target}: {len(weights.keys)} tensors of {' or '.join(fitting)}, read as {weights.layout}")
     if weights.absent:

@@ -3,6 +3,7 @@
 A store may be untrusted: nothing is imported because a file names it.
 """
 
+from featurestore.checkpoints.packaged import PACKAGED
 from featurestore.checkpoints.weights import BUILT, BUILT_BY, Weights, open_weights
 from featurestore.devices import PRECISIONS
 from featurestore.errors import FeatureStoreError
@@ -29,7 +30,7 @@ def backbone_of(source: Source, backbone: str | None = None) -> BackboneSpec:
 
 
 def weights_of(source: Source, weights: str | None, backbone: str | None = None) -> Weights:
-    """The weights a source was made with: redrawn from their seed, or the file ``weights`` if it is the same one.
+    """The weights a source was made with: redrawn from their seed, an installed package's, or the file ``weights``.
 
     ``backbone`` names a network of the user's own that may be imported; see ``backbone_of``.
     """
@@ -38,17 +39,24 @@ def weights_of(source: Source, weights: str | None, backbone: str | None = None)
         weights = f"random:{identity.partition(':')[2]}"
     if name.startswith(BUILT_BY) and weights is None:
         weights = BUILT
-    if weights is None:
+    if weights is None and not _is_packaged(source):
         raise FeatureStoreError(
             f"recomputing needs the weights file {name} (sha256 {identity[:12]}…). Give it with `weights`."
         )
-    opened = open_weights(weights, backbone_of(source, backbone))
+    opened = open_weights(weights or PACKAGED, backbone_of(source, backbone))
     if opened.identity != identity:
         raise FeatureStoreError(
             f"{weights} is not the weights of {source.name}: it is {opened.identity[:16]}…, "
             f"the source was made with {name}, {identity[:16]}…"
         )
     return opened
+
+
+def _is_packaged(source: Source) -> bool:
+    """Whether a Python package, installed or not, holds the weights that a source was made with."""
+    spec = known_backbone(source.attributes["backbone"])
+    packaged = spec.packaged if spec else None
+    return packaged is not None and packaged.sha256 == source.attributes["weights"]
 
 
 def precision_of(source: Source) -> str:

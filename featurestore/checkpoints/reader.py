@@ -14,7 +14,7 @@ _HEAD = 16  # bytes
 
 
 def open_tensors(path: Path) -> TensorFile:
-    """The tensors of a ``.pth``, ``.safetensors``, LuaTorch ``.t7``, HDF5 or VGGFace2 ``.pkl`` file, whatever it is called.
+    """The tensors of a ``.pth``, ``.safetensors``, LuaTorch ``.t7``, HDF5, VGGFace2 ``.pkl`` or dlib ``.dat`` file, by content.
 
     Names and shapes are read and nothing in the file is run; a tensor's numbers are read when it is asked for.
     FeatureStoreError for any other file, a damaged one, or one that holds more than tensors.
@@ -31,8 +31,8 @@ def open_tensors(path: Path) -> TensorFile:
             return opened
     raise FeatureStoreError(
         f"{path} is no weights file that is known here{_guess(head)}. It begins with the bytes {head[:8].hex(' ')}. "
-        "Known are PyTorch .pth, .safetensors, LuaTorch .t7 (binary), HDF5 and VGGFace2's .pkl. If it was downloaded, check "
-        "that it is complete."
+        "Known are PyTorch .pth, .safetensors, LuaTorch .t7 (binary), HDF5, VGGFace2's .pkl and dlib's .dat. If it was "
+        "downloaded, check that it is complete."
     )
 
 

@@ -11,6 +11,7 @@ from pathlib import Path
 import torch
 
 from featurestore.checkpoints.fitting import COUNTER, best_fit, looks_like
+from featurestore.checkpoints.packaged import PACKAGED, packaged_file
 from featurestore.checkpoints.reader import open_tensors
 from featurestore.checkpoints.seeded import draw_weights
 from featurestore.errors import FeatureStoreError
@@ -48,10 +49,10 @@ class Weights:
 
 
 def open_weights(given: str, spec: BackboneSpec) -> Weights:
-    """Weights from ``random:SEED``, ``built`` or a checkpoint file, checked against the network.
+    """Weights from ``random:SEED``, ``built``, ``packaged`` or a checkpoint file, checked against the network.
 
-    A file's format and layout are recognised by content; see ``formats`` and ``layouts``. Raises FeatureStoreError for a
-    missing file, an unreadable or unsafe one, and for missing, unexpected or differently shaped keys.
+    ``packaged`` is the file of an installed Python package; see ``packaged_file``. A file's format and layout are recognised
+    by content; see ``formats`` and ``layouts``. Raises FeatureStoreError for a missing file, an unreadable or unsafe one, and for missing, unexpected or differently shaped keys.
     """
     kind, _, seed = given.partition(":")
     if kind == "random":
@@ -60,6 +61,8 @@ def open_weights(given: str, spec: BackboneSpec) -> Weights:
         return _random(int(seed), spec)
     if given == BUILT:
         return _built(spec)
+    if given == PACKAGED:
+        return _from_file(packaged_file(spec), spec)
     path = Path(given).expanduser()
     if path.is_dir():
         raise FeatureStoreError(f"`weights` {path} is a folder. Give a file in it.")

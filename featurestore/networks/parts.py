@@ -29,6 +29,19 @@ class Block(nn.Module):
             """A module by its name."""
 
 
+class Affine(nn.Module):
+    """(n, channels, y, x) to the same: each channel times its ``weight``, plus its ``bias``."""
+
+    def __init__(self, channels: int) -> None:
+        super().__init__()
+        self.weight = nn.Parameter(torch.ones(channels))
+        self.bias = nn.Parameter(torch.zeros(channels))
+
+    def forward(self, maps: torch.Tensor) -> torch.Tensor:
+        """In one pass over the maps."""
+        return torch.addcmul(self.bias.view(-1, 1, 1), maps, self.weight.view(-1, 1, 1))
+
+
 class L2Normalise(nn.Module):
     """(n, features) to the same, each row of Euclidean length 1 (a row of zeros stays zero)."""
 

@@ -38,6 +38,15 @@ class PublishedFile:
 
 
 @dataclass(frozen=True)
+class PackagedFile:
+    """A checkpoint within a Python package that pip installs: ``path`` is relative to the package's folder."""
+
+    package: str
+    path: str
+    sha256: str
+
+
+@dataclass(frozen=True)
 class BackboneSpec:
     """What the caching run has to know of a network before it builds it.
 
@@ -47,7 +56,8 @@ class BackboneSpec:
     and ``classifier`` names the module that has them. ``input_size`` is the side of the square input in pixels; None
     leaves it to the recipe. ``equal`` holds the pairs of ``equal_layers``; None if they are not known. ``ends`` names
     the key prefixes, last first, that a file may lack because it was cut there. ``files`` are the downloads, the usual
-    one first; ``elsewhere`` says where to look if there is none. ``imported`` networks are the user's own code.
+    one first; ``packaged`` is a file that comes with a Python package; ``elsewhere`` says where to look if there is no
+    download. ``imported`` networks are the user's own code.
     ``gains`` are (regular expression of keys, factor) for seeded random weights, where without them a network is chaotic.
     """
 
@@ -62,6 +72,7 @@ class BackboneSpec:
     classifier: str = ""
     ends: tuple[str, ...] = ()
     files: dict[str, PublishedFile] = field(default_factory=dict)
+    packaged: PackagedFile | None = None
     elsewhere: str = ""
     imported: bool = False
     gains: Gains = ()
