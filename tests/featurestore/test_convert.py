@@ -59,7 +59,7 @@ def test_the_command(pkl: Path, tmp_path: Path) -> None:
 
 def test_files_of_no_known_network(pkl: Path, tmp_path: Path) -> None:
     torch.save({"weight": torch.zeros(3)}, tmp_path / "w.pth")
-    with pytest.raises(FeatureStoreError, match="is no checkpoint of inception_resnet_v1, vggface"):
+    with pytest.raises(FeatureStoreError, match="is no checkpoint of dlib_resnet_v1, inception_resnet_v1, vggface"):
         recognise(tmp_path / "w.pth")
     with pytest.raises(FeatureStoreError, match="is not a checkpoint of resnet50_ft"):
         convert(pkl, get_backbone("resnet50_ft"), tmp_path / "out.safetensors")

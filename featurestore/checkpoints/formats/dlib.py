@@ -62,10 +62,11 @@ class _Reader:
         if not 1 <= n <= _MOST_BYTES:
             raise ValueError(f"an integer of {n} bytes at byte {self.at - 1}")
         magnitude = self.take(n)
-        if n > 1 and not magnitude[-1]:
-            raise ValueError(f"an integer with leading zeros at byte {self.at - n - 1}")
+        negative = bool(control & _NEGATIVE)
+        if not magnitude[-1] and (n > 1 or negative):
+            raise ValueError(f"an integer with leading zeros, or a negative zero, at byte {self.at - n - 1}")
         value = int.from_bytes(magnitude, "little")
-        return -value if control & _NEGATIVE else value
+        return -value if negative else value
 
     def real(self) -> float:
         mantissa, exponent = self.integer(), self.integer()
