@@ -31,6 +31,7 @@ NETWORKS = {
     "inception_resnet_v1": (["repeat_1", "mixed_7a", "descriptor"], 320),
     "resnet50_ft": (["layer2", "layer4", "descriptor"], 128),
     "senet50_ft": (["layer2", "layer4", "descriptor"], 128),
+    "dlib_resnet_v1": (["block3_3", "pooled", "descriptor"], 1280),
     "torchvision:convnext_tiny": (["features.3", "features.7", "avgpool"], 128),
 }
 HELD_OUT = ["8", "9", "10"]

@@ -315,7 +315,7 @@ TENSOR = NAME + 7  # its tensor: a version, four sizes, numbers
         (2, "01 0d", "08 0d 00 00 00 00 00 00 7f", "no weights file that is known here"),
         (29, "01 02", "01 03", "versions of layers (3, 2, 2"),
         (29, "01 02", "81 02", "versions of layers (-2, 2, 2"),
-        (29, "01 02", "02 02 00", "an integer with leading zeros at byte 29"),
+        (29, "01 02", "02 02 00", "an integer with leading zeros, or a negative zero, at byte 29"),
         (29, "01 02", "81 00", "a negative zero, at byte 29"),
         (29, "01 02", "00 02", "an integer of 0 bytes at byte 29"),
         (29, "01 02", "09 02 00 00 00 00 00 00 00 00", "an integer of 9 bytes at byte 29"),
