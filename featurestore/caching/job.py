@@ -12,10 +12,12 @@ from featurestore.caching.extractor import refuse_absent
 from featurestore.checkpoints.weights import Weights, open_weights
 from featurestore.devices import choose_device
 from featurestore.errors import FeatureStoreError
+from featurestore.keys import BOX
 from featurestore.networks.digests import graph_digest
 from featurestore.networks.registry import get_backbone, get_recipe
 from featurestore.networks.shapes import layer_shapes, with_input_size
 from featurestore.networks.spec import BackboneSpec
+from featurestore.photos.boxes import numbers
 from featurestore.photos.keys import FoundFaces
 from featurestore.photos.recipes import BOX_MARGIN, Recipe
 from featurestore.versions import library_versions
@@ -103,10 +105,9 @@ def prepare_job(request: CachingRequest) -> CachingJob:
             f"recipe {recipe.name!r} makes {recipe.size}-pixel inputs, {spec.name} takes {spec.input_size}. "
             f"Its own recipe is {spec.default_recipe().name!r}."
         )
-    if request.faces.boxed and recipe.box_margin is None:
+    if request.faces.boxed and not recipe.place:
         recipe = replace(recipe, box_margin=BOX_MARGIN)
-    if recipe.box_margin is not None and not request.faces.boxed:
-        raise FeatureStoreError(f"recipe {recipe.name!r} cuts faces out by their boxes. Give them with `boxes` FILE.")
+    request = replace(request, faces=_placed(request.faces, recipe))
     spec = with_input_size(spec, recipe.size)
     layers = spec.check_layers(request.layers)
     device = choose_device(request.device)
@@ -115,3 +116,17 @@ def prepare_job(request: CachingRequest) -> CachingJob:
     refuse_absent(spec, layers, weights)
     graph = graph_digest(spec) if spec.imported else ""
     return CachingJob(request, spec, layers, recipe, weights, device, layer_shapes(spec, layers), graph)
+
+
+def _placed(faces: FoundFaces, recipe: Recipe) -> FoundFaces:
+    """``faces`` with the numbers by which ``recipe`` cuts them out; FeatureStoreError if they do not have them."""
+    missing = [name for name in recipe.place if name not in faces.table.columns]
+    if missing:
+        what = "cuts faces out by their boxes" if recipe.place == BOX else "turns faces upright by five landmarks"
+        raise FeatureStoreError(
+            f"recipe {recipe.name!r} {what}, and the photographs have no {missing[0]}. Find them with `find_faces`, or give them "
+            "with `boxes` FILE, as pipelines/find_faces.py writes it; or take another `recipe`."
+        )
+    table = faces.table.copy()
+    table[list(recipe.place)] = numbers(table, recipe.place, f"the table of photographs ({faces.layout})").to_numpy()
+    return replace(faces, table=table)

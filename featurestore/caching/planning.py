@@ -11,7 +11,7 @@ from featurestore.caching.plan import CountPhotographs, LayerPlan, Plan
 from featurestore.caching.renamed import Moves, find_moves
 from featurestore.errors import FeatureStoreError
 from featurestore.files import sha256_of
-from featurestore.keys import BOX, KEY
+from featurestore.keys import BOX, KEY, LANDMARKS
 from featurestore.photos.decode import decode
 from featurestore.photos.loading import Failure, Photo
 from featurestore.store.reader import FeatureStore, Source
@@ -31,7 +31,7 @@ def make_plan(job: CachingJob, progress: CountPhotographs = lambda n: None) -> P
     If the source holds items, all photographs are hashed, to notice changed and renamed ones; ``progress`` counts them.
     """
     request = job.request
-    ours = [*KEY, "path", "image_sha256", "item", *BOX]
+    ours = [*KEY, "path", "image_sha256", "item", *BOX, *LANDMARKS]
     theirs = [name for name in request.faces.table.columns if name not in ours]
     clash = [name for name in theirs if name in job.spec.layers] + [name for name in ours if name in job.layers]
     if clash:
@@ -46,8 +46,8 @@ def make_plan(job: CachingJob, progress: CountPhotographs = lambda n: None) -> P
     old = source.items.reset_index() if source else pd.DataFrame(columns=[*KEY, "path", "image_sha256"])
     known = pd.MultiIndex.from_frame(old[list(KEY)]).get_indexer(pd.MultiIndex.from_frame(found[list(KEY)]))
     digests = _digests(found, progress) if len(old) else [None] * len(found)
-    moves = find_moves(source, old, found, known, digests, request.faces.boxed) if source else Moves()
-    changed_rows, failures = _changed(old, found, known, digests, boxed=request.faces.boxed)
+    moves = find_moves(source, old, found, known, digests, job.recipe.place) if source else Moves()
+    changed_rows, failures = _changed(old, found, known, digests, job.recipe.place)
     changed_rows = np.setdiff1d(changed_rows, [each.row for each in moves.renamed]).astype(np.int64)
     if failures and request.on_error == "stop":
         raise FeatureStoreError(f"a photograph that is cached has changed and cannot be read: {failures[0]}.")
@@ -104,6 +104,7 @@ def _about(job: CachingJob, request: CachingRequest) -> tuple[tuple[str, str], .
     weights = job.weights.name + (f" ({how})" if how else "")
     margin = job.recipe.box_margin
     boxes = "" if margin is None else f"; cut to each face's box and {margin:.0%} of it on each side"
+    boxes = "; each face turned upright by its five landmarks" if job.recipe.place == LANDMARKS else boxes
     table = request.faces.table
     return (
         ("images", f"{len(table)} photographs of {table['face_id'].nunique()} faces, keyed by {request.faces.layout}"),
@@ -159,14 +160,14 @@ def _typed(values: pd.Series) -> np.ndarray:
 
 
 def _changed(
-    old: pd.DataFrame, found: pd.DataFrame, known: np.ndarray, hashes: Sequence[str | None], boxed: bool
+    old: pd.DataFrame, found: pd.DataFrame, known: np.ndarray, hashes: Sequence[str | None], place: tuple[str, ...]
 ) -> tuple[np.ndarray, list[Failure]]:
-    """Rows whose photograph no longer has the hash (or the box) that was cached, and those that cannot be read any more."""
+    """Rows whose photograph no longer has the hash (or the box, the landmarks) that was cached, and those that cannot be read any more."""
     again = np.flatnonzero(known >= 0)
     paths = found["path"].to_numpy(object)[again]
     cached = old["image_sha256"].to_numpy(object)
     changed, failures = [], []
-    moved = set(known[again][_moved(old.iloc[known[again]], found.iloc[again])]) if boxed else set()
+    moved = set(known[again][_moved(old.iloc[known[again]], found.iloc[again], place)])
     digests = [hashes[i] for i in again.tolist()]
     for row, path, digest in zip(known[again], paths, digests, strict=True):
         if digest == cached[row]:
@@ -181,9 +182,9 @@ def _changed(
     return np.array(sorted(changed), np.int64), failures
 
 
-def _moved(old: pd.DataFrame, found: pd.DataFrame) -> np.ndarray:
-    """bool per item: whether the box that its rows were computed from is another one now."""
-    cached, given = (np.asarray(table.reindex(columns=list(BOX)), np.float64) for table in (old, found))
+def _moved(old: pd.DataFrame, found: pd.DataFrame, place: tuple[str, ...]) -> np.ndarray:
+    """bool per item: whether the box (the landmarks) that its rows were computed from is another one now."""
+    cached, given = (np.asarray(table.reindex(columns=list(place)), np.float64) for table in (old, found))
     return np.asarray((cached != given).any(axis=1))
 
 

@@ -1,6 +1,6 @@
 """Photographs that went away, were renamed, or are there twice: the table asked for beside the items of a source.
 
-A photograph is known by its content: the file's sha256 and, where faces are cut out by boxes, the box.
+A photograph is known by its content: the file's sha256 and, where faces are cut out, the box or the landmarks.
 """
 
 import os
@@ -13,7 +13,7 @@ import numpy as np
 import pandas as pd
 
 from featurestore.errors import FeatureStoreError
-from featurestore.keys import BOX, KEY
+from featurestore.keys import KEY
 from featurestore.store.reader import FeatureStore, Source
 from featurestore.store.rewriting import rename_items
 
@@ -60,13 +60,14 @@ def find_moves(
     found: pd.DataFrame,
     known: np.ndarray,
     digests: Sequence[str | None],
-    boxed: bool,
+    place: tuple[str, ...],
 ) -> Moves:
     """Compare the photographs ``found`` with the items ``old`` of ``source`` by content.
 
-    ``known`` (int) gives each found photograph's row, -1 for a new one; ``digests`` its sha256, None if it cannot be read.
+    ``known`` (int) gives each found photograph's row, -1 for a new one; ``digests`` its sha256, None if it cannot be read;
+    ``place`` names the coordinates by which faces are cut out.
     """
-    stored, given = _contents(old, old["image_sha256"], boxed), _contents(found, digests, boxed)
+    stored, given = _contents(old, old["image_sha256"], place), _contents(found, digests, place)
     gone = gone_rows(old, known)
     changed = [i for i, row in enumerate(known) if row >= 0 and given[i] and given[i] != stored[row]]
     displaced: dict[Hashable, deque[int]] = defaultdict(deque)
@@ -139,12 +140,10 @@ def rows_to_forget(source: Source, found: pd.DataFrame, names: Iterable[str]) ->
     return np.array(sorted(rows), np.int64)
 
 
-def _contents(table: pd.DataFrame, digests: Iterable[str | None], boxed: bool) -> list[Hashable]:
+def _contents(table: pd.DataFrame, digests: Iterable[str | None], place: tuple[str, ...]) -> list[Hashable]:
     """What each photograph is known by; None for one without a hash."""
-    if not boxed:
-        return [digest or None for digest in digests]
-    boxes = table.reindex(columns=list(BOX)).to_numpy(np.float64).tolist()
-    return [(digest, *box) if digest else None for digest, box in zip(digests, boxes, strict=True)]
+    places = table.reindex(columns=list(place)).to_numpy(np.float64).tolist()
+    return [(digest, *numbers) if digest else None for digest, numbers in zip(digests, places, strict=True)]
 
 
 def _possible(pairs: list[tuple[int, int]], known: np.ndarray) -> list[tuple[int, int]]:

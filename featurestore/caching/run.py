@@ -23,8 +23,8 @@ from featurestore.caching.plan import CountPhotographs, LayerPlan, Plan
 from featurestore.caching.shard_sink import ShardSink
 from featurestore.devices import PRECISIONS, reproducible
 from featurestore.errors import FeatureStoreError
-from featurestore.keys import BOX, Box
-from featurestore.photos.boxes import box_of
+from featurestore.keys import Place
+from featurestore.photos.boxes import place_of
 from featurestore.photos.loading import Failure, Photo, batches
 from featurestore.store.writer import SourceWriter
 
@@ -180,15 +180,15 @@ def photos_to_fill(job: CachingJob, plan: Plan) -> list[Photo]:
     rows = plan.to_fill
     table = plan.existing.iloc[rows]
     hashes = np.where(plan.recompute[rows], "", table["image_sha256"].to_numpy(object))
-    known = zip(table["face_id"], table["view"], table["path"], rows.tolist(), hashes, _boxes(job, table), strict=True)
-    return [Photo(face, view, path, row, sha256 or None, box) for face, view, path, row, sha256, box in known]
+    known = zip(table["face_id"], table["view"], table["path"], rows.tolist(), hashes, _places(job, table), strict=True)
+    return [Photo(face, view, path, row, sha256 or None, place) for face, view, path, row, sha256, place in known]
 
 
 def photos_to_append(job: CachingJob, plan: Plan) -> list[Photo]:
     """The photographs that are new."""
     new = plan.new
-    known = zip(new["face_id"], new["view"], new["path"], _boxes(job, new), strict=True)
-    return [Photo(face, view, path, box=box) for face, view, path, box in known]
+    known = zip(new["face_id"], new["view"], new["path"], _places(job, new), strict=True)
+    return [Photo(face, view, path, place=place) for face, view, path, place in known]
 
 
 def decoding_threads(job: CachingJob) -> int:
@@ -196,7 +196,5 @@ def decoding_threads(job: CachingJob) -> int:
     return job.request.workers or min(4, os.cpu_count() or 1)
 
 
-def _boxes(job: CachingJob, table: pd.DataFrame) -> list[Box | None]:
-    if job.recipe.box_margin is None:
-        return [None] * len(table)
-    return [box_of(item) for item in table[list(BOX)].to_dict("records")]
+def _places(job: CachingJob, table: pd.DataFrame) -> list[Place | None]:
+    return [place_of(item, job.recipe) for item in table.to_dict("records")]

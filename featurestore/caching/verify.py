@@ -16,7 +16,7 @@ from featurestore.errors import FeatureStoreError
 from featurestore.networks.registry import known_backbone
 from featurestore.networks.shapes import layer_shapes
 from featurestore.networks.spec import BackboneSpec
-from featurestore.photos.boxes import box_of
+from featurestore.photos.boxes import place_of
 from featurestore.photos.loading import Failure, Photo, batches
 from featurestore.store.reader import Source
 from featurestore.store.rows import open_shard, stored_row
@@ -258,5 +258,5 @@ def _differs(source: Source, name: str, row: int, difference: float, most: float
 def _photo(source: Source, row: int) -> Photo:
     face, view = source.keys[row]
     item = source.items.iloc[row]
-    box = box_of(item) if recipe_of(source).box_margin is not None else None
-    return Photo(face, view, item["path"], row=row, sha256=item["image_sha256"], box=box)
+    place = place_of(item, recipe_of(source))
+    return Photo(face, view, item["path"], row=row, sha256=item["image_sha256"], place=place)

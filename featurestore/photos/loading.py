@@ -11,7 +11,7 @@ from pathlib import Path
 import numpy as np
 import torch
 
-from featurestore.keys import Box
+from featurestore.keys import Place
 from featurestore.photos.decode import ImageError, decode
 from featurestore.photos.recipes import Recipe
 
@@ -20,8 +20,8 @@ from featurestore.photos.recipes import Recipe
 class Photo:
     """A photograph to compute. ``row`` is where its rows go, or None for one to be appended.
 
-    ``sha256`` is what the file must still hash to, or None if that is not known yet. ``box`` is where the face is, for
-    recipes that cut it out.
+    ``sha256`` is what the file must still hash to, or None if that is not known yet. ``place`` is where the face
+    is, for recipes that cut it out: the numbers of ``Recipe.place``.
     """
 
     face: str
@@ -29,7 +29,7 @@ class Photo:
     path: str
     row: int | None = None
     sha256: str | None = None
-    box: Box | None = None
+    place: Place | None = None
 
     def __str__(self) -> str:
         return f"({self.face!r}, {self.view!r}) {self.path}"
@@ -82,7 +82,7 @@ def _load(photo: Photo, recipe: Recipe) -> _Decoded | Failure:
         digest = hashlib.sha256(content).hexdigest()
         if photo.sha256 is not None and digest != photo.sha256:
             return Failure(photo, "the photograph changed since its other layers were cached")
-        return _Decoded(photo, recipe.pixels(decode(content), photo.box), digest)
+        return _Decoded(photo, recipe.pixels(decode(content), photo.place), digest)
     except ImageError as error:
         return Failure(photo, str(error))
     except OSError as error:

@@ -13,7 +13,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any, Literal, get_args
 
 from featurestore.errors import FeatureStoreError
-from featurestore.keys import Box
+from featurestore.keys import Place, place_columns
 from featurestore.text import near_matches
 
 if TYPE_CHECKING:
@@ -21,7 +21,7 @@ if TYPE_CHECKING:
     import torch
 
 Triple = tuple[float, float, float]
-Resize = Literal["cv2", "pil", "pil-crop"]
+Resize = Literal["cv2", "pil", "pil-crop", "chip"]
 Interpolation = Literal["bilinear", "bicubic"]
 
 BOX_MARGIN = 0.15  # of the box's width and height, on each side, as VGGFace2's networks were trained
@@ -36,7 +36,8 @@ class Recipe:
 
     - ``cv2``: OpenCV bilinear on uint8, no antialias, aspect ignored;
     - ``pil``: Pillow (antialiased), aspect ignored;
-    - ``pil-crop``: Pillow to a short side of ``short_side`` (long side truncated), then centre crop.
+    - ``pil-crop``: Pillow to a short side of ``short_side`` (long side truncated), then centre crop;
+    - ``chip``: the face turned upright by its five landmarks, as dlib does it (see ``photos.chips``).
 
     ``interpolation`` is Pillow's. ``mean`` is subtracted from channels 0, 1, 2 (0 … 255) in the order of ``channels``; the
     result is divided by ``scale``, one number or one for each channel. With a ``box_margin`` the picture is first cut
@@ -69,7 +70,7 @@ class Recipe:
             f"channels {self.channels!r} is not RGB or BGR": self.channels in ("RGB", "BGR"),
             f"interpolation {self.interpolation!r} is not one of {', '.join(get_args(Interpolation))}": (
                 self.interpolation in get_args(Interpolation)
-                and (self.resize != "cv2" or self.interpolation == "bilinear")
+                and (self.resize not in ("cv2", "chip") or self.interpolation == "bilinear")
             ),
             f"mean {self.mean!r} is not a number, or three": _is_triple(self.mean),
             f"scale {self.scale!r} is not a number, or three, other than 0": _is_triple(scales) and all(scales),
@@ -79,6 +80,7 @@ class Recipe:
             f"box_margin {self.box_margin!r} is not a share from 0 to 1": (
                 self.box_margin is None or (_is_number(self.box_margin) and 0 <= self.box_margin <= 1)
             ),
+            "a chip is cut out by landmarks, and has no box_margin": self.resize != "chip" or self.box_margin is None,
         }
         return next((problem for problem, holds in rules.items() if not holds), "")
 
@@ -86,19 +88,28 @@ class Recipe:
         sides = self.size, self.short_side
         return all(map(_is_side, sides)) and self.size <= (self.short_side or 0)
 
-    def pixels(self, rgb: "np.ndarray", box: Box | None = None) -> "np.ndarray":
+    @property
+    def place(self) -> tuple[str, ...]:
+        """The coordinates by which it cuts faces out: ``BOX``, ``LANDMARKS``, or none where it takes the whole picture."""
+        return place_columns(asdict(self))
+
+    def pixels(self, rgb: "np.ndarray", place: Place | None = None) -> "np.ndarray":
         """uint8 (height, width, 3) RGB to uint8 (size, size, 3) in the recipe's channel order.
 
-        ``box`` goes with a recipe that has a ``box_margin``, and ValueError says so if it does not. Raises ImageError for a
-        box that is empty or not in the picture.
+        ``place`` are the numbers of the coordinates that ``self.place`` names; ValueError if there are others, or none. Raises
+        ImageError for a box that is empty or not in the picture, and for landmarks that are outside or the same point.
         """
-        if (self.box_margin is None) != (box is None):
-            raise ValueError(f"recipe {self.name!r} has box_margin {self.box_margin}, the box is {box}")
+        if len(self.place) != len(place or ()):
+            raise ValueError(f"recipe {self.name!r} cuts by {self.place}, what is given is {place}")
         from featurestore.photos import resize  # a recipe can be named and described without OpenCV and Pillow
 
-        if self.box_margin is not None and box is not None:
-            rgb = resize.crop(rgb, box, self.box_margin)
-        if self.resize == "cv2":
+        if self.box_margin is not None and place is not None:
+            rgb = resize.crop(rgb, place, self.box_margin)
+        if self.resize == "chip" and place is not None:
+            from featurestore.photos.chips import face_chip
+
+            resized = face_chip(rgb, place, self.size)
+        elif self.resize == "cv2":
             resized = resize.resize_opencv(rgb, self.size)
         elif self.resize == "pil":
             resized = resize.resize_pillow(rgb, self.size, self.size, self.interpolation)
@@ -185,3 +196,14 @@ def read_recipe(path: Path) -> Recipe:
 
 
 RECIPE_READERS: dict[str, Callable[[str], Any]] = {".toml": tomllib.loads, ".json": json.loads}
+
+# For the recipes of a network that was trained on dlib's aligned faces (means and scale: dlib, ``input_rgb_image_sized``).
+DLIB_CHIP = Recipe(
+    "dlib-chip",
+    150,
+    "chip",
+    "RGB",
+    (122.782, 117.001, 104.298),
+    scale=256.0,
+    note="dlib's: the face turned upright by five landmarks, R, G, B, minus dlib's means, / 256",
+)

@@ -7,14 +7,14 @@ import cv2
 import numpy as np
 from PIL import Image
 
-from featurestore.keys import Box
+from featurestore.keys import Place
 from featurestore.photos.decode import ImageError
 
 _INTERPOLATION = {"bilinear": Image.Resampling.BILINEAR, "bicubic": Image.Resampling.BICUBIC}
 _MOST_RESIZED = 1 << 16  # pixels along the long side of a resized picture: a picture of 1 × 60,000 would need gigabytes
 
 
-def crop(rgb: np.ndarray, box: Box, margin: float) -> np.ndarray:
+def crop(rgb: np.ndarray, box: Place, margin: float) -> np.ndarray:
     """The part of a picture within ``box``, enlarged by ``margin`` on each side; outside the picture nothing is added.
 
     Edges are rounded to whole pixels. Raises ImageError if nothing of the picture is left.

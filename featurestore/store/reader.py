@@ -20,7 +20,7 @@ import pandas as pd
 
 from featurestore.errors import FeatureStoreError
 from featurestore.files import OpenFolder, safe_name
-from featurestore.keys import BOX, KEY
+from featurestore.keys import KEY, place_columns
 from featurestore.store.zarr_format import (
     METADATA,
     Layer,
@@ -110,10 +110,10 @@ class Source:
     def originals(self) -> np.ndarray:
         """(n_items,) int64: of each item, the first row with the same photograph, its own if there is no other.
 
-        The same photograph is an equal ``image_sha256`` and, where faces were cut out by boxes, an equal box. An item whose
+        The same photograph is an equal ``image_sha256`` and, where faces were cut out, an equal box or equal landmarks. An item whose
         hash is not known (empty while it is recomputed, or zeros) is the same as no other.
         """
-        names = [name for name in ("image_sha256", *BOX) if name in self._coordinates]
+        names = [name for name in ("image_sha256", *place_columns(self.attributes.get("recipe"))) if name in self._coordinates]
         table = pd.DataFrame({name: self.coordinate(name) for name in names})
         if "image_sha256" not in table:
             return np.arange(self.n_items)
