@@ -27,7 +27,7 @@ benchmark: .venv/ready ## measure speed and memory, each beside what it is compa
 # Exact versions, so that a wheel lying on the machine cannot slip in beside a torchvision that was not built for it.
 .venv/ready: pyproject.toml constraints.txt
 	$(PYTHON) -m venv .venv
-	$(BIN)/python -m pip install --quiet --disable-pip-version-check --constraint constraints.txt --editable ".[dev,draw,trained]"
+	$(BIN)/python -m pip install --quiet --disable-pip-version-check --constraint constraints.txt --editable ".[dev,draw,trained,faces]"
 	$(BIN)/python -c "import torch, torchvision; torchvision.ops.nms"
 	touch $@
 

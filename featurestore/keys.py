@@ -4,8 +4,8 @@ from typing import Any
 
 KEY = ("face_id", "view")  # an item: one look at one person; both are strings
 BOX = ("box_x", "box_y", "box_w", "box_h")  # left, top, width, height of the face, in pixels of the decoded picture
-# Five points of the face in pixels of the decoded picture (0 is the middle of the first one), in dlib's order: the outer and inner
-# corner of the eye on the picture's right, those of the eye on its left, and the bottom of the nose.
+# Five points of the face, in pixels of the decoded picture (0 is the middle of the first one) and in dlib's order: the outer
+# and inner corner of the eye on the picture's right, those of the eye on its left, and the bottom of the nose.
 LANDMARKS = tuple(
     f"{point}_{axis}"
     for point in ("eye_right_outer", "eye_right_inner", "eye_left_outer", "eye_left_inner", "nose")

@@ -24,6 +24,7 @@ if TYPE_CHECKING:
     from featurestore.caching.job import CachingJob, CachingRequest
     from featurestore.caching.plan import Plan
     from featurestore.caching.run import Summary
+    from featurestore.photos.keys import FoundFaces
 
 DEMO_WEIGHTS = "random:0"
 
@@ -49,6 +50,10 @@ Examples:
   python pipelines/cache_layers.py --layers layer4 descriptor --backbone resnet50_ft \
       --images photos --boxes loose_bb_test.csv --weights resnet50_ft_weight.pkl
   python pipelines/cache_layers.py --layers features.7 --backbone torchvision:convnext_tiny --images photos --weights download
+
+  # faces found in the photographs, and cut out by what the recipe takes: boxes, or landmarks
+  python pipelines/cache_layers.py --layers descriptor --backbone inception_resnet_v1 --weights download \
+      --images photos --find-faces
 
   # photographs were renamed, or deleted; --dry-run shows what would be done
   python pipelines/cache_layers.py --layers maxp_5_3 --images photos --weights vgg_face.pth --rename
@@ -101,7 +106,13 @@ def _complete_recipes(ctx: click.Context, param: click.Parameter, incomplete: st
     "--boxes",
     type=click.Path(path_type=Path),
     metavar="FILE",
-    help="Cut each photograph to its face: a CSV with NAME_ID (face/view), X, Y, W, H. 15 % are added on each side.",
+    help="Cut each photograph to its face: a CSV of find_faces.py, or with NAME_ID (face/view), X, Y, W, H. 15 % are added on "
+    "each side.",
+)
+@click.option(
+    "--find-faces",
+    is_flag=True,
+    help="Find the faces first, as find_faces.py does, and cut the photographs to them; the table is kept beside the store.",
 )
 @click.option(
     "--backbone",
@@ -202,6 +213,7 @@ def _request(
     images: Path | None,
     pattern: str | None,
     boxes: Path | None,
+    find_faces: bool,
     store: Path | None,
     weights: str | None,
     dry_run: bool,
@@ -229,17 +241,45 @@ def _request(
             "To try the software without one: --weights random:0 (random numbers, not a trained network)."
         )
     from featurestore.caching.job import CachingRequest
+    from featurestore.photos import keys
     from featurestore.photos.boxes import with_boxes
-    from featurestore.photos.keys import find_faces
 
-    faces = find_faces(images, pattern)
+    if boxes and find_faces:
+        raise click.UsageError("--boxes says where the faces are, --find-faces finds them: give one of the two.")
+    faces = keys.find_faces(images, pattern)
+    store = store or Path("store") / f"{images.resolve().stem}.zarr"
+    if find_faces:
+        faces = _found_faces(faces, store.with_suffix(".faces.csv"), rest["on_error"], dry_run)
     return CachingRequest(
-        store=store or Path("store") / f"{images.resolve().stem}.zarr",
+        store=store,
         faces=with_boxes(faces, boxes) if boxes else faces,
         layers=list(layers),
         weights=weights_file(weights, rest["backbone"], dry_run),
         **rest,
     )
+
+
+def _found_faces(photographs: "FoundFaces", kept: Path, on_error: str, dry_run: bool) -> "FoundFaces":
+    """The photographs with their faces, and the table and the contact sheet of them written beside the store."""
+    from featurestore.errors import FeatureStoreError
+    from featurestore.photos import detection
+
+    with progress_bar(len(photographs.table), "finding faces", " photographs") as bar:
+        found = detection.detect_faces(photographs, earlier=kept, progress=bar.update)
+    click.echo(f"{detection.note(found, len(photographs.table))}{'' if dry_run else f'; kept in {kept}'}.")
+    if not dry_run:
+        detection.write_table(found.faces.table, kept)
+        if len(found.faces.table):
+            detection.write_sheet(found.faces.table, kept.with_suffix(".png"))
+    if found.interrupted:
+        raise KeyboardInterrupt
+    note_left_out(found.missed, "without a face that could be found" if on_error == "skip" else "searched in vain")
+    if found.missed and (on_error != "skip" or found.faces.table.empty):
+        raise FeatureStoreError(
+            f"no face was found in {len(found.missed)} of {len(photographs.table)} photographs, listed above. Leave such "
+            "photographs out with `on_error` skip, take them out of `images`, or give the faces yourself with `boxes`."
+        )
+    return found.faces
 
 
 def _demo_faces() -> Path:

@@ -12,6 +12,7 @@ import featurestore.checkpoints.download
 import featurestore.demo.dataset
 import featurestore.demo.olivetti
 import featurestore.networks.external
+import featurestore.photos.detection
 import featurestore.queries.identification
 import featurestore.store.lazy
 import featurestore.store.removal
@@ -25,6 +26,7 @@ import pipelines.cache_layers
 import pipelines.compare_networks
 import pipelines.convert_weights
 import pipelines.fetch_olivetti
+import pipelines.find_faces
 import pipelines.make_faces
 import pipelines.store_info
 import pipelines.train_heads

@@ -117,6 +117,7 @@ def test_the_ground_imports_nothing_above_it(module: str) -> None:
         "pipelines.cache_layers",
         "pipelines.convert_weights",
         "pipelines.compare_networks",
+        "pipelines.find_faces",
         "pipelines.store_info",
         "pipelines.train_heads",
         "pipelines.verify_store",

@@ -114,7 +114,7 @@ class Plan:
         if self.changed:
             what = "recomputed" if self.recompute.any() else "kept as cached; `recompute_changed` recomputes them"
             lines.append(
-                f"  {'changed':<9} {len(self.changed)} photographs (or their boxes, landmarks) differ from those cached ({what}): "
+                f"  {'changed':<9} {len(self.changed)} photographs (or their faces' places) differ from those cached ({what}): "
                 f"{listing(self.changed, 5)}"
             )
         lines += [*self._moves(), "", *self._table(), ""]

@@ -162,7 +162,7 @@ def _typed(values: pd.Series) -> np.ndarray:
 def _changed(
     old: pd.DataFrame, found: pd.DataFrame, known: np.ndarray, hashes: Sequence[str | None], place: tuple[str, ...]
 ) -> tuple[np.ndarray, list[Failure]]:
-    """Rows whose photograph no longer has the hash (or the box, the landmarks) that was cached, and those that cannot be read any more."""
+    """Rows whose photograph no longer has the hash, or its face the place, that was cached; and those that cannot be read."""
     again = np.flatnonzero(known >= 0)
     paths = found["path"].to_numpy(object)[again]
     cached = old["image_sha256"].to_numpy(object)

@@ -25,10 +25,10 @@ _ENDINGS = re.compile(rf"({'|'.join(map(re.escape, sorted(IMAGE_SUFFIXES)))})$",
 def with_boxes(found: FoundFaces, boxes: str | os.PathLike[str]) -> FoundFaces:
     """``found`` with each face's box out of a CSV, to be cut by it.
 
-    The CSV is as VGGFace2's ``loose_bb_*.csv``, ``NAME_ID`` (face/view), ``X, Y, W, H``, or as pipelines/find_faces.py writes it,
-    ``face_id``, ``view`` and ``BOX``, with ``LANDMARKS`` or without. Boxes of photographs that are not here are passed over; columns
-    of ``found`` of the same names are replaced. Raises FeatureStoreError for a file that is no such table, a box that is no box,
-    and photographs without one.
+    The CSV is as VGGFace2's ``loose_bb_*.csv``, ``NAME_ID`` (face/view), ``X, Y, W, H``; or as pipelines/find_faces.py
+    writes it, ``face_id``, ``view`` and ``BOX``, with ``LANDMARKS`` or without. Boxes of photographs that are not here are
+    passed over; columns of ``found`` of the same names are replaced. Raises FeatureStoreError for a file that is no such
+    table, a box that is no box, and photographs without one.
     """
     path = Path(boxes).expanduser()
     table = _read_boxes(path)
@@ -97,7 +97,9 @@ def numbers(table: pd.DataFrame, columns: Iterable[str], what: str) -> pd.DataFr
         name = wrong.columns[wrong.iloc[row]][0]
         least = ", more than 0" if name in BOX[2:] else ""
         key = "/".join(table[part].iloc[row] for part in KEY)
-        raise FeatureStoreError(f"{what}: {name} of {key} is {table[name].iloc[row]!s}, which is no number of pixels{least}.")
+        raise FeatureStoreError(
+            f"{what}: {name} of {key} is {table[name].iloc[row]!s}, which is no number of pixels{least}."
+        )
     return values.reset_index(drop=True)
 
 

@@ -52,7 +52,9 @@ def face_chip(rgb: np.ndarray, landmarks: Place, size: int) -> np.ndarray:
         )
     square = _face_square(points, size)
     if square.side < 1:
-        raise ImageError(f"the five landmarks near ({points[0, 0]:g}, {points[0, 1]:g}) are too close together to align a face")
+        raise ImageError(
+            f"the five landmarks near ({points[0, 0]:g}, {points[0, 1]:g}) are too close together to align a face"
+        )
     levels = 0
     while square.side / 2 ** (levels + 1) > size - 1:
         levels += 1

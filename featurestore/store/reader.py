@@ -110,10 +110,14 @@ class Source:
     def originals(self) -> np.ndarray:
         """(n_items,) int64: of each item, the first row with the same photograph, its own if there is no other.
 
-        The same photograph is an equal ``image_sha256`` and, where faces were cut out, an equal box or equal landmarks. An item whose
-        hash is not known (empty while it is recomputed, or zeros) is the same as no other.
+        The same photograph is an equal ``image_sha256`` and, where faces were cut out, an equal box (equal landmarks). An item
+        whose hash is not known (empty while it is recomputed, or zeros) is the same as no other.
         """
-        names = [name for name in ("image_sha256", *place_columns(self.attributes.get("recipe"))) if name in self._coordinates]
+        names = [
+            name
+            for name in ("image_sha256", *place_columns(self.attributes.get("recipe")))
+            if name in self._coordinates
+        ]
         table = pd.DataFrame({name: self.coordinate(name) for name in names})
         if "image_sha256" not in table:
             return np.arange(self.n_items)

@@ -138,7 +138,7 @@ def test_a_recipe_with_a_margin_of_its_own(faces: Path, tmp_path: Path) -> None:
         backbone="resnet50_ft",
         recipe=str(tmp_path / "wide.toml"),
     )
-    with pytest.raises(FeatureStoreError, match="the photographs have no box_x. Find them with `find_faces`, or give them with `boxes`"):
+    with pytest.raises(FeatureStoreError, match="the photographs have no box_x"):
         prepare_job(request)
 
 
