@@ -10,7 +10,8 @@ from pathlib import Path
 import cv2
 import numpy as np
 
-from featurestore.demo.faces import TRAITS, Face, build, draw_faces, render, yaw_angles
+from featurestore.demo.faces import TRAITS, Face, build, draw_faces, places, render, yaw_angles
+from featurestore.keys import BOX, LANDMARKS
 
 
 def _write_face(face: Face, folder: Path, yaws: list[float], names: list[str]) -> np.ndarray:
@@ -51,11 +52,12 @@ def make_faces(
     _write_sheet(folder / "contact_sheet.png", strips)
     with (folder / "faces.csv").open("w", newline="") as file:
         writer = csv.writer(file, lineterminator="\n")
-        writer.writerow(["face_id", "view", "path", "gender", "yaw", *TRAITS])
+        writer.writerow(["face_id", "view", "path", "gender", "yaw", *TRAITS, *BOX, *LANDMARKS])
         for face in faces:
-            for yaw, name in zip(yaws, names, strict=True):
+            for yaw, name, (box, landmarks) in zip(yaws, names, places(face, yaws), strict=True):
                 traits = [f"{value:.4f}" for value in face.traits]
-                writer.writerow([face.face_id, name, f"{face.face_id}/{name}.png", face.gender, yaw, *traits])
+                keyed = [face.face_id, name, f"{face.face_id}/{name}.png"]
+                writer.writerow([*keyed, face.gender, yaw, *traits, *box, *landmarks])
     _write_trials(folder / "trials.csv", faces, names, seed, n_trials, error_rate)
     return 1 - error_rate
 

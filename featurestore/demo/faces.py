@@ -129,7 +129,8 @@ def _widths(face: Face) -> tuple[float, float]:
     return 0.70 + 0.05 * face["face_width"], 0.86
 
 
-def _head(face: Face) -> Surface:
+def _head_shape(face: Face) -> tuple[np.ndarray, np.ndarray, np.ndarray, np.ndarray, np.ndarray, np.ndarray]:
+    """Azimuth, how far a point looks forward (-1 … 1), x, y, z, and how much it belongs to the front (0 … 1), on one grid."""
     elevation, azimuth = _sphere(260, 500)
     width, depth = _widths(face)
     forward = np.cos(elevation) * np.cos(azimuth)
@@ -140,12 +141,39 @@ def _head(face: Face) -> Surface:
     x = x * (1 - (0.34 - 0.07 * face["jaw"]) * low**1.6)
     z = z - 0.10 * low**2 * (forward < 0)
     front = _step(forward, 0.02, 0.35)
-    z = z + front * _relief(face, x, y)
+    return azimuth, forward, x, y, z + front * _relief(face, x, y), front
+
+
+def _head(face: Face) -> Surface:
+    azimuth, forward, x, y, z, front = _head_shape(face)
     colours, gloss = _complexion(face, x, y, front)
     hair, thickness, sheen = _short_hair(face, x, y, forward, azimuth)
     colours = colours + (sheen - colours) * hair[..., None]
     scale = 1 + thickness
     return _surface(x * scale, y * scale, z * scale, colours, gloss * (1 - hair) + 0.25 * hair, np.ones(x.shape, bool))
+
+
+def places(face: Face, yaws: list[float]) -> list[tuple[list[int], list[int]]]:
+    """Where a face is in its picture at each yaw, in whole pixels: its box and its landmarks.
+
+    The box is left, top, width and height, from the brows to the chin. The landmarks are x and y of five points: the outer and
+    inner corner of the eye on the picture's right, those of the eye on its left, the tip of the nose.
+    """
+    _, forward, x, y, z, _ = _head_shape(face)
+    points = np.stack([x, y, z], axis=-1)[forward > 0.1]
+    eye, half = 0.285 + 0.022 * face["eye_distance"], 0.108 * (1 + 0.12 * face["eye_size"])
+    tip = -0.265 - 0.030 * face["nose_length"]
+    wanted = [(eye + half, 0.08), (eye - half, 0.08), (-eye - half, 0.08), (-eye + half, 0.08), (0, tip)]
+    nearest = [int(np.square(points[:, :2] - point).sum(axis=1).argmin()) for point in wanted]
+    found = []
+    for yaw in yaws:
+        turned = points @ _turn(yaw).T
+        pixels = np.stack(_projected(turned), axis=-1) * (SIZE / _SUPER)
+        seen = pixels[(turned[:, 2] > 0) & (points[:, 1] < 0.4)]
+        left, top, right, bottom = np.round([*seen.min(axis=0), *seen.max(axis=0)]).astype(int).tolist()
+        landmarks = np.round(pixels[nearest]).astype(int).ravel().tolist()
+        found.append(([left, top, right - left, bottom - top], landmarks))
+    return found
 
 
 def _relief(face: Face, x: np.ndarray, y: np.ndarray) -> np.ndarray:
@@ -308,10 +336,22 @@ def _shoulders(face: Face) -> Surface:
     return _ellipsoid((0, -1.92, -0.2), (1.25, 0.55, 0.55), cloth, 150, 0.03)
 
 
+def _turn(yaw: float) -> np.ndarray:
+    """The rotation by ``yaw`` degrees round the vertical."""
+    angle = np.deg2rad(yaw)
+    return np.array([[np.cos(angle), 0, np.sin(angle)], [0, 1, 0], [-np.sin(angle), 0, np.cos(angle)]], _FLOAT)
+
+
+def _projected(points: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
+    """Column and row of points in a _SUPER-sized picture."""
+    perspective = 1 / (1 - 0.10 * points[:, 2])
+    scale = _SUPER / 2.62
+    return _SUPER / 2 + scale * points[:, 0] * perspective, _SUPER * 0.465 - scale * points[:, 1] * perspective
+
+
 def render(surface: Surface, yaw: float, background: float = 0.55) -> np.ndarray:
     """uint8 RGB (SIZE, SIZE, 3) of a surface turned by ``yaw`` degrees, lit from above left of the camera."""
-    angle = np.deg2rad(yaw)
-    turn = np.array([[np.cos(angle), 0, np.sin(angle)], [0, 1, 0], [-np.sin(angle), 0, np.cos(angle)]], _FLOAT)
+    turn = _turn(yaw)
     normals = surface.normals @ turn.T
     facing = np.flatnonzero(normals[:, 2] > -0.05)
     points = surface.points[facing] @ turn.T
@@ -330,10 +370,7 @@ def _nearest_points(points: np.ndarray) -> np.ndarray:
 
     Each point covers 2 × 2 pixels, so that a dense surface has no holes.
     """
-    perspective = 1 / (1 - 0.10 * points[:, 2])
-    scale = _SUPER / 2.62
-    column = (_SUPER / 2 + scale * points[:, 0] * perspective).astype(np.int32)
-    row = (_SUPER * 0.465 - scale * points[:, 1] * perspective).astype(np.int32)
+    column, row = (value.astype(np.int32) for value in _projected(points))
     order = np.argsort(points[:, 2], kind="stable").astype(np.int32)
     order = order[(row[order] >= 0) & (row[order] < _SUPER - 1) & (column[order] >= 0) & (column[order] < _SUPER - 1)]
     flat = row[order] * _SUPER + column[order]
