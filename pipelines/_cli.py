@@ -112,9 +112,9 @@ def weights_file(given: str, backbone: str, dry_run: bool = False) -> str:
 def complete_backbones(ctx: click.Context, param: click.Parameter, incomplete: str) -> list[CompletionItem]:
     """The face networks, and how others are named."""
     from featurestore.networks.registry import BACKBONES
-    from featurestore.networks.spec import TORCHVISION
+    from featurestore.networks.spec import TIMM, TORCHVISION
 
-    return [CompletionItem(name) for name in [*BACKBONES, TORCHVISION] if name.startswith(incomplete)]
+    return [CompletionItem(name) for name in [*BACKBONES, TORCHVISION, TIMM] if name.startswith(incomplete)]
 
 
 def note_left_out(failures: Collection[object], what: str) -> None:

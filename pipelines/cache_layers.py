@@ -120,7 +120,7 @@ def _complete_recipes(ctx: click.Context, param: click.Parameter, incomplete: st
     show_default=True,
     shell_complete=complete_backbones,
     metavar="NAME",
-    help="The frozen network: a face network, torchvision:NAME, or my_module:build_model of your own.",
+    help="The frozen network: a face network, torchvision:NAME, timm:NAME, or my_module:build_model of your own.",
 )
 @click.option(
     "--weights",

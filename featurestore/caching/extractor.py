@@ -1,7 +1,7 @@
 """A network cut after the layers asked for, with its weights in place, ready to compute."""
 
 import time
-from collections.abc import Iterable
+from collections.abc import Iterable, Mapping
 from dataclasses import dataclass
 
 import torch
@@ -10,6 +10,7 @@ from torch import nn
 from featurestore.caching.capture_check import check_capture
 from featurestore.checkpoints.weights import Weights
 from featurestore.errors import FeatureStoreError
+from featurestore.networks.hooks import HookedNetwork
 from featurestore.networks.spec import BackboneSpec
 from featurestore.networks.tracing import extractor, tensor_names
 from featurestore.text import listing
@@ -40,21 +41,44 @@ def refuse_absent(spec: BackboneSpec, layers: Iterable[str], weights: Weights) -
 def load_extractor(
     spec: BackboneSpec, layers: list[str], weights: Weights, device: torch.device, dtype: torch.dtype
 ) -> nn.Module:
-    """The extractor with weights in place, reading only those up to the last layer.
+    """The extractor with weights in place, reading only those up to the last layer if it is a traced one.
 
     Channels-last on every device: on CPU it is the faster layout for these convolutions, on GPU the one tensor cores use.
     """
     refuse_absent(spec, layers, weights)
     paths = {name: spec.layers[name] for name in layers}
+    cut = _hooked(spec, paths, weights) if spec.hooks else _traced(spec, paths, weights)
+    if spec.equal is None:  # a network that is not ours
+        check_capture(cut, spec, paths, weights)
+    return _in_fast_layout(cut.requires_grad_(False), spec).to(device=device, dtype=dtype)
+
+
+def _traced(spec: BackboneSpec, paths: Mapping[str, str], weights: Weights) -> nn.Module:
     cut = extractor(spec.build_meta(), paths)
     if any(key not in weights.keys for key in tensor_names(cut)):
         cut = extractor(spec.build(), paths)  # constants that the constructor makes, and no checkpoint holds
-    cut.load_state_dict(
-        weights.read([key for key in cut.state_dict() if key in weights.keys]), strict=False, assign=True
-    )
-    if spec.equal is None:  # a network that is not ours
-        check_capture(cut, spec, paths, weights)
-    return cut.requires_grad_(False).to(device=device, dtype=dtype).to(memory_format=torch.channels_last)
+    weights.put_into(cut, assign=True)
+    return cut
+
+
+def _hooked(spec: BackboneSpec, paths: Mapping[str, str], weights: Weights) -> nn.Module:
+    network = spec.build()
+    weights.put_into(network)
+    return HookedNetwork(network, paths)
+
+
+def _in_fast_layout(cut: nn.Module, spec: BackboneSpec) -> nn.Module:
+    """Channels last where the network runs so: one that is not ours may have a ``view`` or a tensor that does not take it."""
+    try:
+        cut.to(memory_format=torch.channels_last)
+        if spec.equal is None:
+            size = spec.input_size or spec.default_recipe().size
+            with torch.inference_mode():
+                cut(torch.zeros(1, 3, size, size).contiguous(memory_format=torch.channels_last))
+    except RuntimeError:
+        cut.to(memory_format=torch.contiguous_format)
+        cut.register_forward_pre_hook(lambda _, images: (images[0].contiguous(),))
+    return cut
 
 
 def load(spec: BackboneSpec, layers: list[str], weights: Weights, device: torch.device, dtype: torch.dtype) -> Loaded:

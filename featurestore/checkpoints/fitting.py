@@ -51,7 +51,8 @@ def _fit(reading: Reading, spec: BackboneSpec) -> Fit:
 def _with_classes_of(found: Mapping[str, tuple[int, ...]], spec: BackboneSpec) -> BackboneSpec:
     """The network with as many classes as the file, where that is what published files differ in."""
     shape = found.get(f"{spec.classifier}.weight", ())
-    return spec.with_classes(shape[0]) if spec.classifier and len(shape) == 2 and 0 < shape[0] < _MOST_CLASSES else spec
+    vary = spec.classifier and spec.classes is not None
+    return spec.with_classes(shape[0]) if vary and len(shape) in (2, 4) and 0 < shape[0] < _MOST_CLASSES else spec
 
 
 def _cut_short(missing: set[str], wanted: Shapes, spec: BackboneSpec) -> frozenset[str]:

@@ -9,6 +9,7 @@ from dataclasses import dataclass
 from pathlib import Path
 
 import torch
+from torch import nn
 
 from featurestore.checkpoints.fitting import COUNTER, best_fit, looks_like
 from featurestore.checkpoints.packaged import PACKAGED, packaged_file
@@ -46,6 +47,12 @@ class Weights:
     def random(self) -> bool:
         """Whether these are drawn numbers rather than a trained network's."""
         return self.identity.startswith("seed:")
+
+    def put_into(self, network: nn.Module, assign: bool = False) -> None:
+        """Fill the parameters and buffers that these weights have; ``assign`` replaces them, as meta tensors need it."""
+        network.load_state_dict(
+            self.read([key for key in network.state_dict() if key in self.keys]), strict=False, assign=assign
+        )
 
 
 def open_weights(given: str, spec: BackboneSpec) -> Weights:

@@ -2,7 +2,6 @@
 
 import importlib
 import sys
-from dataclasses import replace
 from functools import partial
 from pathlib import Path
 from typing import Any
@@ -12,9 +11,8 @@ from torch import nn
 from torchvision.models import WeightsEnum, get_model, get_model_weights, list_models
 
 from featurestore.errors import FeatureStoreError
-from featurestore.files import safe_name
+from featurestore.networks.capture import with_descriptor, with_layers
 from featurestore.networks.spec import TORCHVISION, BackboneSpec, PublishedFile
-from featurestore.networks.tracing import module_paths
 from featurestore.photos.recipes import Recipe
 from featurestore.text import near_matches
 
@@ -42,10 +40,19 @@ def torchvision_backbone(full: str) -> BackboneSpec:
         layers={},
         recipes=(_recipe(name, entry),),
         licence=f"torchvision's {entry}: {entry.meta.get('license') or 'see the terms of the data it was trained on'}.",
-        builder=partial(get_model, name, weights=None, **_as_published(name, entry)),
+        builder=partial(_build, name, **_as_published(name, entry)),
+        classes=len(entry.meta["categories"]),
         files={other.name: _file(other) for other in sorted(entries, key=lambda other: other is not entry)},
     )
-    return _with_layers(spec)
+    spec = with_layers(spec)
+    modules = dict(spec.build_meta().named_modules())
+    linear = [path for path in spec.layers if isinstance(modules[path], nn.Linear)]
+    return with_descriptor(spec, linear[-1] if linear else "")
+
+
+def _build(name: str, classes: int, **arguments: Any) -> nn.Module:
+    network: nn.Module = get_model(name, weights=None, num_classes=classes, **arguments)
+    return network
 
 
 def _file(entry: WeightsEnum) -> PublishedFile:
@@ -114,7 +121,7 @@ def imported_backbone(full: str) -> BackboneSpec:
         builder=partial(_call, full, build),
         imported=True,
     )
-    return _with_layers(spec)
+    return with_layers(spec)
 
 
 def _call(full: str, build: Any) -> nn.Module:
@@ -129,17 +136,3 @@ def _call(full: str, build: Any) -> nn.Module:
             f"`backbone` {full} returned an object of type {type(network).__name__}, not a torch.nn.Module."
         )
     return network
-
-
-def _with_layers(spec: BackboneSpec) -> BackboneSpec:
-    try:
-        paths = module_paths(spec.build_meta())
-    except FeatureStoreError:
-        raise
-    except Exception as error:  # torch.fx raises many types; the network is the user's
-        raise FeatureStoreError(
-            f"{spec.name} cannot be traced by torch.fx ({type(error).__name__}: {error}), so its layers cannot be captured. "
-            "Its forward may not branch on the values of tensors; wrap such parts with torch.fx.wrap."
-        ) from error
-    # A module may have a name that no folder can have.
-    return replace(spec, layers={path: path for path in paths if safe_name(path)})

@@ -9,7 +9,7 @@ from pathlib import Path
 from featurestore import networks
 from featurestore.discovery import load_modules
 from featurestore.errors import FeatureStoreError
-from featurestore.networks.spec import TORCHVISION, BackboneSpec
+from featurestore.networks.spec import TIMM, TORCHVISION, BackboneSpec
 from featurestore.photos.recipes import RECIPE_READERS, Recipe, read_recipe
 from featurestore.text import near_matches
 
@@ -20,7 +20,7 @@ RECIPES: dict[str, Recipe] = {recipe.name: recipe for spec in BACKBONES.values()
 
 
 def get_backbone(name: str) -> BackboneSpec:
-    """The backbone of that name: a face network, ``torchvision:NAME`` or ``my_module:build_model``.
+    """The backbone of that name: a face network, ``torchvision:NAME``, ``timm:NAME`` or ``my_module:build_model``.
 
     The last imports ``my_module`` and so runs its code: never pass a name from an untrusted source. FeatureStoreError,
     with near matches, if there is none.
@@ -32,15 +32,20 @@ def get_backbone(name: str) -> BackboneSpec:
     if ":" not in name:
         also = f"{TORCHVISION}{name}" if external.in_torchvision(name) else f"{TORCHVISION}NAME"
         raise FeatureStoreError(
-            f"there is no backbone {name!r}. {near_matches(name, BACKBONES)} Or {also}, or my_module:build_model of your own."
+            f"there is no backbone {name!r}. {near_matches(name, BACKBONES)} Or {also}, {TIMM}NAME, or my_module:build_model of "
+            "your own."
         )
+    if name.startswith(TIMM):
+        from featurestore.networks.timm_models import timm_backbone
+
+        return timm_backbone(name)
     return external.torchvision_backbone(name) if name.startswith(TORCHVISION) else external.imported_backbone(name)
 
 
 def known_backbone(name: str) -> BackboneSpec | None:
     """The backbone of a name that a store gives, or None: an untrusted file must not decide what is imported."""
     try:
-        return get_backbone(name) if name in BACKBONES or name.startswith(TORCHVISION) else None
+        return get_backbone(name) if name in BACKBONES or name.startswith((TORCHVISION, TIMM)) else None
     except FeatureStoreError:
         return None
 

@@ -12,6 +12,8 @@ if TYPE_CHECKING:
     from torch import nn
 
 TORCHVISION = "torchvision:"  # begins the names of torchvision's networks
+TIMM = "timm:"  # and of timm's
+INPUT_OF = "input of "  # before a module path: what that module is given, not its output
 Shapes = dict[str, tuple[int, ...]]
 Gains = tuple[tuple[str, float], ...]
 EqualLayers = frozenset[frozenset[str]]
@@ -50,7 +52,9 @@ class PackagedFile:
 class BackboneSpec:
     """What the caching run has to know of a network before it builds it.
 
-    ``layers`` maps each layer's published name to its module path, in the order they are computed. ``recipes`` are the
+    ``layers`` maps each layer's published name to its module path, in the order they are computed; ``left_out`` are modules
+    of a network that is not ours which are no layers, and why. ``hooks``: it is captured by forward hooks, since torch.fx
+    cannot trace it. ``recipes`` are the
     published ones, the default first; a network of the user's own has none. ``builder`` makes the network, with whatever
     weights torch's current device gives; where the number of ``classes`` varies between published files, it takes that,
     and ``classifier`` names the module that has them. ``input_size`` is the side of the square input in pixels; None
@@ -76,6 +80,8 @@ class BackboneSpec:
     elsewhere: str = ""
     imported: bool = False
     gains: Gains = ()
+    hooks: bool = False
+    left_out: dict[str, str] = field(default_factory=dict)
 
     def check_layers(self, names: Iterable[str]) -> list[str]:
         """``names`` in network order without repeats, ``all`` resolved; FeatureStoreError if one is unknown."""
@@ -83,6 +89,10 @@ class BackboneSpec:
         if names == ["all"]:
             return list(self.layers)
         for name in names:
+            if name in self.left_out:
+                raise FeatureStoreError(
+                    f"{name!r} of {self.name} cannot be a layer: {self.left_out[name]}. Leave it out."
+                )
             if name not in self.layers:
                 raise FeatureStoreError(
                     f"{self.name} has no layer {name!r}. {_near_layers(name, list(self.layers))} "
@@ -127,7 +137,7 @@ class BackboneSpec:
         """The published recipe; FeatureStoreError if the network has none."""
         if not self.recipes:
             raise FeatureStoreError(
-                f"{self.name} is a network of your own, so say how a picture becomes its input: `recipe` FILE.toml with "
+                f"{self.name} has no recipe of its own, so say how a picture becomes its input: `recipe` FILE.toml with "
                 'size, resize, channels, mean and scale, such as size = 224, resize = "pil", channels = "RGB", '
                 "mean = [127.5, 127.5, 127.5], scale = 128."
             )

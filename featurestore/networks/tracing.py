@@ -12,6 +12,8 @@ from typing import Any
 
 from torch import fx, nn
 
+from featurestore.networks.spec import INPUT_OF
+
 _FRESH = (nn.Conv2d, nn.Linear, nn.BatchNorm1d, nn.BatchNorm2d)  # modules whose output is always a new tensor
 _IN_PLACE_OPERATORS = {
     getattr(operator, f"i{name}"): getattr(operator, name)
@@ -29,13 +31,23 @@ class PathTracer(fx.Tracer):
     def __init__(self) -> None:
         super().__init__()
         self.outputs: dict[str, list[fx.Node]] = {}
+        self.inputs: dict[str, list[fx.Node]] = {}
 
     def call_module(self, m: nn.Module, forward: Any, args: Any, kwargs: Any) -> Any:
         """As fx.Tracer's, and noted."""
         result = super().call_module(m, forward, args, kwargs)
+        path = self.path_of_module(m)
         if isinstance(result, fx.Proxy):
-            self.outputs.setdefault(self.path_of_module(m), []).append(result.node)
+            self.outputs.setdefault(path, []).append(result.node)
+        if args and isinstance(args[0], fx.Proxy):
+            self.inputs.setdefault(path, []).append(args[0].node)
         return result
+
+    def nodes(self, path: str) -> list[fx.Node]:
+        """The nodes that a layer's path names: a module's outputs, or what it is given."""
+        if path.startswith(INPUT_OF):
+            return self.inputs.get(path.removeprefix(INPUT_OF), [])
+        return self.outputs.get(path, [])
 
 
 def extractor(network: nn.Module, layers: Mapping[str, str]) -> fx.GraphModule:
@@ -49,7 +61,7 @@ def extractor(network: nn.Module, layers: Mapping[str, str]) -> fx.GraphModule:
     graph = tracer.trace(network.eval())
     captured = {}
     for name, path in layers.items():
-        nodes = tracer.outputs.get(path, [])
+        nodes = tracer.nodes(path)
         if len(nodes) != 1:
             raise ValueError(f"layer {name!r}: module {path!r} gives {len(nodes)} tensors in one forward pass, not 1")
         captured[name] = nodes[0]

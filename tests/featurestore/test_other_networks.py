@@ -159,7 +159,7 @@ def test_layers_of_torchvision_equal_hooks_on_its_own_network(name: str) -> None
     network.load_state_dict(
         {**state, **draw_weights(2, [key for key in shapes if state[key].is_floating_point()], shapes)}
     )
-    layers = list(spec.layers)[:: max(1, len(spec.layers) // 20)]
+    layers = [name for name in spec.layers if name != "descriptor"][:: max(1, len(spec.layers) // 20)]
     cut = load_extractor(spec, layers, open_weights("random:2", spec), CPU, torch.float32)
     torch.manual_seed(0)
     images = torch.randn(1, 3, size, size)
@@ -301,7 +301,6 @@ def test_a_store_does_not_name_code_to_run(own: Path, photographs: Path) -> None
         ("buld_model", "has no function 'buld_model'. Did you mean build_model"),
         ("not_a_network", "returned an object of type int, not a torch.nn.Module"),
         ("broken", "RuntimeError: no such file: weights.bin"),
-        ("branching", "cannot be traced by torch.fx"),
     ],
 )
 def test_what_can_be_wrong_with_it(own: Path, function: str, message: str) -> None:
