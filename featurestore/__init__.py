@@ -12,10 +12,11 @@ if sys.platform not in ("linux", "darwin"):
     )
 
 if TYPE_CHECKING:
+    from featurestore.caching.activations import activations
     from featurestore.queries.identification import identification_table
     from featurestore.store.reader import FeatureStore, Source
 
-__all__ = ["FeatureStore", "FeatureStoreError", "Source", "identification_table"]
+__all__ = ["FeatureStore", "FeatureStoreError", "Source", "activations", "identification_table"]
 
 
 def __getattr__(name: str) -> Any:
@@ -24,6 +25,10 @@ def __getattr__(name: str) -> Any:
         from featurestore.queries.identification import identification_table
 
         return identification_table
+    if name == "activations":
+        from featurestore.caching.activations import activations
+
+        return activations
     if name in __all__:
         from featurestore.store import reader
 

@@ -24,14 +24,19 @@ def decode(content: bytes) -> np.ndarray:
     """
     try:
         with Image.open(io.BytesIO(content), formats=FORMATS) as image:
-            image.load()
-            return np.asarray(_to_rgb(ImageOps.exif_transpose(image)))
+            return to_rgb(image)
     except Image.DecompressionBombError as error:
         raise ImageError(f"image refused, too many pixels: {error}") from None
     except (OSError, ValueError, SyntaxError, EOFError, KeyError, IndexError, TypeError, OverflowError) as error:
         # PIL's decoders raise all of these on damaged input; the types carry no meaning beyond "damaged".
         reason = "is not a PNG, JPEG, PGM/PPM, BMP, TIFF or WebP" if "cannot identify" in str(error) else str(error)
         raise ImageError(f"image cannot be decoded: {reason}") from None
+
+
+def to_rgb(image: Image.Image) -> np.ndarray:
+    """An opened picture as ``decode`` gives it."""
+    image.load()
+    return np.asarray(_to_rgb(ImageOps.exif_transpose(image)))
 
 
 def _to_rgb(image: Image.Image) -> Image.Image:

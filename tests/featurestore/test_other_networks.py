@@ -19,7 +19,7 @@ from featurestore.checkpoints.weights import open_weights
 from featurestore.errors import FeatureStoreError
 from featurestore.networks.digests import graph_digest
 from featurestore.networks.registry import get_backbone, get_recipe
-from featurestore.networks.shapes import with_input_size
+from featurestore.networks.shapes import layer_shapes, with_input_size
 from featurestore.networks.spec import PublishedFile
 from featurestore.networks.tracing import extractor
 from featurestore.photos.decode import decode
@@ -110,6 +110,10 @@ def other_constants():
     network.register_buffer("noise", torch.randn(1, 4, 1, 1), persistent=False)
     return network
 
+def flattened():
+    """Its view needs the usual layout of pictures, which a pass on channels-last ones does not have."""
+    return small(lambda self, x: self.three(self.one(x).view(len(x), -1)), three=lambda: nn.Linear(4 * 32 * 32, 5))
+
 def slash():
     network = Small()
     network.add_module("two/2", nn.ReLU())
@@ -168,6 +172,47 @@ def test_layers_of_torchvision_equal_hooks_on_its_own_network(name: str) -> None
         got = cut(images)
     for layer in layers:
         assert far(got[layer].numpy(), expected[layer].numpy()) < 1e-4, layer
+
+
+@pytest.mark.parametrize(
+    ("name", "classifier"),
+    [("resnet18", "fc"), ("vgg11", "classifier.6"), ("convnext_tiny", "classifier.2"), ("vit_b_32", "heads.head")],
+)
+def test_the_descriptor_is_what_the_classifier_is_given(name: str, classifier: str) -> None:
+    spec = get_backbone(f"torchvision:{name}")
+    spec = with_input_size(spec, spec.default_recipe().size)
+    weights = open_weights("random:0", spec)
+    network = get_model(name, weights=None).eval()
+    weights.put_into(network)
+    given = []
+    network.get_submodule(classifier).register_forward_pre_hook(lambda module, inputs: given.append(inputs[0]))
+    images = torch.randn(1, 3, 224, 224)
+    cut = load_extractor(spec, ["descriptor", classifier], weights, CPU, torch.float32)
+    with torch.inference_mode():
+        classes = network(images)
+        got = cut(images)
+    assert got["descriptor"].dim() == 2
+    assert far(got["descriptor"].numpy(), given[0].numpy()) < 1e-5
+    assert far(got[classifier].numpy(), classes.numpy()) < 1e-4
+
+
+def test_a_network_without_a_vector_has_no_descriptor() -> None:
+    """SqueezeNet classifies maps and pools last."""
+    spec = get_backbone("torchvision:squeezenet1_1")
+    with pytest.raises(FeatureStoreError, match="no layer 'descriptor'"):
+        with_input_size(spec, 224).check_layers(["descriptor"])
+
+
+def test_another_number_of_classes(tmp_path: Path) -> None:
+    torch.save(get_model("resnet18", weights=None, num_classes=40).state_dict(), tmp_path / "tuned.pth")
+    weights = open_weights(str(tmp_path / "tuned.pth"), with_input_size(get_backbone("torchvision:resnet18"), 224))
+    assert weights.notes == ("fc has 40 classes in this file, not 1000",)
+    assert layer_shapes(weights.backbone, ["fc", "descriptor"]) == {"fc": (40,), "descriptor": (512,)}
+
+
+def test_a_module_that_runs_twice_is_refused_with_the_reason(photographs: Path, tmp_path: Path) -> None:
+    with pytest.raises(FeatureStoreError, match="'layer1.0.relu' of .* cannot be a layer: it does not run exactly once"):
+        run_pass(photographs, tmp_path / "r.zarr", ["layer1.0.relu"], backbone="torchvision:resnet18")
 
 
 @pytest.mark.parametrize("name", ["convnext_tiny", "efficientnet_b0", "vit_h_14", "resnet50@IMAGENET1K_V1"])
@@ -335,6 +380,7 @@ def test_what_can_be_captured_though_it_looks_odd(own: Path, photographs: Path) 
     options = {"weights": "random:1", "recipe": "mine.toml"}
     run_pass(photographs, own / "odd.zarr", ["two"], backbone=f"{module_of(own)}:computes", **options)
     assert set(get_backbone(f"{module_of(own)}:slash").layers) == {"one", "two"}
+    run_pass(photographs, own / "odd.zarr", ["three"], backbone=f"{module_of(own)}:flattened", **options)
 
 
 def test_weights_that_are_drawn_at_each_call_are_refused(own: Path) -> None:
