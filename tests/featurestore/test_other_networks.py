@@ -111,7 +111,7 @@ def other_constants():
     return network
 
 def flattened():
-    """Its view needs the usual layout of pictures, which a pass on channels-last ones does not have."""
+    # its view needs the usual layout of pictures, which channels-last ones do not have
     return small(lambda self, x: self.three(self.one(x).view(len(x), -1)), three=lambda: nn.Linear(4 * 32 * 32, 5))
 
 def slash():
@@ -123,12 +123,6 @@ def slash():
 def computes():
     scales = [value.item() for value in torch.linspace(1, 2, 2)]
     return small(lambda self, x: self.two(scales[1] * self.one(x)) * ((x.mean() > 0) & (x.mean() > 1)))
-
-def branching():
-    class Branching(nn.Module):
-        def forward(self, x):
-            return x if x.sum() > 0 else -x
-    return Branching()
 """
 RECIPE = 'size = 32\nresize = "pil"\nchannels = "RGB"\nmean = [127.5, 127.5, 127.5]\nscale = 128.0\n'
 
@@ -211,7 +205,9 @@ def test_another_number_of_classes(tmp_path: Path) -> None:
 
 
 def test_a_module_that_runs_twice_is_refused_with_the_reason(photographs: Path, tmp_path: Path) -> None:
-    with pytest.raises(FeatureStoreError, match="'layer1.0.relu' of .* cannot be a layer: it does not run exactly once"):
+    with pytest.raises(
+        FeatureStoreError, match="'layer1.0.relu' of .* cannot be a layer: it does not run exactly once"
+    ):
         run_pass(photographs, tmp_path / "r.zarr", ["layer1.0.relu"], backbone="torchvision:resnet18")
 
 
