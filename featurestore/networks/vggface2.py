@@ -132,8 +132,8 @@ _RECIPES = (
         note="VGGFace2: short side 256, centre crop, B, G, R pixels minus the means of their own channels",
     ),
     Recipe(
-        "vggface2-swapped", 224, "pil-crop", "BGR", _MEAN_BGR[::-1], short_side=256,
-        note="as one published script: the same, minus the means in the other order",
+        "vggface2-swapped", 224, "cv2-crop", "BGR", _MEAN_BGR[::-1], short_side=224, box_edges="outward",
+        note="as one published script: OpenCV, short side 224, centre crop, B, G, R minus the means in R, G, B order",
     ),
 )  # fmt: skip
 # With plain random weights the squeeze's gates saturate, and rounding alone turns late layers into something else.

@@ -21,7 +21,8 @@ if TYPE_CHECKING:
     import torch
 
 Triple = tuple[float, float, float]
-Resize = Literal["cv2", "pil", "pil-crop", "chip"]
+Resize = Literal["cv2", "cv2-crop", "pil", "pil-crop", "chip"]
+BoxEdges = Literal["nearest", "outward"]
 Interpolation = Literal["bilinear", "bicubic"]
 
 BOX_MARGIN = 0.15  # of the box's width and height, on each side, as VGGFace2's networks were trained
@@ -35,13 +36,15 @@ class Recipe:
     ``size`` is the side of the square input in pixels. ``resize`` is one of
 
     - ``cv2``: OpenCV bilinear on uint8, no antialias, aspect ignored;
+    - ``cv2-crop``: OpenCV bilinear to a short side of ``short_side`` (sides rounded up), then centre crop;
     - ``pil``: Pillow (antialiased), aspect ignored;
     - ``pil-crop``: Pillow to a short side of ``short_side`` (long side truncated), then centre crop;
     - ``chip``: the face turned upright by its five landmarks, as dlib does it (see ``photos.chips``).
 
     ``interpolation`` is Pillow's. ``mean`` is subtracted from channels 0, 1, 2 (0 … 255) in the order of ``channels``; the
     result is divided by ``scale``, one number or one for each channel. With a ``box_margin`` the picture is first cut
-    to a given box, enlarged by that share of its width and height on each side, within the picture.
+    to a given box, enlarged by that share of its width and height on each side, within the picture; ``box_edges`` says whether
+    its edges go to the nearest whole pixel or outward.
 
     Raises FeatureStoreError for values that make no recipe.
     """
@@ -56,6 +59,7 @@ class Recipe:
     note: str = ""
     interpolation: Interpolation = "bilinear"
     box_margin: float | None = None
+    box_edges: BoxEdges = "nearest"
 
     def __post_init__(self) -> None:
         problem = self._problem()
@@ -70,17 +74,20 @@ class Recipe:
             f"channels {self.channels!r} is not RGB or BGR": self.channels in ("RGB", "BGR"),
             f"interpolation {self.interpolation!r} is not one of {', '.join(get_args(Interpolation))}": (
                 self.interpolation in get_args(Interpolation)
-                and (self.resize not in ("cv2", "chip") or self.interpolation == "bilinear")
+                and (self.resize in ("pil", "pil-crop") or self.interpolation == "bilinear")
             ),
             f"mean {self.mean!r} is not a number, or three": _is_triple(self.mean),
             f"scale {self.scale!r} is not a number, or three, other than 0": _is_triple(scales) and all(scales),
-            f"short_side {self.short_side!r} belongs to pil-crop, and is at least the size {self.size!r}": (
-                self._crops_within() if self.resize == "pil-crop" else self.short_side is None
+            f"short_side {self.short_side!r} belongs to a crop, and is at least the size {self.size!r}": (
+                self._crops_within() if self.resize in ("cv2-crop", "pil-crop") else self.short_side is None
             ),
             f"box_margin {self.box_margin!r} is not a share from 0 to 1": (
                 self.box_margin is None or (_is_number(self.box_margin) and 0 <= self.box_margin <= 1)
             ),
             "a chip is cut out by landmarks, and has no box_margin": self.resize != "chip" or self.box_margin is None,
+            f"box_edges {self.box_edges!r} is not one of {', '.join(get_args(BoxEdges))}": (
+                self.box_edges in get_args(BoxEdges)
+            ),
         }
         return next((problem for problem, holds in rules.items() if not holds), "")
 
@@ -104,13 +111,15 @@ class Recipe:
         from featurestore.photos import resize  # a recipe can be named and described without OpenCV and Pillow
 
         if self.box_margin is not None and place is not None:
-            rgb = resize.crop(rgb, place, self.box_margin)
+            rgb = resize.crop(rgb, place, self.box_margin, outward=self.box_edges == "outward")
         if self.resize == "chip" and place is not None:
             from featurestore.photos.chips import face_chip
 
             resized = face_chip(rgb, place, self.size)
         elif self.resize == "cv2":
             resized = resize.resize_opencv(rgb, self.size)
+        elif self.resize == "cv2-crop":
+            resized = resize.resize_opencv_and_crop(rgb, self.short_side or self.size, self.size)
         elif self.resize == "pil":
             resized = resize.resize_pillow(rgb, self.size, self.size, self.interpolation)
         else:
@@ -139,9 +148,11 @@ class Recipe:
         fields.pop("note")
         fields["mean"] = [float(value) for value in self.mean]  # 128 and 128.0 are one recipe
         fields["scale"] = [float(value) for value in self.scale] if isinstance(self.scale, tuple) else float(self.scale)
-        for name, unused in (("interpolation", "bilinear"), ("box_margin", None)):
+        for name, unused in (("interpolation", "bilinear"), ("box_margin", None), ("box_edges", "nearest")):
             if fields[name] == unused:
                 fields.pop(name)
+        if self.box_margin is None:
+            fields.pop("box_edges", None)
         return fields
 
 

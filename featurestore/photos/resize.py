@@ -3,6 +3,8 @@
 Everything here takes and returns uint8 RGB of shape (height, width, 3).
 """
 
+import math
+
 import cv2
 import numpy as np
 from PIL import Image
@@ -14,16 +16,18 @@ _INTERPOLATION = {"bilinear": Image.Resampling.BILINEAR, "bicubic": Image.Resamp
 _MOST_RESIZED = 1 << 16  # pixels along the long side of a resized picture: a picture of 1 × 60,000 would need gigabytes
 
 
-def crop(rgb: np.ndarray, box: Place, margin: float) -> np.ndarray:
+def crop(rgb: np.ndarray, box: Place, margin: float, outward: bool = False) -> np.ndarray:
     """The part of a picture within ``box``, enlarged by ``margin`` on each side; outside the picture nothing is added.
 
-    Edges are rounded to whole pixels. Raises ImageError if nothing of the picture is left.
+    Edges are rounded to whole pixels, or ``outward``: down at the left and top, up at the right and bottom.
+    Raises ImageError if nothing of the picture is left.
     """
     height, width = rgb.shape[:2]
     left, top, box_width, box_height = box
     x, y = margin * box_width, margin * box_height
-    x0, x1 = max(0, round(left - x)), min(width, round(left + box_width + x))
-    y0, y1 = max(0, round(top - y)), min(height, round(top + box_height + y))
+    start, end = (math.floor, math.ceil) if outward else (round, round)
+    x0, x1 = max(0, start(left - x)), min(width, end(left + box_width + x))
+    y0, y1 = max(0, start(top - y)), min(height, end(top + box_height + y))
     if x0 >= x1 or y0 >= y1 or box_width <= 0 or box_height <= 0:
         raise ImageError(
             f"the box x={left:g} y={top:g} w={box_width:g} h={box_height:g} holds nothing of a picture of {width} × {height}"
@@ -34,6 +38,20 @@ def crop(rgb: np.ndarray, box: Place, margin: float) -> np.ndarray:
 def resize_opencv(rgb: np.ndarray, size: int) -> np.ndarray:
     """To ``size`` × ``size`` by OpenCV's bilinear interpolation, without antialiasing, the aspect ignored."""
     return cv2.resize(rgb, (size, size), interpolation=cv2.INTER_LINEAR)
+
+
+def resize_opencv_and_crop(rgb: np.ndarray, short_side: int, size: int) -> np.ndarray:
+    """By OpenCV (bilinear) to a short side of ``short_side``, sides rounded up, then the central ``size`` × ``size``.
+
+    Raises ImageError for a picture so narrow that the long side would pass 65,536 pixels.
+    """
+    height, width = rgb.shape[:2]
+    ratio = short_side / min(height, width)
+    _refuse_narrow(rgb, max(height, width) * ratio)
+    # Rounded up from this product, so that a short side may come out a pixel longer, as it does in the published script.
+    resized = cv2.resize(rgb, (math.ceil(width * ratio), math.ceil(height * ratio)), interpolation=cv2.INTER_LINEAR)
+    top, left = (resized.shape[0] - size) // 2, (resized.shape[1] - size) // 2
+    return resized[top : top + size, left : left + size]
 
 
 def resize_pillow(rgb: np.ndarray, width: int, height: int, interpolation: str) -> np.ndarray:
@@ -51,9 +69,13 @@ def resize_and_crop(rgb: np.ndarray, short_side: int, size: int, interpolation: 
         width, height = short_side, int(short_side * height / width)
     else:
         width, height = int(short_side * width / height), short_side
-    if max(width, height) > _MOST_RESIZED:
-        raise ImageError(f"a picture of {rgb.shape[1]} × {rgb.shape[0]} is too narrow to be cropped from its middle")
+    _refuse_narrow(rgb, max(width, height))
     resized = resize_pillow(rgb, width, height, interpolation)
     # Python's round is banker's rounding, as in the published centre crop.
     top, left = round((height - size) / 2), round((width - size) / 2)
     return resized[top : top + size, left : left + size]
+
+
+def _refuse_narrow(rgb: np.ndarray, long_side: float) -> None:
+    if long_side > _MOST_RESIZED:
+        raise ImageError(f"a picture of {rgb.shape[1]} × {rgb.shape[0]} is too narrow to be cropped from its middle")

@@ -11,10 +11,11 @@ from featurestore.caching.job import CachingRequest, prepare_job
 from featurestore.caching.planning import make_plan
 from featurestore.caching.run import cache_layers
 from featurestore.errors import FeatureStoreError
-from featurestore.networks.registry import get_backbone
+from featurestore.networks.registry import RECIPES, get_backbone
 from featurestore.photos.boxes import with_boxes
 from featurestore.photos.decode import ImageError, decode
 from featurestore.photos.keys import find_faces
+from featurestore.photos.recipes import Recipe
 from featurestore.photos.resize import crop
 from featurestore.store.writer import store_lock
 from tests.commands import command
@@ -115,6 +116,22 @@ def test_what_can_be_wrong_with_boxes(faces: Path, table: str, message: str) -> 
     path.write_text(table)
     with pytest.raises(FeatureStoreError, match=message):
         with_boxes(find_faces(faces), path)
+
+
+def test_a_source_of_an_earlier_recipe_of_that_name_stays_what_it_is(faces: Path, tmp_path: Path, monkeypatch) -> None:
+    """A source keeps its whole recipe: one that was changed since is another, and both are checked against their own."""
+    store = tmp_path / "s.zarr"
+    earlier = Recipe("vggface2-swapped", 224, "pil-crop", "BGR", (131.0912, 103.8827, 91.4953), short_side=256)
+    with monkeypatch.context() as patch:
+        patch.setitem(RECIPES, "vggface2-swapped", earlier)
+        cache(faces, store, recipe="vggface2-swapped")
+    cache(faces, store, recipe="vggface2-swapped")
+    before, now = FeatureStore.open(store).sources.values()
+    assert {source.attributes["recipe"]["resize"] for source in (before, now)} == {"pil-crop", "cv2-crop"}
+    assert not before.rows("conv1").gather([0]).equal(now.rows("conv1").gather([0]))
+    checked = command("verify_store", store)
+    assert checked.returncode == 0, checked.stdout + checked.stderr
+    assert checked.stdout.count("recomputed rows agree") == 2
 
 
 def test_a_box_beside_the_picture_names_the_photograph(faces: Path, tmp_path: Path) -> None:

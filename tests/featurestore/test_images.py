@@ -1,5 +1,6 @@
 """Decoding and recipes, against the original implementations' pixels and against pictures made by hand."""
 
+import dataclasses
 import io
 from pathlib import Path
 
@@ -13,6 +14,7 @@ from PIL import Image
 from featurestore.errors import FeatureStoreError
 from featurestore.networks.registry import RECIPES, get_recipe
 from featurestore.photos.decode import ImageError, decode
+from featurestore.photos.recipes import recipe_from_dict
 
 RGB = np.random.default_rng(0).integers(0, 256, (6, 9, 3), np.uint8)
 
@@ -60,6 +62,41 @@ def test_odd_sizes_and_grey_pictures_as_the_original_pipelines_make_them(tmp_pat
     assert size != (480, 640) or resized.size == (341, 256)
     cropped = np.asarray(torchvision.transforms.CenterCrop(224)(resized))
     assert np.array_equal(pixels["vggface2"], cropped[:, :, ::-1])
+
+
+@pytest.mark.parametrize("size", SIZES)
+@pytest.mark.parametrize("box", [None, (10.4, 3.7, 20.2, 9.1), (-5, -5, 30, 30)])
+def test_the_script_that_takes_the_means_in_the_other_order(tmp_path: Path, size, box) -> None:
+    """OpenCV, short side 224 and sides rounded up, the middle, 131.0912, 103.8827, 91.4953 off B, G, R; boxes outward."""
+    if size == (1, 3) and box:
+        return  # no part of so small a picture
+    path = tmp_path / "face.png"
+    Image.fromarray(np.random.default_rng(1).integers(0, 256, (*size, 3), np.uint8)).save(path)
+    picture = cv2.imread(str(path))
+    recipe = RECIPES["vggface2-swapped"]
+    if box:
+        x, y, w, h = box
+        top, left = max(0, int(np.floor(y - 0.15 * h))), max(0, int(np.floor(x - 0.15 * w)))
+        picture = picture[top : int(np.ceil(y + 1.15 * h)), left : int(np.ceil(x + 1.15 * w))]
+        recipe = dataclasses.replace(recipe, box_margin=0.15)
+    ratio = 224.0 / min(picture.shape[:2])
+    width, height = int(np.ceil(picture.shape[1] * ratio)), int(np.ceil(picture.shape[0] * ratio))
+    resized = cv2.resize(picture, (width, height), interpolation=cv2.INTER_LINEAR)
+    top, left = (height - 224) // 2, (width - 224) // 2
+    expected = resized[top : top + 224, left : left + 224] - np.array([131.0912, 103.8827, 91.4953])
+    got = recipe.normalise(torch.from_numpy(recipe.pixels(decode(path.read_bytes()), box)[None]))
+    np.testing.assert_allclose(got[0].permute(1, 2, 0).numpy(), expected, atol=1e-4)
+
+
+def test_a_recipe_says_only_what_it_uses() -> None:
+    """So that a field added later renames no source of a store."""
+    recipe = RECIPES["vggface2-swapped"]
+    assert "box_edges" not in recipe.as_dict()
+    boxed = dataclasses.replace(recipe, box_margin=0.15)
+    assert boxed.as_dict()["box_edges"] == "outward"
+    assert recipe_from_dict(boxed.as_dict()) == dataclasses.replace(boxed, note="")
+    with pytest.raises(FeatureStoreError, match="box_edges 'inward' is not one of nearest, outward"):
+        dataclasses.replace(recipe, box_edges="inward")
 
 
 @pytest.mark.parametrize("name", RECIPES)
