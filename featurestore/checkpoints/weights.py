@@ -150,7 +150,7 @@ def _from_file(path: Path, spec: BackboneSpec) -> Weights:
         frozenset(state.keys() - fit.absent),
         fit.absent,
         fit.reading.layout,
-        fit.reading.notes + _notes(spec, fit.spec),
+        file.notes + fit.reading.notes + _notes(spec, fit.spec),
     )
 
 

@@ -1,10 +1,15 @@
 """Checkpoint files of every format: the same network, refused with reasons, never run; random weights alike everywhere."""
 
+import argparse
+import importlib
 import importlib.util
 import json
 import os
 import pickle
+import sys
 import zipfile
+from collections import OrderedDict, namedtuple
+from datetime import datetime
 from pathlib import Path
 
 import h5py
@@ -224,6 +229,88 @@ def test_a_hostile_pth_never_runs(tmp_path: Path, state, zipped: bool) -> None:
     with pytest.raises(FeatureStoreError, match="can run code"):
         open_weights(str(tmp_path / "w.pth"), MINI)
     assert not (tmp_path / "owned").exists()
+
+
+class Schedule(dict):
+    """Of a trainer's own: a class of dicts, one of lists, and one with slots."""
+
+
+class History(list):
+    pass
+
+
+class Meter:
+    __slots__ = ("total",)
+
+    def __init__(self, total: float) -> None:
+        self.total = total
+
+
+Best = namedtuple("Best", "epoch top1")
+
+
+@pytest.mark.parametrize("zipped", [True, False])
+@pytest.mark.parametrize("wrapper", ["model_state_dict", "state_dict", "model"])
+@pytest.mark.parametrize("prefix", ["", "module."])
+def test_a_trainers_checkpoint_is_read_past_its_own_objects(
+    tmp_path: Path, monkeypatch, state, zipped: bool, wrapper: str, prefix: str
+) -> None:
+    """Objects of any class beside the weights stay unread; a hostile one among them runs nothing."""
+    (tmp_path / "trainers_own.py").write_text("class State:\n    pass\n")
+    monkeypatch.syspath_prepend(tmp_path)
+    own = importlib.import_module("trainers_own").State()
+    network = MiniVGG()
+    optimiser = torch.optim.SGD(network.parameters(), lr=0.1, momentum=0.9)
+    network(torch.zeros(1, 3, SIZE, SIZE)).sum().backward()
+    optimiser.step()
+    content = {
+        "epoch": 3,
+        "state": own,
+        wrapper: OrderedDict((prefix + key, torch.nn.Parameter(value)) for key, value in state.items()),
+        "optim_state_dict": optimiser.state_dict(),
+        "args": argparse.Namespace(resume="x.pth", device=torch.device("cpu"), path=tmp_path),
+        "best": Best(2, np.float64(0.9)),
+        "meters": [Meter(0.5), Schedule(step=3), History([1, 2]), {Meter, len}],
+        "criterion": torch.nn.CrossEntropyLoss(),
+        "when": datetime.now(),
+        "hostile": Hostile(tmp_path / "owned"),
+    }
+    path = tmp_path / "checkpoint.pth.tar"
+    torch.save(content, path, _use_new_zipfile_serialization=zipped)
+    monkeypatch.delitem(sys.modules, "trainers_own")
+    weights = open_weights(str(path), MINI)
+    assert "trainers_own" not in sys.modules  # though it could be imported
+    for key, values in weights.read(SHAPES).items():
+        assert torch.equal(values, state[key]), key
+    (note,) = weights.notes
+    assert note.startswith("objects beside the weights were not read: trainers_own.State, argparse.Namespace, ")
+    assert not (tmp_path / "owned").exists()
+    assert not list(tmp_path.glob("*.patch"))
+
+
+@pytest.mark.parametrize("zipped", [True, False])
+def test_a_whole_module_is_no_state_dict(tmp_path: Path, zipped: bool) -> None:
+    torch.save(MiniVGG(), tmp_path / "w.pth", _use_new_zipfile_serialization=zipped)
+    with pytest.raises(FeatureStoreError, match=r"it asks for .*MiniVGG.*Save its state dict alone"):
+        open_weights(str(tmp_path / "w.pth"), MINI)
+
+
+def test_what_a_pth_sets_is_gone_with_it(tmp_path: Path, state) -> None:
+    """BUILD may set attributes of what a pickle names; neither torch nor the next file notices, and no file is written."""
+    torch.save({"state_dict": state, "x": Meter(1)}, tmp_path / "sound.pth")
+    target = str(tmp_path / "owned").encode()
+    rebuild = b"ctorch._utils\n_rebuild_tensor_v2\n"
+    attributes = b"N}(U\x0cdump_patchesI01\nU\x08__name__U" + bytes([len(target)]) + target + b"u\x86b"
+    module = b"(U\x06module" + rebuild + attributes + b"U\x01aU\x01btQ"
+    hostile = b"\x80\x02}(U\x01a" + module + b"U\x01bcos\nmkdir\n(U" + bytes([len(target)]) + target + b"tRu."
+    head = pickle.dumps(0x1950A86A20F9469CFC6C, 2) + pickle.dumps(1001, 2) + pickle.dumps({}, 2)
+    (tmp_path / "w.pth").write_bytes(head + hostile + pickle.dumps([], 2))
+    with pytest.raises(FeatureStoreError, match=r"it asks for os.mkdir"):
+        open_tensors(tmp_path / "w.pth")
+    assert torch._utils._rebuild_tensor_v2.__name__ == "_rebuild_tensor_v2"
+    assert not hasattr(torch._utils._rebuild_tensor_v2, "dump_patches")
+    assert sorted(path.name for path in tmp_path.iterdir()) == ["sound.pth", "w.pth"]
+    assert open_weights(str(tmp_path / "sound.pth"), MINI).keys == SHAPES.keys()
 
 
 @pytest.mark.parametrize("kind", ["bytearray", "bytearray, old", "packed", "sparse", "whole numbers", "complex"])

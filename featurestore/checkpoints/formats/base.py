@@ -22,12 +22,16 @@ class Stored:
 
 @dataclass(frozen=True)
 class TensorFile:
-    """A file's tensors by the names that it gives them, in its order. ``kind`` is the format's name in messages."""
+    """A file's tensors by the names that it gives them, in its order.
+
+    ``kind`` is the format's name in messages, ``notes`` what the user should know of the file.
+    """
 
     path: Path
     kind: str
     tensors: dict[str, Stored]
     metadata: dict[str, str] = field(default_factory=dict)
+    notes: tuple[str, ...] = ()
 
     @property
     def shapes(self) -> dict[str, tuple[int, ...]]:

@@ -2,15 +2,16 @@
 
 import mmap
 import pickle
-import re
 import zipfile
 from functools import partial
 from pathlib import Path
 
 import torch
 
+from featurestore.checkpoints.formats import inert
 from featurestore.checkpoints.formats.base import Stored, TensorFile, damaged, runs_code, unwrap
 from featurestore.errors import FeatureStoreError
+from featurestore.text import listing
 
 LEGACY = bytes.fromhex("80028a0a6cfc9c46f9206aa85019")  # torch's magic number, pickled
 
@@ -21,16 +22,18 @@ def recognises(head: bytes, path: Path) -> bool:
 
 
 def open_file(path: Path) -> TensorFile:
-    """A state dict, alone or in a training script's checkpoint. Code in it is never run."""
+    """A state dict, alone or in a training script's checkpoint. Code in it is never run.
+
+    Objects of other classes beside the state dict are passed over, and ``notes`` names them.
+    """
     _refuse_bombs(path)
+    content, others = _load(path)
     try:
-        # weights_only: a checkpoint is an untrusted pickle, and a pickle can run code.
-        content = torch.load(path, map_location="cpu", weights_only=True, mmap=zipfile.is_zipfile(path))
-    except pickle.UnpicklingError as error:
-        raise runs_code(path, _asked_for(str(error))) from None
-    except Exception as error:  # a damaged pickle raises anything, also where memory for it is not to be had
-        raise damaged(path, error) from None
-    tensors = unwrap(path, content, torch.Tensor)
+        tensors = unwrap(path, content, torch.Tensor)
+    except FeatureStoreError:
+        if others:  # among the weights, or instead of them
+            raise runs_code(path, f"it asks for {listing(others, 3)}.") from None
+        raise
     for key, value in tensors.items():
         if value.layout != torch.strided or value.is_meta or value.is_quantized:
             raise FeatureStoreError(f"{path}: {key} is not a plain tensor with numbers. Save it as one.")
@@ -39,9 +42,22 @@ def open_file(path: Path) -> TensorFile:
             raise FeatureStoreError(
                 f"{path} says that {key} has shape {tuple(value.shape)}, but does not hold as many numbers."
             )
-    return TensorFile(
-        path, "PyTorch", {key: Stored(tuple(value.shape), partial(_itself, value)) for key, value in tensors.items()}
-    )
+    notes = (f"objects beside the weights were not read: {listing(others, 3)}",) if others else ()
+    stored = {key: Stored(tuple(value.shape), partial(_itself, value)) for key, value in tensors.items()}
+    return TensorFile(path, "PyTorch", stored, notes=notes)
+
+
+def _load(path: Path) -> tuple[object, list[str]]:
+    """What the file holds, and the names of what stays inert in it: classes and functions that tensors do not need."""
+    mapped = zipfile.is_zipfile(path)
+    try:
+        try:
+            # weights_only: a checkpoint is an untrusted pickle, and a pickle can run code.
+            return torch.load(path, map_location="cpu", weights_only=True, mmap=mapped), []
+        except pickle.UnpicklingError:
+            return inert.load(path, mapped)
+    except Exception as error:  # a damaged pickle raises anything, also where memory for it is not to be had
+        raise damaged(path, error) from None
 
 
 def _refuse_bombs(path: Path) -> None:
@@ -60,12 +76,6 @@ def _refuse_bombs(path: Path) -> None:
             asks = content.find(b"bytearray") >= 0
     if asks:
         raise runs_code(path, "it asks for bytearray.")
-
-
-def _asked_for(message: str) -> str:
-    """Torch names what it refused in the middle of its advice to load the file all the same."""
-    named = re.search(r"GLOBAL ([\w.]+)|global ([\w.]+)", message)
-    return f"it asks for {named[1] or named[2]}." if named else "it is no plain pickle of tensors."
 
 
 def _itself(value: torch.Tensor) -> torch.Tensor:
