@@ -8,10 +8,14 @@ import torch
 from featurestore.errors import FeatureStoreError
 
 PRECISIONS = {"fp32": torch.float32, "bf16": torch.bfloat16, "fp16": torch.float16}
+_MOST_DIGITS = 4  # of a device's number
 
 
 def choose_device(name: str) -> torch.device:
-    """``auto`` takes CUDA, then MPS, then the CPU; FeatureStoreError if a device asked for by name is not there."""
+    """``cpu``, ``mps``, ``cuda``, one of several such as ``cuda:1``, or ``auto``: CUDA, then MPS, then the CPU.
+
+    FeatureStoreError if a device asked for by name is not there.
+    """
     there: dict[str, Callable[[], bool]] = {
         "cuda": torch.cuda.is_available,
         "mps": torch.backends.mps.is_available,
@@ -19,10 +23,19 @@ def choose_device(name: str) -> torch.device:
     }
     if name == "auto":
         name = next(kind for kind, available in there.items() if available())
-    elif not there[name]():
-        built = torch.version.cuda if name == "cuda" else torch.backends.mps.is_built()
+    kind, colon, number = name.partition(":")
+    if kind not in there or (colon and not (kind == "cuda" and number.isdecimal() and len(number) < _MOST_DIGITS)):
+        raise FeatureStoreError(
+            f"`device` {name!r} is none of auto, cpu, mps, cuda, or cuda:N with the number N of one."
+        )
+    if not there[kind]():
+        built = torch.version.cuda if kind == "cuda" else torch.backends.mps.is_built()
         why = "no such device answers" if built else f"this torch {torch.__version__} was built without it"
         raise FeatureStoreError(f"`device` {name}: {why}. Use `device` cpu, or auto to take what there is.")
+    if colon and int(number) >= torch.cuda.device_count():
+        count = torch.cuda.device_count()
+        known = "cuda:0" if count == 1 else f"cuda:0 to cuda:{count - 1}"
+        raise FeatureStoreError(f"`device` {name}: there {'is' if count == 1 else 'are'} {count} here. Use {known}.")
     return torch.device(name)
 
 

@@ -89,7 +89,7 @@ class Features:
             dtype = dtypes.pop() if len(dtypes) == 1 else torch.float32
             buffer = self._reused = torch.empty((n, *self.shape), dtype=dtype, pin_memory=pinned)
         elif self.device.type == "cuda":
-            torch.cuda.current_stream().synchronize()  # the copy that reads this pinned buffer must be over
+            torch.cuda.current_stream(self.device).synchronize()  # the copy that reads this pinned buffer must be over
         return buffer[:n]
 
     def _keep_on_device(self, items: np.ndarray) -> None:

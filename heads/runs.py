@@ -51,6 +51,7 @@ class Run:
         """Everything that the result depends on, but for the number of threads."""
         settings = asdict(self.settings)
         del settings["threads"]
+        settings["device"] = settings["device"].partition(":")[0]  # which GPU of several makes no difference
         if self.head == "zero-shot":
             settings = {}
         return {

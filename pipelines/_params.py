@@ -1,8 +1,10 @@
 """Types of options that click does not have."""
 
+import re
 from typing import Any
 
 import click
+from click.shell_completion import CompletionItem
 
 
 class Expression(click.ParamType):  # type: ignore[type-arg]
@@ -60,3 +62,19 @@ class Rank(click.ParamType):  # type: ignore[type-arg]
             return int(value)
         except (TypeError, ValueError):
             self.fail(f"{value!r} is neither a number nor `full`", param, ctx)
+
+
+class Device(click.ParamType):  # type: ignore[type-arg]
+    """``auto``, ``cpu``, ``cuda``, ``cuda:N`` or ``mps``; whether it is there is asked later."""
+
+    name = "auto|cpu|cuda|cuda:N|mps"
+
+    def convert(self, value: Any, param: click.Parameter | None, ctx: click.Context | None) -> str:
+        """As given."""
+        if not re.fullmatch(r"auto|cpu|cuda|mps|cuda:[0-9]{1,3}", str(value)):
+            self.fail(f"{value!r} is not one of auto, cpu, cuda, mps, or cuda:N, such as cuda:1", param, ctx)
+        return str(value)
+
+    def shell_complete(self, ctx: click.Context, param: click.Parameter, incomplete: str) -> list[CompletionItem]:
+        """The names without a number."""
+        return [CompletionItem(name) for name in ("auto", "cpu", "cuda", "mps") if name.startswith(incomplete)]

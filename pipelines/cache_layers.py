@@ -18,6 +18,7 @@ from pipelines._cli import (
     progress_bar,
     weights_file,
 )
+from pipelines._params import Device
 
 if TYPE_CHECKING:
     from featurestore.caching.extractor import Loaded
@@ -137,7 +138,7 @@ def _complete_recipes(ctx: click.Context, param: click.Parameter, incomplete: st
 )
 @click.option(
     "--device",
-    type=click.Choice(["auto", "cpu", "cuda", "mps"]),
+    type=Device(),
     default="auto",
     show_default=True,
     help="Where the network runs; auto takes a GPU if there is one.",

@@ -10,7 +10,7 @@ from click.shell_completion import CompletionItem
 
 from heads.registry import HEADS
 from pipelines._cli import DEMO_IMAGES, DEMO_STORE, Command, as_typed, progress_bar
-from pipelines._params import Expression, Finite, Pairs, Rank
+from pipelines._params import Device, Expression, Finite, Pairs, Rank
 from pipelines._training_text import accuracy_text, comparison_text, faulty_file, group_text, plan_text, progress_text
 
 if TYPE_CHECKING:
@@ -211,7 +211,7 @@ def _complete_compared(ctx: click.Context, param: click.Parameter, incomplete: s
 )
 @click.option(
     "--device",
-    type=click.Choice(["auto", "cpu", "cuda", "mps"]),
+    type=Device(),
     default="auto",
     show_default=True,
     help="Device that heads are trained on.",

@@ -6,6 +6,7 @@ from typing import TYPE_CHECKING
 import click
 
 from pipelines._cli import Command, as_typed, note_left_out, progress_bar
+from pipelines._params import Device
 
 if TYPE_CHECKING:
     from collections.abc import Sequence
@@ -45,7 +46,7 @@ Examples:
     help="Items to recompute and compare; 0 for none.",
 )
 @click.option("--repair", is_flag=True, help="Recompute damaged records, and only those.")
-@click.option("--device", type=click.Choice(["auto", "cpu", "cuda", "mps"]), default="auto", show_default=True)
+@click.option("--device", type=Device(), default="auto", show_default=True)
 def main(
     store: Path,
     source: str | None,

@@ -49,7 +49,7 @@ def compute(
     if device.type != "cuda":
         return Outputs(rows, limits, lambda: None)
     event = torch.cuda.Event()
-    event.record()
+    event.record(torch.cuda.current_stream(device))  # of the device asked for, which need not be torch's current one
     return Outputs(rows, limits, event.synchronize)
 
 

@@ -73,7 +73,7 @@ def estimate(job: CachingJob, plan: Plan) -> Estimate | None:
             rate = _rate(job, plan, loaded, (batch for batch in stream if isinstance(batch, Batch)))
     if rate is None:
         return None
-    where = job.device.type + (f", {torch.get_num_threads()} threads" if job.device.type == "cpu" else "")
+    where = str(job.device) + (f", {torch.get_num_threads()} threads" if job.device.type == "cpu" else "")
     return Estimate(plan.images, rate, where, plan.bytes_to_write / plan.images * rate, loaded)
 
 

@@ -112,7 +112,7 @@ def _about(job: CachingJob, request: CachingRequest) -> tuple[tuple[str, str], .
         ("source", job.source_name),
         ("backbone", f"{job.spec.name}, weights {weights}"),
         ("recipe", f"{job.recipe.name}: {job.recipe.note or 'from a file'}{boxes}"),
-        ("computed", f"{request.precision} on {job.device.type}, {job.batch_size} images at a time"),
+        ("computed", f"{request.precision} on {job.device}, {job.batch_size} images at a time"),
     )
 
 
