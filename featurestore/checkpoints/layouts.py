@@ -14,6 +14,7 @@ import torch
 
 from featurestore.checkpoints.formats.base import Stored, TensorFile
 from featurestore.networks.vggface import BLOCKS, LINEAR
+from featurestore.text import listing
 
 Tensors = dict[str, Stored]
 Understood = tuple[Tensors] | tuple[Tensors, tuple[str, ...]]  # under our keys, and notes
@@ -108,29 +109,40 @@ def _network_order(tensors: Tensors) -> tuple[Tensors] | None:
 def _hdf5(tensors: Tensors) -> tuple[Tensors, tuple[str, ...]] | None:
     """Datasets ``conv1_1_w … fc8_b``, with or without the group ``data``; the order of axes is inferred from shapes.
 
-    A convolution is out × in × y × x or y × x × in × out. A square linear layer is taken to have the order of the other ones.
-    The input of fc6 is taken to be flattened in the order of the convolutions' axes: channel, y, x or y, x, channel.
+    A convolution is out × in × y × x, y × x × in × out or y × in × x × out; where the first one, with 3 channels, fits several,
+    the others decide. A square linear layer is taken to have the order of the other ones. The input of fc6 is taken to be
+    flattened channel, y, x, or y, x, channel where that is the order of the convolutions' axes.
     """
     found = {key.rpartition("/")[2]: stored for key, stored in tensors.items()}
     if len(found) != len(tensors) or not all(
         re.fullmatch(r"\w+_[wb]", key) and key[:-2] in _HDF5_NAMES for key in found
     ):
         return None
-    orders = _axis_orders(found)
-    if orders is None:
+    names = [name for name in _HDF5_NAMES if f"{name}_w" in found]
+    possible = {name: _axis_orders(found, name) for name in names}
+    if not all(possible.values()):
         return None
-    spatial_first = {order for name, order in orders.items() if name.startswith("conv")} == {"y x in out"}
+    orders: dict[str, str] = {}
+    notes = []
+    for kind in ((True, 4), (False, 4), (False, 2)):  # each is written by one line of whatever wrote the file
+        group = [name for name in names if (name.startswith("conv"), len(found[f"{name}_w"].shape)) == kind]
+        shared = [order for order in _AXES if all(order in possible[name] for name in group)]
+        orders |= {name: shared[0] if shared else possible[name][0] for name in group}
+        if group and len(shared) > 1:
+            notes.append(f"{listing(group)} may have the axes {' or '.join(shared)}; {shared[0]} is taken")
+    convolutions = {order for name, order in orders.items() if name.startswith("conv")}
+    spatial_first = convolutions == {"y x in out"}
     channels = math.prod(found["conv5_3_b"].shape) if spatial_first and "conv5_3_b" in found else 0
     named: Tensors = {}
-    for name, order in orders.items():
+    for name in names:
         module, bias = _HDF5_NAMES[name], found[f"{name}_b"]
         named[f"{module}.bias"] = _changed(bias, (math.prod(bias.shape),), lambda values, shape: values.reshape(shape))
-        named[f"{module}.weight"] = _hdf5_weight(name, _AXES[order](found[f"{name}_w"]), channels)
-    notes: tuple[str, ...] = ()
+        named[f"{module}.weight"] = _hdf5_weight(name, _AXES[orders[name]](found[f"{name}_w"]), channels)
     if "fc6_w" in found and len(found["fc6_w"].shape) == 2:
         flattened = "y, x, channel" if spatial_first else "channel, y, x"
-        notes = (f"fc6 is taken to be flattened in {flattened} order, the order of the file's convolutions",)
-    return named, notes
+        why = "" if convolutions == {"y in x out"} else ", the order of the file's convolutions"
+        notes.append(f"fc6 is taken to be flattened in {flattened} order{why}")
+    return named, tuple(notes)
 
 
 def _hdf5_weight(name: str, weight: Stored, channels: int) -> Stored:
@@ -140,26 +152,20 @@ def _hdf5_weight(name: str, weight: Stored, channels: int) -> Stored:
     return _channels_first(weight, channels) if name == "fc6" and channels else weight
 
 
-def _axis_orders(found: Tensors) -> dict[str, str] | None:
-    """The order of each weight's axes, by dataset; None if one of them fits neither order."""
-    orders = {name: _axis_order(found, name) for name in _HDF5_NAMES if f"{name}_w" in found}
-    square = "in out" if "in out" in orders.values() else "out in"
-    known = {name: square if order == "square" else order for name, order in orders.items() if order}
-    return known if len(known) == len(orders) else None
-
-
-def _axis_order(found: Tensors, name: str) -> str | None:
-    """From a weight's shape and the length of its bias."""
+def _axis_orders(found: Tensors, name: str) -> list[str]:
+    """Those that a weight's axes may have, from its shape and the length of its bias."""
     shape = found[f"{name}_w"].shape
     width = math.prod(found[f"{name}_b"].shape) if f"{name}_b" in found else -1
     if len(shape) == 4:
-        first, last = shape[0] == width and shape[2] == shape[3], shape[3] == width and shape[0] == shape[1]
-        return "out in y x" if first else "y x in out" if last else None
-    if len(shape) == 2:
-        if shape == (width, width):
-            return "square"
-        return "out in" if shape[0] == width else "in out" if shape[1] == width else None
-    return None
+        fits = {
+            "out in y x": shape[0] == width and shape[2] == shape[3],
+            "y x in out": shape[3] == width and shape[0] == shape[1],
+            "y in x out": shape[3] == width and shape[0] == shape[2],
+        }
+    else:
+        two = len(shape) == 2
+        fits = {"out in": two and shape[0] == width, "in out": two and shape[1] == width}
+    return [order for order, does in fits.items() if does]
 
 
 def _changed(
@@ -178,6 +184,7 @@ def _permuted(stored: Stored, axes: Sequence[int]) -> Stored:
 _AXES: dict[str, Callable[[Stored], Stored]] = {
     "out in y x": lambda stored: stored,
     "y x in out": partial(_permuted, axes=(3, 2, 0, 1)),
+    "y in x out": partial(_permuted, axes=(3, 1, 0, 2)),
     "out in": lambda stored: stored,
     "in out": partial(_permuted, axes=(1, 0)),
 }

@@ -170,7 +170,7 @@ def write_luatorch(path: Path, state: State, kind: str = "Float", hostile: bool 
 
 
 def write_hdf5(path: Path, state: State, convolutions: str, linear: str, group: str = "data/") -> Path:
-    """``convolutions`` is OIHW or HWIO, ``linear`` is ``out in``, ``in out`` or ``as convolutions``."""
+    """``convolutions`` is OIHW, HWIO or HIWO, ``linear`` is ``out in``, ``in out`` or ``as convolutions``."""
     spatial_first = convolutions == "HWIO"
     with h5py.File(path, "w") as file:
         for name in MODULES:
@@ -184,7 +184,7 @@ def write_hdf5(path: Path, state: State, convolutions: str, linear: str, group: 
                 else:
                     weight = maps
             if weight.ndim == 4:
-                weight = weight.transpose(2, 3, 1, 0) if spatial_first else weight
+                weight = weight.transpose(["OIHW".index(axis) for axis in convolutions])
             elif linear == "in out":
                 weight = weight.T
             file[f"{group}{short}_w"] = weight
@@ -212,7 +212,7 @@ def write_every_format(folder: Path, state: State) -> dict[str, Path]:
     torch.save({**{f"vgg_core.{key}": value for key, value in state.items()}, **head}, at("multi-view"))
     write_luatorch(at("t7"), state)
     write_luatorch(at("t7-double"), state, "Double")
-    for convolutions in ("OIHW", "HWIO"):
+    for convolutions in ("OIHW", "HWIO", "HIWO"):
         for linear in ("out in", "in out", "as convolutions"):
             write_hdf5(at(f"hdf5-{convolutions}-{linear}".replace(" ", "-")), state, convolutions, linear)
     arrays = {key: value.numpy() for key, value in state.items()}

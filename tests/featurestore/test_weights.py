@@ -19,6 +19,7 @@ import torch
 from safetensors.torch import save_file
 
 from featurestore.caching.extractor import load_extractor
+from featurestore.checkpoints.layouts import readings
 from featurestore.checkpoints.reader import open_tensors
 from featurestore.checkpoints.seeded import draw_weights
 from featurestore.checkpoints.weights import open_weights
@@ -66,7 +67,7 @@ def test_every_format_gives_the_same_activations(files: dict[str, Path], state) 
     torch.manual_seed(0)
     with torch.inference_mode():
         expected = network(torch.randn(2, 3, SIZE, SIZE))
-    assert len(files) == 23
+    assert len(files) == 26
     identities = set()
     for name, path in files.items():
         weights = open_weights(str(path), MINI)
@@ -92,6 +93,8 @@ def test_the_layout_is_named(files: dict[str, Path]) -> None:
     }
     (note,) = open_weights(str(files["hdf5-HWIO-in-out"]), MINI).notes
     assert "y, x, channel order" in note  # what shapes cannot tell is said
+    (note,) = open_weights(str(files["hdf5-HIWO-in-out"]), MINI).notes
+    assert note == "fc6 is taken to be flattened in channel, y, x order"
     (note,) = open_weights(str(files["end-to-end"]), MINI).notes
     assert "its head (2 keys) is left out" in note
 
@@ -406,6 +409,19 @@ def test_a_t7_whose_tables_hold_themselves(tmp_path: Path) -> None:
     lua.module("nn.Sequential", [("modules", lambda: lua.table([(1.0, again), (2.0, again)]))])
     (tmp_path / "w.t7").write_bytes(lua.content)
     assert open_tensors(tmp_path / "w.t7").tensors == {}
+
+
+def test_what_shapes_cannot_tell_is_said(tmp_path: Path, state) -> None:
+    """A file cut after fc7, whose only matrix is square; and one first convolution, 3 × 3 × 3 × out, alone."""
+    path = write_hdf5(tmp_path / "w.h5", state, "HIWO", "as convolutions")
+    with h5py.File(path, "a") as file:
+        del file["data/fc8_w"], file["data/fc8_b"], file["data/fc7_w"]
+        file["data/fc7_w"] = state["fc.fc7.weight"].numpy()
+    assert open_weights(str(path), MINI).notes == ("fc7 may have the axes out in or in out; out in is taken",)
+    with h5py.File(tmp_path / "one.h5", "w") as file:
+        file["conv1_1_w"], file["conv1_1_b"] = np.zeros((3, 3, 3, 4)), np.zeros(4)
+    *_, reading = readings(open_tensors(tmp_path / "one.h5"))
+    assert reading.notes == ("conv1_1 may have the axes y x in out or y in x out; y x in out is taken",)
 
 
 def test_hdf5_of_other_kinds(tmp_path: Path, state) -> None:
