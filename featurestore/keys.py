@@ -3,6 +3,7 @@
 from typing import Any
 
 KEY = ("face_id", "view")  # an item: one look at one person; both are strings
+FLIPPED = "|flipped"  # ends the view of a photograph that is mirrored before anything else is done to it
 BOX = ("box_x", "box_y", "box_w", "box_h")  # left, top, width, height of the face, in pixels of the decoded picture
 # Five points of the face, in pixels of the decoded picture (0 is the middle of the first one) and in dlib's order: the outer
 # and inner corner of the eye on the picture's right, those of the eye on its left, and the bottom of the nose.

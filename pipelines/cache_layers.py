@@ -116,6 +116,13 @@ def _complete_recipes(ctx: click.Context, param: click.Parameter, incomplete: st
     help="Find the faces first, as find_faces.py does, and cut the photographs to them; the table is kept beside the store.",
 )
 @click.option(
+    "--flip",
+    type=click.Choice(["none", "both"]),
+    default="none",
+    show_default=True,
+    help="both: each photograph also mirrored, as a view of its own, `frontal|flipped` beside `frontal`.",
+)
+@click.option(
     "--backbone",
     default="vggface",
     show_default=True,
@@ -215,6 +222,7 @@ def _request(
     pattern: str | None,
     boxes: Path | None,
     find_faces: bool,
+    flip: str,
     store: Path | None,
     weights: str | None,
     dry_run: bool,
@@ -251,9 +259,13 @@ def _request(
     store = store or Path("store") / f"{images.resolve().stem}.zarr"
     if find_faces:
         faces = _found_faces(faces, store.with_suffix(".faces.csv"), rest["on_error"], dry_run)
+    if boxes:
+        faces = with_boxes(faces, boxes)
+    if flip == "both":
+        faces = keys.with_flipped(faces)
     return CachingRequest(
         store=store,
-        faces=with_boxes(faces, boxes) if boxes else faces,
+        faces=faces,
         layers=list(layers),
         weights=weights_file(weights, rest["backbone"], dry_run),
         **rest,

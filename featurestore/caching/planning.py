@@ -11,7 +11,7 @@ from featurestore.caching.plan import CountPhotographs, LayerPlan, Plan
 from featurestore.caching.renamed import Moves, find_moves
 from featurestore.errors import FeatureStoreError
 from featurestore.files import sha256_of
-from featurestore.keys import BOX, KEY, LANDMARKS
+from featurestore.keys import BOX, FLIPPED, KEY, LANDMARKS
 from featurestore.photos.decode import decode
 from featurestore.photos.loading import Failure, Photo
 from featurestore.store.reader import FeatureStore, Source
@@ -106,8 +106,11 @@ def _about(job: CachingJob, request: CachingRequest) -> tuple[tuple[str, str], .
     boxes = "" if margin is None else f"; cut to each face's box and {margin:.0%} of it on each side"
     boxes = "; each face turned upright by its five landmarks" if job.recipe.place == LANDMARKS else boxes
     table = request.faces.table
+    flipped = int(table["view"].str.endswith(FLIPPED).sum())
+    photographs = f"{len(table) - flipped} photographs of {table['face_id'].nunique()} faces"
+    mirrored = f", each also mirrored (view{FLIPPED})" if flipped else ""
     return (
-        ("images", f"{len(table)} photographs of {table['face_id'].nunique()} faces, keyed by {request.faces.layout}"),
+        ("images", f"{photographs}{mirrored}, keyed by {request.faces.layout}"),
         ("store", str(request.store)),
         ("source", job.source_name),
         ("backbone", f"{job.spec.name}, weights {weights}"),
@@ -190,11 +193,12 @@ def _moved(old: pd.DataFrame, found: pd.DataFrame, place: tuple[str, ...]) -> np
 
 def _digests(found: pd.DataFrame, progress: CountPhotographs) -> list[str | None]:
     """The sha256 of each photograph; None for one that cannot be read."""
-    digests = []
-    for digest in thread_pool().map(_sha256_or_none, found["path"]):
+    paths = found["path"].unique()  # a mirrored photograph has the file of the plain one
+    digests: dict[str, str | None] = {}
+    for path, digest in zip(paths, thread_pool().map(_sha256_or_none, paths), strict=True):
         progress(1)
-        digests.append(digest)
-    return digests
+        digests[path] = digest
+    return [digests[path] for path in found["path"]]
 
 
 def _sha256_or_none(path: str) -> str | None:

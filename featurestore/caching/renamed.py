@@ -1,11 +1,11 @@
 """Photographs that went away, were renamed, or are there twice: the table asked for beside the items of a source.
 
-A photograph is known by its content: the file's sha256 and, where faces are cut out, the box or the landmarks.
+A photograph is known by its content: the file's sha256, whether it is mirrored and, where faces are cut out, box or landmarks.
 """
 
 import os
 from collections import defaultdict, deque
-from collections.abc import Hashable, Iterable, Sequence
+from collections.abc import Hashable, Iterable, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -13,7 +13,7 @@ import numpy as np
 import pandas as pd
 
 from featurestore.errors import FeatureStoreError
-from featurestore.keys import KEY
+from featurestore.keys import FLIPPED, KEY
 from featurestore.store.reader import FeatureStore, Source
 from featurestore.store.rewriting import rename_items
 
@@ -30,6 +30,11 @@ class Rename:
     new: Key
     path: str
     sha256: str
+
+    def mirrored(self, row: int) -> "Rename":
+        """The same for the item at ``row``, which holds the photograph mirrored."""
+        old, new = ((face, view + FLIPPED) for face, view in (self.old, self.new))
+        return Rename(row, old, new, self.path, self.sha256)
 
     def __str__(self) -> str:
         return f"{'/'.join(self.old)} → {'/'.join(self.new)}"
@@ -81,6 +86,7 @@ def find_moves(
     pairs = _possible(pairs, known)
     old_keys, keys = (list(zip(table["face_id"], table["view"], strict=True)) for table in (old, found))
     renamed = [Rename(row, old_keys[row], keys[i], str(found["path"].iloc[i]), str(digests[i])) for row, i in pairs]
+    renamed += _mirrored(renamed, {key: row for row, key in enumerate(old_keys)}, keys)
     now = {each.row: each.new for each in renamed}
     first: dict[Hashable, Key] = {}
     for row in np.flatnonzero(source.originals == np.arange(len(old))).tolist():
@@ -143,7 +149,10 @@ def rows_to_forget(source: Source, found: pd.DataFrame, names: Iterable[str]) ->
 def _contents(table: pd.DataFrame, digests: Iterable[str | None], place: tuple[str, ...]) -> list[Hashable]:
     """What each photograph is known by; None for one without a hash."""
     places = table.reindex(columns=list(place)).to_numpy(np.float64).tolist()
-    return [(digest, *numbers) if digest else None for digest, numbers in zip(digests, places, strict=True)]
+    flipped = table["view"].str.endswith(FLIPPED)
+    return [
+        (digest, *how) if digest else None for digest, *how in zip(digests, flipped, map(tuple, places), strict=True)
+    ]
 
 
 def _possible(pairs: list[tuple[int, int]], known: np.ndarray) -> list[tuple[int, int]]:
@@ -156,8 +165,18 @@ def _possible(pairs: list[tuple[int, int]], known: np.ndarray) -> list[tuple[int
         pairs = fit
 
 
+def _mirrored(renamed: Sequence[Rename], rows: Mapping[Key, int], taken: Iterable[Key]) -> list[Rename]:
+    """Where the photographs are asked for plain alone: the items among ``rows`` that hold the renamed ones mirrored."""
+    old = {each.old for each in renamed}
+    twins = [each.mirrored(rows.get((each.old[0], each.old[1] + FLIPPED), -1)) for each in renamed]
+    twins = [twin for twin in twins if twin.row >= 0 and twin.old not in old and twin.new not in set(taken)]
+    known = np.array([rows.get(twin.new, -1) for twin in twins], np.int64)
+    return [twins[i] for _, i in _possible([(twin.row, i) for i, twin in enumerate(twins)], known)]
+
+
 def _in_another(source: Source, renamed: Sequence[Rename]) -> list[Rename]:
     source.require_unique_keys()
+    renamed = [*renamed, *_mirrored(renamed, {key: row for row, key in enumerate(source.keys)}, ())]
     rows = source.keys.get_indexer(pd.MultiIndex.from_tuples([each.old for each in renamed]))
     known = source.keys.get_indexer(pd.MultiIndex.from_tuples([each.new for each in renamed]))
     hashes = source.coordinate("image_sha256")

@@ -6,13 +6,13 @@ Keys are strings, never positions: a wrong face is then a look-up error instead 
 import os
 import re
 from collections.abc import Iterator
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 
 import pandas as pd
 
 from featurestore.errors import FeatureStoreError
-from featurestore.keys import KEY
+from featurestore.keys import FLIPPED, KEY
 from featurestore.photos.csv_files import read_csv
 from featurestore.text import listing, natural_order, near_matches
 
@@ -47,7 +47,7 @@ def find_faces(images: str | os.PathLike[str], pattern: str | None = None) -> Fo
 
     ``pattern`` is a layout's name (see ``LAYOUTS``) or a regular expression with groups ``face`` and ``view``,
     searched for in each path below the folder. Raises FeatureStoreError for a missing folder, no images,
-    an image without a key (no pattern given), or two files for one key.
+    an image without a key (no pattern given), two files for one key, or a view whose name ends in ``|flipped``.
     """
     root = Path(images).expanduser()
     if not root.exists():
@@ -59,12 +59,28 @@ def find_faces(images: str | os.PathLike[str], pattern: str | None = None) -> Fo
     else:
         found = _scan(root, pattern)
     _refuse_duplicates(found.table)
+    flipped = found.table[found.table["view"].str.endswith(FLIPPED)]
+    if len(flipped):
+        raise FeatureStoreError(
+            f"{flipped['path'].iloc[0]} has the view {flipped['view'].iloc[0]!r}, but names that end in {FLIPPED} are kept for "
+            "photographs that are mirrored here: `flip` both. Leave it out, or rename it."
+        )
     keys = [
         (natural_order(face), natural_order(view))
         for face, view in zip(found.table["face_id"], found.table["view"], strict=True)
     ]
     order = sorted(range(len(keys)), key=keys.__getitem__)
     return FoundFaces(found.table.iloc[order].reset_index(drop=True), found.layout, found.left_out)
+
+
+def with_flipped(found: FoundFaces) -> FoundFaces:
+    """``found`` and after each photograph the same one mirrored, as a view of its own: ``frontal|flipped`` after ``frontal``.
+
+    Other columns are those of the photograph: boxes are in the picture as the file shows it.
+    """
+    plain = found.table.reset_index(drop=True)
+    flipped = plain.assign(view=plain["view"] + FLIPPED)
+    return replace(found, table=pd.concat([plain, flipped]).sort_index(kind="stable").reset_index(drop=True))
 
 
 def _image_files(root: Path) -> Iterator[str]:

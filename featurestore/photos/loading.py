@@ -11,14 +11,14 @@ from pathlib import Path
 import numpy as np
 import torch
 
-from featurestore.keys import Place
+from featurestore.keys import BOX, FLIPPED, Place
 from featurestore.photos.decode import ImageError, decode
 from featurestore.photos.recipes import Recipe
 
 
 @dataclass(frozen=True)
 class Photo:
-    """A photograph to compute. ``row`` is where its rows go, or None for one to be appended.
+    """A photograph to compute, mirrored if its view's name says so. ``row`` is where its rows go, or None for one to be appended.
 
     ``sha256`` is what the file must still hash to, or None if that is not known yet. ``place`` is where the face
     is, for recipes that cut it out: the numbers of ``Recipe.place``.
@@ -30,6 +30,11 @@ class Photo:
     row: int | None = None
     sha256: str | None = None
     place: Place | None = None
+
+    @property
+    def flipped(self) -> bool:
+        """Whether it is mirrored, with its place, before the recipe."""
+        return self.view.endswith(FLIPPED)
 
     def __str__(self) -> str:
         return f"({self.face!r}, {self.view!r}) {self.path}"
@@ -82,11 +87,33 @@ def _load(photo: Photo, recipe: Recipe) -> _Decoded | Failure:
         digest = hashlib.sha256(content).hexdigest()
         if photo.sha256 is not None and digest != photo.sha256:
             return Failure(photo, "the photograph changed since its other layers were cached")
-        return _Decoded(photo, recipe.pixels(decode(content), photo.place), digest)
+        rgb, place = decode(content), photo.place
+        if photo.flipped:
+            rgb, place = _mirrored(rgb, place)
+        return _Decoded(photo, recipe.pixels(rgb, place), digest)
     except ImageError as error:
         return Failure(photo, str(error))
     except OSError as error:
         return Failure(photo, error.strerror or str(error))
+
+
+def _mirrored(rgb: np.ndarray, place: Place | None) -> tuple[np.ndarray, Place | None]:
+    """A picture with left and right exchanged, and where the same face is in it: its box, or its landmarks."""
+    if place is not None:
+        place = _mirrored_box(place, rgb) if len(place) == len(BOX) else _mirrored_landmarks(place, rgb)
+    return np.ascontiguousarray(rgb[:, ::-1]), place
+
+
+def _mirrored_box(box: Place, rgb: np.ndarray) -> Place:
+    left, top, width, height = box
+    return rgb.shape[1] - left - width, top, width, height
+
+
+def _mirrored_landmarks(landmarks: Place, rgb: np.ndarray) -> Place:
+    """The eye on the picture's right is on its left afterwards, and takes the other's place in the order."""
+    points = [(rgb.shape[1] - 1 - x, y) for x, y in zip(landmarks[::2], landmarks[1::2], strict=True)]
+    right_outer, right_inner, left_outer, left_inner, nose = points
+    return tuple(number for point in (left_outer, left_inner, right_outer, right_inner, nose) for number in point)
 
 
 def _load_in_order(photos: Iterable[Photo], recipe: Recipe, workers: int, ahead: int) -> Iterator[_Decoded | Failure]:

@@ -20,7 +20,7 @@ import pandas as pd
 
 from featurestore.errors import FeatureStoreError
 from featurestore.files import OpenFolder, safe_name
-from featurestore.keys import KEY, place_columns
+from featurestore.keys import FLIPPED, KEY, place_columns
 from featurestore.store.zarr_format import (
     METADATA,
     Layer,
@@ -110,8 +110,9 @@ class Source:
     def originals(self) -> np.ndarray:
         """(n_items,) int64: of each item, the first row with the same photograph, its own if there is no other.
 
-        The same photograph is an equal ``image_sha256`` and, where faces were cut out, an equal box (equal landmarks). An item
-        whose hash is not known (empty while it is recomputed, or zeros) is the same as no other.
+        The same photograph is an equal ``image_sha256`` and, where faces were cut out, an equal box (equal landmarks); mirrored
+        (``|flipped``) it is another. An item whose hash is not known (empty while it is recomputed, or zeros) is the same as
+        no other.
         """
         names = [
             name
@@ -121,7 +122,8 @@ class Source:
         table = pd.DataFrame({name: self.coordinate(name) for name in names})
         if "image_sha256" not in table:
             return np.arange(self.n_items)
-        group = table.groupby(names, sort=False, dropna=False).ngroup().to_numpy()
+        table["flipped"] = [view.endswith(FLIPPED) for view in self.coordinate("view")]
+        group = table.groupby([*names, "flipped"], sort=False, dropna=False).ngroup().to_numpy()
         _, first, group = np.unique(group, return_index=True, return_inverse=True)
         unknown = table["image_sha256"].isin(["", "0" * 64])
         return np.where(unknown, np.arange(self.n_items), first[group]).astype(np.int64)
