@@ -90,8 +90,14 @@ def _complete_recipes(ctx: click.Context, param: click.Parameter, incomplete: st
 @click.option(
     "--images",
     type=click.Path(path_type=Path),
-    metavar="DIR_OR_CSV",
-    help="Folder of photographs, or a CSV with face_id, view, path. Without it: rendered demo faces.",
+    metavar="DIR|FILE",
+    help="Folder of photographs, a CSV with face_id, view, path, or a .txt list with a path a line. Without it: demo faces.",
+)
+@click.option(
+    "--images-root",
+    type=click.Path(path_type=Path),
+    metavar="DIR",
+    help="Folder that the paths of a .txt list are relative to. [default: the list's own]",
 )
 @click.option(
     "--pattern",
@@ -219,6 +225,7 @@ def main(list_layers: bool, dry_run: bool, rename: bool, forget: tuple[str, ...]
 def _request(
     layers: tuple[str, ...],
     images: Path | None,
+    images_root: Path | None,
     pattern: str | None,
     boxes: Path | None,
     find_faces: bool,
@@ -255,7 +262,7 @@ def _request(
 
     if boxes and find_faces:
         raise click.UsageError("--boxes says where the faces are, --find-faces finds them: give one of the two.")
-    faces = keys.find_faces(images, pattern)
+    faces = keys.find_faces(images, pattern, images_root)
     store = store or Path("store") / f"{images.resolve().stem}.zarr"
     if find_faces:
         faces = _found_faces(faces, store.with_suffix(".faces.csv"), rest["on_error"], dry_run)

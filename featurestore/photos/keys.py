@@ -42,17 +42,27 @@ class FoundFaces:
     boxed: bool = False
 
 
-def find_faces(images: str | os.PathLike[str], pattern: str | None = None) -> FoundFaces:
-    """Key every photograph of a folder, or of a CSV with ``face_id, view, path`` columns.
+def find_faces(
+    images: str | os.PathLike[str], pattern: str | None = None, images_root: str | os.PathLike[str] | None = None
+) -> FoundFaces:
+    """Key every photograph of a folder, of a CSV with ``face_id, view, path`` columns, or of a ``.txt`` list with a path a line.
 
     ``pattern`` is a layout's name (see ``LAYOUTS``) or a regular expression with groups ``face`` and ``view``,
-    searched for in each path below the folder. Raises FeatureStoreError for a missing folder, no images,
+    searched for in each path below the folder, or as the list has it. Paths of a list are relative to ``images_root``, or to
+    the list's own folder. Raises FeatureStoreError for a missing folder or photograph, no images,
     an image without a key (no pattern given), two files for one key, or a view whose name ends in ``|flipped``.
     """
     root = Path(images).expanduser()
     if not root.exists():
         raise FeatureStoreError(f"there is no folder or CSV {root}. Check the path given with `images`.")
-    if root.is_file():
+    is_list = root.is_file() and root.suffix.lower() == ".txt"
+    if images_root is not None and not is_list:
+        raise FeatureStoreError(
+            f"`images_root` is for lists of photographs, a .txt file with a path a line; {root} is none."
+        )
+    if is_list:
+        found = _read_list(root, root.parent if images_root is None else Path(images_root).expanduser(), pattern)
+    elif root.is_file():
         if pattern is not None:
             raise FeatureStoreError(f"`pattern` is for folders; the keys of {root} are its face_id and view columns.")
         found = FoundFaces(_read_csv(root), layout=f"CSV {root.name}")
@@ -114,6 +124,41 @@ def _scan(root: Path, pattern: str | None) -> FoundFaces:
         raise FeatureStoreError(
             f"no images in {root}: looked in all its folders for files ending in {', '.join(sorted(IMAGE_SUFFIXES))}."
         )
+    return _keyed(files, root, pattern, root)
+
+
+def _read_list(path: Path, root: Path, pattern: str | None) -> FoundFaces:
+    """The photographs whose paths, absolute or below ``root``, are the lines of a text file."""
+    if not root.is_dir():
+        raise FeatureStoreError(f"there is no folder {root}. Check the path given with `images_root`.")
+    try:
+        lines = path.read_text("utf-8-sig").splitlines()
+    except UnicodeDecodeError as error:
+        raise FeatureStoreError(f"{path} cannot be read as a list of paths: {error}.") from None
+    files: list[str] = []
+    for number, line in enumerate(map(str.strip, lines), start=1):
+        if not line:
+            continue
+        if "\0" in line or Path(line).suffix.lower() not in IMAGE_SUFFIXES:
+            raise FeatureStoreError(
+                f"{path} line {number} is no path of an image: {line!r:.100}. It needs a path a line, ending in "
+                f"{', '.join(sorted(IMAGE_SUFFIXES))}."
+            )
+        files.append(Path(os.path.relpath(line, root) if Path(line).is_relative_to(root) else line).as_posix())
+    if not files:
+        raise FeatureStoreError(f"no images in {path}: it has no line with a path.")
+    absent = [file for file in files if not os.path.isfile(root / file)]
+    if absent:
+        raise FeatureStoreError(
+            f"{len(absent)} of {len(files)} images named in {path} do not exist: {listing(absent, 3)}. "
+            f"Paths are read relative to {root}; another folder is given with `images_root`."
+        )
+    found = _keyed(files, root, pattern, path)
+    return replace(found, layout=f"{found.layout} in list {path.name}")
+
+
+def _keyed(files: list[str], root: Path, pattern: str | None, where: Path) -> FoundFaces:
+    """Keys of the files (posix paths, relative to ``root``) that ``where`` holds or names."""
     rows: list[tuple[str, str, str]] = []
     left_out = []
     regexes = _regexes(pattern)
@@ -131,7 +176,7 @@ def _scan(root: Path, pattern: str | None) -> FoundFaces:
     if not rows or (left_out and pattern is None):
         tried = pattern or "face/view.ext and head-007_angle-348.75.ext or head-007_frontal.ext"
         raise FeatureStoreError(
-            f"{len(left_out)} of {len(files)} images in {root} have no key: {listing(left_out, 3)}. Looked for {tried}. "
+            f"{len(left_out)} of {len(files)} images in {where} have no key: {listing(left_out, 3)}. Looked for {tried}. "
             "Give `pattern` a regular expression with the groups face and view, such as "
             r"'(?P<face>\w+)-(?P<view>\w+)\.jpg', or `images` a CSV with face_id, view, path."
         )

@@ -121,6 +121,42 @@ def test_a_bad_csv_says_what_is_wrong_and_where(tmp_path: Path, text: str, messa
         find_faces(tmp_path / "faces.csv")
 
 
+def test_a_list_of_photographs(tmp_path: Path) -> None:
+    """A path a line, as VGGFace2's test_list.txt: the same keys as of the folder, of those that are named."""
+    root = touch(tmp_path / "test", "n000001/0001_01.jpg", "n000001/0002_01.jpg", "n000009/0001_01.JPG")
+    lines = ["n000009/0001_01.JPG", "", "./n000001/0002_01.jpg"]
+    (tmp_path / "test_list.txt").write_bytes("\r\n".join(lines).encode("utf-8-sig"))
+    found = find_faces(tmp_path / "test_list.txt", images_root=root)
+    assert found.table["face_id"].tolist() == ["n000001", "n000009"]
+    assert found.table["path"].tolist() == [str(root / "n000001/0002_01.jpg"), str(root / "n000009/0001_01.JPG")]
+    assert found.layout == "folders in list test_list.txt"
+    (root / "list.txt").write_text(f"{root}/n000001/0001_01.jpg\n")  # absolute, and beside the photographs
+    assert keys(root / "list.txt") == [("n000001", "0001_01")]
+    (tmp_path / "by_pattern.txt").write_text("test/n000009/0001_01.JPG\n")
+    assert keys(tmp_path / "by_pattern.txt", r"(?P<face>n\d+)/(?P<view>\w+)") == [("n000009", "0001_01")]
+
+
+@pytest.mark.parametrize(
+    ("text", "message"),
+    [
+        ("f1/1.png\nf1/2.png\n", r"1 of 2 images named in .*list.txt do not exist: f1/2.png.*`images_root`"),
+        ("f1/1.png 3\n", r"line 1 is no path of an image: 'f1/1.png 3'"),
+        ("\n\nf1/\0.png\n", "line 3 is no path of an image"),
+        ("\n", "it has no line with a path"),
+        ("f1/1.png\nstray.png\n", "1 of 2 images in .*list.txt have no key: stray.png"),
+        ("f1/1.png\nf1/1.png\n", "two files for one key"),
+        ("f1/\udcff.png\n", "cannot be read as a list of paths"),
+    ],
+)
+def test_what_can_be_wrong_with_a_list(tmp_path: Path, text: str, message: str) -> None:
+    touch(tmp_path, "f1/1.png", "stray.png")
+    (tmp_path / "list.txt").write_bytes(text.encode("utf-8", "surrogateescape"))
+    with pytest.raises(FeatureStoreError, match=message):
+        find_faces(tmp_path / "list.txt")
+    with pytest.raises(FeatureStoreError, match="`images_root` is for lists of photographs"):
+        find_faces(tmp_path, images_root=tmp_path)
+
+
 def test_natural_order_is_numeric_inside_text() -> None:
     wanted = ["s1", "s2", "s2a", "s10", "s10b1", "s10b11", "t"]
     shuffled = random.Random(0).sample(wanted, len(wanted))
