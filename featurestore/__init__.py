@@ -13,14 +13,19 @@ if sys.platform not in ("linux", "darwin"):
 
 if TYPE_CHECKING:
     from featurestore.caching.activations import activations
+    from featurestore.queries.answers import answers_table
     from featurestore.queries.identification import identification_table
     from featurestore.store.reader import FeatureStore, Source
 
-__all__ = ["FeatureStore", "FeatureStoreError", "Source", "activations", "identification_table"]
+__all__ = ["FeatureStore", "FeatureStoreError", "Source", "activations", "answers_table", "identification_table"]
 
 
 def __getattr__(name: str) -> Any:
     """Load pandas only for those who open a store: commands print their help without it."""
+    if name == "answers_table":
+        from featurestore.queries.answers import answers_table
+
+        return answers_table
     if name == "identification_table":
         from featurestore.queries.identification import identification_table
 

@@ -122,6 +122,12 @@ def _complete_recipes(ctx: click.Context, param: click.Parameter, incomplete: st
     help="Find the faces first, as find_faces.py does, and cut the photographs to them; the table is kept beside the store.",
 )
 @click.option(
+    "--identities",
+    type=click.Path(path_type=Path),
+    metavar="FILE",
+    help="Store each face's name and gender: a CSV as VGGFace2's identity_meta.csv (Class_ID, Name, Sample_Num, Flag, Gender).",
+)
+@click.option(
     "--flip",
     type=click.Choice(["none", "both"]),
     default="none",
@@ -229,6 +235,7 @@ def _request(
     pattern: str | None,
     boxes: Path | None,
     find_faces: bool,
+    identities: Path | None,
     flip: str,
     store: Path | None,
     weights: str | None,
@@ -259,6 +266,7 @@ def _request(
     from featurestore.caching.job import CachingRequest
     from featurestore.photos import keys
     from featurestore.photos.boxes import with_boxes
+    from featurestore.photos.identities import with_identities
 
     if boxes and find_faces:
         raise click.UsageError("--boxes says where the faces are, --find-faces finds them: give one of the two.")
@@ -268,6 +276,8 @@ def _request(
         faces = _found_faces(faces, store.with_suffix(".faces.csv"), rest["on_error"], dry_run)
     if boxes:
         faces = with_boxes(faces, boxes)
+    if identities:
+        faces = with_identities(faces, identities)
     if flip == "both":
         faces = keys.with_flipped(faces)
     return CachingRequest(

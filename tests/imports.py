@@ -13,6 +13,7 @@ import featurestore.demo.dataset
 import featurestore.demo.olivetti
 import featurestore.networks.external
 import featurestore.photos.detection
+import featurestore.queries.answers
 import featurestore.queries.identification
 import featurestore.store.lazy
 import featurestore.store.removal
@@ -28,6 +29,7 @@ import pipelines.convert_weights
 import pipelines.fetch_olivetti
 import pipelines.find_faces
 import pipelines.make_faces
+import pipelines.name_faces
 import pipelines.store_info
 import pipelines.train_heads
 import pipelines.verify_store

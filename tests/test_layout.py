@@ -20,7 +20,7 @@ BELOW = {
     "networks": ("photos",),
     "checkpoints": ("networks", "photos"),
     "caching": ("checkpoints", "networks", "photos", "store"),
-    "queries": ("store",),
+    "queries": ("photos", "store"),
     "demo": (),
 }
 
@@ -118,6 +118,7 @@ def test_the_ground_imports_nothing_above_it(module: str) -> None:
         "pipelines.convert_weights",
         "pipelines.compare_networks",
         "pipelines.find_faces",
+        "pipelines.name_faces",
         "pipelines.store_info",
         "pipelines.train_heads",
         "pipelines.verify_store",

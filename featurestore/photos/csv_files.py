@@ -12,16 +12,16 @@ from featurestore.errors import FeatureStoreError
 def read_csv(path: Path, **options: Any) -> pd.DataFrame:
     """The file as ``pandas.read_csv`` reads it; FeatureStoreError for no CSV, and for a line with too many or too few fields."""
     try:
-        _check_lines(path)
+        _check_lines(path, bool(options.get("skipinitialspace")))
         return pd.read_csv(path, index_col=False, **options)
     except (ValueError, UnicodeDecodeError, csv.Error) as error:
         raise FeatureStoreError(f"{path} cannot be read as a CSV: {error}.") from None
 
 
-def _check_lines(path: Path) -> None:
+def _check_lines(path: Path, skipinitialspace: bool) -> None:
     """ValueError for a line with more or fewer fields than the header: its values would slide into other columns."""
     with path.open(newline="", encoding="utf-8-sig") as file:
-        reader = csv.reader(file, strict=True)
+        reader = csv.reader(file, strict=True, skipinitialspace=skipinitialspace)
         header = next(reader, [])
         for row in reader:
             if row and len(row) != len(header):
