@@ -1,6 +1,7 @@
 """An activation-caching feature store for face networks: pay for the backbone once, read it as memory maps."""
 
 import sys
+from importlib import import_module
 from typing import TYPE_CHECKING, Any
 
 from featurestore.errors import FeatureStoreError
@@ -17,25 +18,18 @@ if TYPE_CHECKING:
     from featurestore.queries.identification import identification_table
     from featurestore.store.reader import FeatureStore, Source
 
+_WHERE = {
+    "FeatureStore": "store.reader",
+    "Source": "store.reader",
+    "activations": "caching.activations",
+    "answers_table": "queries.answers",
+    "identification_table": "queries.identification",
+}
 __all__ = ["FeatureStore", "FeatureStoreError", "Source", "activations", "answers_table", "identification_table"]
 
 
 def __getattr__(name: str) -> Any:
-    """Load pandas only for those who open a store: commands print their help without it."""
-    if name == "answers_table":
-        from featurestore.queries.answers import answers_table
-
-        return answers_table
-    if name == "identification_table":
-        from featurestore.queries.identification import identification_table
-
-        return identification_table
-    if name == "activations":
-        from featurestore.caching.activations import activations
-
-        return activations
-    if name in __all__:
-        from featurestore.store import reader
-
-        return getattr(reader, name)
+    """Load pandas and torch only for those who use them: commands print their help without."""
+    if name in _WHERE:
+        return getattr(import_module(f"featurestore.{_WHERE[name]}"), name)
     raise AttributeError(f"module {__name__!r} has no attribute {name!r}")

@@ -17,7 +17,8 @@ from featurestore.caching.job import CachingRequest, prepare_job
 from featurestore.caching.planning import make_plan
 from featurestore.caching.run import cache_layers
 from featurestore.checkpoints.weights import open_weights
-from featurestore.networks.registry import get_backbone
+from featurestore.networks.hooks import HookedNetwork
+from featurestore.networks.registry import get_backbone, get_recipe
 from featurestore.networks.shapes import with_input_size
 from featurestore.photos.keys import find_faces
 from featurestore.store.writer import store_lock
@@ -33,14 +34,18 @@ NETWORKS = {
     "senet50_ft": (["layer2", "layer4", "descriptor"], 128),
     "dlib_resnet_v1": (["block3_3", "pooled", "descriptor"], 1280),
     "torchvision:convnext_tiny": (["features.3", "features.7", "avgpool"], 128),
+    "timm:resnet50": (["layer2", "layer4", "descriptor"], 128),
 }
+HOOKED = "tests.benchmarks.vision_transformer:build"  # captured by hooks; its bare forward has none
+HOOKED_LAYERS, HOOKED_N = ["layers.3", "layers.11", "layernorm"], 128
+HOOKED_RECIPE = 'size = 224\nresize = "pil"\nchannels = "RGB"\nmean = 127.5\nscale = 127.5\n'
 HELD_OUT = ["8", "9", "10"]
 
 
-def pass_rate(images: Path, store: Path, backbone: str, layers: list[str]) -> float:
+def pass_rate(images: Path, store: Path, backbone: str, layers: list[str], recipe: str | None = None) -> float:
     """Images per second of the pass, its network loaded."""
     request = CachingRequest(
-        store, find_faces(images), layers, "random:0", backbone=backbone, batch_size=BATCH, device="cpu"
+        store, find_faces(images), layers, "random:0", backbone=backbone, recipe=recipe, batch_size=BATCH, device="cpu"
     )
     job = prepare_job(request)
     with store_lock(store, "benchmark"):
@@ -50,20 +55,24 @@ def pass_rate(images: Path, store: Path, backbone: str, layers: list[str]) -> fl
 
 def speed(folder: Path) -> list[Line]:
     """The pass (decode, compute, store) against forward passes alone of the same cut, channels-last network."""
-    return [_speed(folder, name, layers, n) for name, (layers, n) in NETWORKS.items()]
+    (folder / "vit.toml").write_text(HOOKED_RECIPE)
+    hooked = _speed(folder, HOOKED, HOOKED_LAYERS, HOOKED_N, str(folder / "vit.toml"))
+    return [*(_speed(folder, name, layers, n) for name, (layers, n) in NETWORKS.items()), hooked]
 
 
-def _speed(folder: Path, name: str, layers: list[str], n: int) -> Line:
+def _speed(folder: Path, name: str, layers: list[str], n: int, recipe: str | None = None) -> Line:
     images = make_photographs(folder / f"photographs-{n}", n)
     spec = get_backbone(name)
-    spec = with_input_size(spec, spec.default_recipe().size)
+    size = (get_recipe(recipe) if recipe else spec.default_recipe()).size
+    spec = with_input_size(spec, size)
     cut = load_extractor(spec, layers, open_weights("random:0", spec), torch.device("cpu"), torch.float32)
-    size = spec.default_recipe().size
+    if isinstance(cut, HookedNetwork):
+        cut = cut.network
     inputs = torch.randn(BATCH, 3, size, size).contiguous(memory_format=torch.channels_last)
     rounds = iter(range(10**9))
 
     def ours() -> float:
-        return pass_rate(images, folder / f"{name.replace(':', '-')}-{next(rounds)}.zarr", name, layers)
+        return pass_rate(images, folder / f"{name.replace(':', '-')}-{next(rounds)}.zarr", name, layers, recipe)
 
     def bare() -> float:
         with torch.inference_mode():

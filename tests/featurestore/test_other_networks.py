@@ -206,7 +206,7 @@ def test_another_number_of_classes(tmp_path: Path) -> None:
 
 def test_a_module_that_runs_twice_is_refused_with_the_reason(photographs: Path, tmp_path: Path) -> None:
     with pytest.raises(
-        FeatureStoreError, match="'layer1.0.relu' of .* cannot be a layer: it does not run exactly once"
+        FeatureStoreError, match=r"'layer1\.0\.relu' of .* cannot be a layer: it does not run exactly once"
     ):
         run_pass(photographs, tmp_path / "r.zarr", ["layer1.0.relu"], backbone="torchvision:resnet18")
 
