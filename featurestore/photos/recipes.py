@@ -207,14 +207,3 @@ def read_recipe(path: Path) -> Recipe:
 
 
 RECIPE_READERS: dict[str, Callable[[str], Any]] = {".toml": tomllib.loads, ".json": json.loads}
-
-# For the recipes of a network that was trained on dlib's aligned faces (means and scale: dlib, ``input_rgb_image_sized``).
-DLIB_CHIP = Recipe(
-    "dlib-chip",
-    150,
-    "chip",
-    "RGB",
-    (122.782, 117.001, 104.298),
-    scale=256.0,
-    note="dlib's: the face turned upright by five landmarks, R, G, B, minus dlib's means, / 256",
-)

@@ -8,12 +8,16 @@ import pytest
 import torch
 
 from featurestore.keys import LANDMARKS
+from featurestore.networks.registry import get_recipe
 from featurestore.photos.chips import face_chip
 from featurestore.photos.decode import ImageError
-from featurestore.photos.recipes import DLIB_CHIP, recipe_from_dict
+from featurestore.photos.recipes import recipe_from_dict
 
 # x and y of five landmarks in a face of 100 × 100.
 FACE = np.array([(86, 21), (65, 23), (12, 21), (33, 23), (49, 63)])
+
+
+DLIB_CHIP = get_recipe("dlib-chip")
 
 
 @pytest.fixture(scope="module")

@@ -19,15 +19,16 @@ from featurestore.demo.dataset import make_faces
 from featurestore.demo.faces import build, draw_faces, places, render
 from featurestore.errors import FeatureStoreError
 from featurestore.keys import BOX, LANDMARKS
+from featurestore.networks.registry import get_recipe
 from featurestore.photos import detection
 from featurestore.photos.boxes import with_boxes
 from featurestore.photos.chips import face_chip
 from featurestore.photos.decode import decode
 from featurestore.photos.keys import find_faces
-from featurestore.photos.recipes import DLIB_CHIP
 from featurestore.store.writer import store_lock
 from tests.commands import command
 
+DLIB_CHIP = get_recipe("dlib-chip")
 CHIP = 'size = 224\nresize = "chip"\nchannels = "RGB"\nmean = [122.782, 117.001, 104.298]\nscale = 256\n'
 
 

@@ -21,7 +21,7 @@ from featurestore.checkpoints.reader import open_tensors
 from featurestore.checkpoints.seeded import draw_weights
 from featurestore.checkpoints.weights import open_weights
 from featurestore.errors import FeatureStoreError
-from featurestore.networks.registry import get_backbone
+from featurestore.networks.registry import get_backbone, get_recipe
 from featurestore.networks.tracing import extractor
 from featurestore.photos.decode import decode
 from featurestore.photos.recipes import Recipe
@@ -31,7 +31,8 @@ from tests.featurestore.test_backbones import with_weights
 from tests.featurestore.test_capture import far
 
 SPEC = get_backbone("dlib_resnet_v1")
-RECIPE = SPEC.default_recipe()
+WHOLE = {"recipe": "dlib-whole"}  # pictures as they are; chips have tests of their own
+RECIPE = get_recipe("dlib-whole")
 CPU = torch.device("cpu")
 PUBLISHED = ("s0_250x250", "s2_w300_h200", "orl_s1_v1", "orl_s2_v1")
 FILE = "dlib_face_recognition_resnet_model_v1.dat"
@@ -216,7 +217,17 @@ def test_converted_it_gives_the_same_descriptors(dat: Path, tmp_path: Path) -> N
 def test_a_store_of_it_is_verified_without_being_told_the_weights(dat: Path, tmp_path: Path) -> None:
     images = write_photographs(tmp_path / "photographs", 2, 2)
     store = tmp_path / "s.zarr"
-    line = ("--backbone", SPEC.name, "--layers", "block4_3", "descriptor", "--weights", "packaged")
+    line = (
+        "--backbone",
+        SPEC.name,
+        "--layers",
+        "block4_3",
+        "descriptor",
+        "--weights",
+        "packaged",
+        "--recipe",
+        "dlib-whole",
+    )
     done = command("cache_layers", *line, "--images", images, "--store", store)
     assert done.returncode == 0, done.stderr
     assert "recipe    dlib-whole: the whole photograph, not aligned" in done.stdout
@@ -228,15 +239,25 @@ def test_a_store_of_it_is_verified_without_being_told_the_weights(dat: Path, tmp
     checked = command("verify_store", store)
     assert checked.returncode == 0, checked.stderr
     assert "recomputed rows agree" in checked.stdout
-    run_pass(images, store, ["descriptor"], backbone=SPEC.name, weights=str(dat))  # by its path: the same source
+    run_pass(
+        images, store, ["descriptor"], backbone=SPEC.name, **WHOLE, weights=str(dat)
+    )  # by its path: the same source
     assert len(FeatureStore.open(store).sources) == 1
+
+
+def test_its_own_recipe_asks_for_landmarks(tmp_path: Path) -> None:
+    images = write_photographs(tmp_path / "photographs", 1, 2)
+    with pytest.raises(
+        FeatureStoreError, match=r"recipe 'dlib-chip' turns faces upright .*`find_faces`.*another `recipe`"
+    ):
+        run_pass(images, tmp_path / "s.zarr", ["descriptor"], backbone=SPEC.name)
 
 
 def test_without_the_package_it_says_what_to_install(
     dat: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     images = write_photographs(tmp_path / "photographs", 1, 2)
-    run_pass(images, tmp_path / "s.zarr", ["descriptor"], backbone=SPEC.name, weights="packaged")
+    run_pass(images, tmp_path / "s.zarr", ["descriptor"], backbone=SPEC.name, **WHOLE, weights="packaged")
     source = FeatureStore.open(tmp_path / "s.zarr").source()
     monkeypatch.setattr(sys, "path", [folder for folder in sys.path if Path(folder) not in dat.parents])
     for ask in (lambda: open_weights("packaged", SPEC), lambda: weights_of(source, None)):
