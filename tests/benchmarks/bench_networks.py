@@ -32,7 +32,7 @@ NETWORKS = {
     "inception_resnet_v1": (["repeat_1", "mixed_7a", "descriptor"], 320),
     "resnet50_ft": (["layer2", "layer4", "descriptor"], 128),
     "senet50_ft": (["layer2", "layer4", "descriptor"], 128),
-    "dlib_resnet_v1": (["block3_3", "pooled", "descriptor"], 1280),
+    "dlib_resnet_v1": (["block3_3", "pooled", "descriptor"], 640),
     "torchvision:convnext_tiny": (["features.3", "features.7", "avgpool"], 128),
     "timm:resnet50": (["layer2", "layer4", "descriptor"], 128),
 }
