@@ -14,6 +14,7 @@ from collections.abc import Callable, Iterator
 from concurrent.futures import Future, ThreadPoolExecutor
 from dataclasses import dataclass, replace
 from functools import partial
+from itertools import takewhile
 from pathlib import Path
 from typing import Any, Literal
 
@@ -45,6 +46,9 @@ _BORDER = 40  # pixels of the picture's edge repeated around it, or faces that f
 # What a row says of its photograph: how many faces it shows, and the beginning of the sha256 of the file that was searched.
 COUNT, SEARCHED = "faces_in_picture", "searched_sha256"
 _TILE, _LABEL, _ACROSS, _MOST_TILES = 96, 14, 16, 800  # pixels, pixels, tiles in a row, tiles on a contact sheet
+
+
+_Known = dict[tuple[str, str], list[dict[str, Any]]]  # what a table says of the faces of a photograph, by face and view
 
 
 @dataclass(frozen=True)
@@ -153,17 +157,19 @@ def detect_faces(
     """Search every photograph for its face; ``progress`` counts them.
 
     Of ``several`` faces the ``largest`` is taken, or ``all``: the second largest as the view ``VIEW|face-2`` and so on.
-    ``earlier`` is a table that ``write_table`` wrote: of photographs that are unchanged since, and show one face, its rows
-    are taken over. Ctrl-C ends the search with what was found so far. Raises FeatureStoreError if the packages are not
-    installed, for an ``earlier`` that is another table, and for several faces if they are to ``stop`` the search.
+    ``earlier`` is a table that ``write_table`` wrote: of photographs that are unchanged since, its rows are taken over.
+    Ctrl-C ends the search with what was found so far, and with the rows of ``earlier`` that were not reached. Raises
+    FeatureStoreError if the packages are not installed, for an ``earlier`` that is another table, and for several faces if
+    they are to ``stop`` the search.
     """
-    known = _read_table(earlier) if earlier and earlier.exists() else {}
+    known = _read_table(earlier, whole=several == "all") if earlier and earlier.exists() else {}
     detector = Detector()
     rows: list[dict[str, Any]] = []
-    missed, crowded, interrupted = [], [], False
+    missed, crowded, searched_rows, interrupted = [], [], 0, False
     try:
         for row, searched in _searched(photographs.table, known, detector):
             progress(1)
+            searched_rows += 1
             name = f"({row['face_id']!r}, {row['view']!r}) {row['path']}"
             if isinstance(searched, str):
                 missed.append(f"{name}: {searched}")
@@ -174,10 +180,11 @@ def detect_faces(
                     raise FeatureStoreError(
                         f"{crowded[0]}. Cut the photograph to the one that is meant, or choose with `several`: largest or all."
                     )
-            for i, place in enumerate(searched if several == "all" else searched[:1]):
-                rows.append({**row, **place, "view": row["view"] if i == 0 else f"{row['view']}|face-{i + 1}"})
+            rows += _keyed(row, searched if several == "all" else searched[:1])
     except KeyboardInterrupt:
         interrupted = True
+        for row in photographs.table.iloc[searched_rows:].to_dict("records"):
+            rows += _keyed(row, known.get((row["face_id"], row["view"]), []))
     columns = list(dict.fromkeys([*photographs.table.columns, *BOX, *LANDMARKS, COUNT, SEARCHED]))
     table = pd.DataFrame(rows, columns=columns)
     if table.duplicated(list(KEY)).any():
@@ -188,8 +195,14 @@ def detect_faces(
     return Detected(replace(photographs, table=table, boxed=True), tuple(missed), tuple(crowded), interrupted)
 
 
+def _keyed(row: dict[str, Any], places: list[dict[str, Any]]) -> list[dict[str, Any]]:
+    """A photograph's row for each of its faces."""
+    views = [row["view"], *(f"{row['view']}|face-{i + 1}" for i in range(1, len(places)))]
+    return [{**row, **place, "view": view} for place, view in zip(places, views, strict=True)] if places else []
+
+
 def _searched(
-    table: pd.DataFrame, known: dict[tuple[str, ...], dict[str, Any]], detector: Detector
+    table: pd.DataFrame, known: "_Known", detector: Detector
 ) -> Iterator[tuple[dict[str, Any], list[dict[str, Any]] | str]]:
     """Each photograph's row with its faces, or with what is wrong with it. Files are read and decoded in threads, ahead."""
     read = partial(_read, known=known)
@@ -209,15 +222,15 @@ def _searched(
                 future.cancel()
 
 
-def _read(row: dict[str, Any], known: dict[tuple[str, ...], dict[str, Any]]) -> Any:
-    """The decoded picture with its hash; the place that is known of it; or what is wrong with it."""
+def _read(row: dict[str, Any], known: _Known) -> Any:
+    """The decoded picture with its hash; the places that are known of it; or what is wrong with it."""
     try:
         if not Path(row["path"]).is_file():  # a pipe would hang
             return "it is no file"
         content = Path(row["path"]).read_bytes()
         digest = "sha256:" + hashlib.sha256(content).hexdigest()[:16]  # never read as a number
-        place = known.get((row["face_id"], row["view"], digest))
-        return place or (decode(content), digest)
+        places = known.get((row["face_id"], row["view"]), [])
+        return places if places and places[0][SEARCHED] == digest else (decode(content), digest)
     except (ImageError, OSError) as error:
         return str(error)
 
@@ -226,10 +239,8 @@ def _search(
     row: dict[str, Any], reading: "Future[Any]", detector: Detector
 ) -> tuple[dict[str, Any], list[dict[str, Any]] | str]:
     read = reading.result()
-    if isinstance(read, str):
+    if isinstance(read, str | list):
         return row, read
-    if isinstance(read, dict):
-        return row, [read]
     picture, digest = read
     faces = detector.faces(picture)
     about = {COUNT: len(faces), SEARCHED: digest}
@@ -246,20 +257,29 @@ def write_table(table: pd.DataFrame, path: Path) -> None:
     write_atomically(path, content)
 
 
-def _read_table(path: Path) -> dict[tuple[str, ...], dict[str, Any]]:
-    """Places by face, view and hash, of photographs that show one face. FeatureStoreError for a table of another kind."""
+def _read_table(path: Path, whole: bool) -> _Known:
+    """The places of each photograph's faces: of the first alone, or of the ``whole`` of them, where none is missing.
+
+    FeatureStoreError for a table of another kind.
+    """
     table = read_csv(path, dtype=dict.fromkeys([*KEY, SEARCHED], str), keep_default_na=False)
-    missing = [name for name in (*KEY, *BOX, *LANDMARKS, COUNT, SEARCHED) if name not in table.columns]
+    columns = [*BOX, *LANDMARKS, COUNT]
+    missing = [name for name in (*KEY, *columns, SEARCHED) if name not in table.columns]
     if missing:
         raise FeatureStoreError(
             f"{path} is there already, and is no table of found faces: it has no column {missing[0]}. Choose another `out`, or "
             "remove it."
         )
-    columns = [*BOX, *LANDMARKS, COUNT]
     places = numbers(table, columns, str(path)).assign(**{SEARCHED: table[SEARCHED]})
     places[COUNT] = places[COUNT].astype(int)
-    keys = zip(table["face_id"], table["view"], table[SEARCHED], strict=True)
-    return {key: place for key, place in zip(keys, places.to_dict("records"), strict=True) if place[COUNT] == 1}
+    rows = dict(zip(zip(table["face_id"], table["view"], strict=True), places.to_dict("records"), strict=True))
+    known = {}
+    for (face, view), first in rows.items():
+        count = first[COUNT] if whole else 1
+        others = [*takewhile(bool, (rows.get((face, f"{view}|face-{i}")) for i in range(2, count + 1)))]
+        if len(others) == count - 1:
+            known[face, view] = [first, *(place for place in others if place)]
+    return known
 
 
 def write_sheet(table: pd.DataFrame, path: Path) -> int:

@@ -254,10 +254,44 @@ def test_unchanged_photographs_are_not_searched_again(
     monkeypatch.setattr(detection.Detector, "faces", lambda self, rgb: searched.append(rgb.shape) or search(self, rgb))
     shutil.copy(photographs / "berta" / "1.png", photographs / "anna" / "1.png")
     again = detection.detect_faces(find_faces(photographs), earlier=out)
-    assert len(searched) == 3  # anna's, which has changed, and those without or with several
+    assert len(searched) == 2  # anna's, which has changed, and the one without a face
     assert again.faces.table[list(LANDMARKS)].iloc[0].tolist() == again.faces.table[list(LANDMARKS)].iloc[1].tolist()
     assert again.faces.table.iloc[1:].equals(first.faces.table.iloc[1:])
     assert again.missed == first.missed
+    assert again.several == first.several
+    detection.detect_faces(find_faces(photographs), "all", earlier=out)
+    assert len(searched) == 5  # the table has one of the two faces
+    everyone = detection.detect_faces(find_faces(photographs), "all").faces.table
+    detection.write_table(everyone, out)
+    searched.clear()
+    assert detection.detect_faces(find_faces(photographs), "all", earlier=out).faces.table.equals(everyone)
+    assert len(searched) == 1
+
+
+def test_ctrl_c_loses_nothing(detector: detection.Detector, photographs: Path, tmp_path: Path) -> None:
+    """Neither what was found so far, nor what an earlier table says of photographs that were not reached."""
+    out = tmp_path / "faces.csv"
+
+    def interrupt_after(photographs_searched: int) -> detection.Detected:
+        left = [photographs_searched]
+
+        def progress(n: int) -> None:
+            left[0] -= n
+            if left[0] < 0:
+                raise KeyboardInterrupt
+
+        return detection.detect_faces(find_faces(photographs), earlier=out, progress=progress)
+
+    begun = interrupt_after(1)
+    assert begun.interrupted
+    assert begun.faces.table["face_id"].tolist() == ["anna"]
+    detection.write_table(detection.detect_faces(find_faces(photographs)).faces.table, out)
+    table = pd.read_csv(out)
+    table.loc[1, "nose_x"] += 1  # by hand
+    table.to_csv(out, index=False)
+    again = interrupt_after(1)
+    assert again.faces.table["nose_x"].tolist() == table["nose_x"].tolist()
+    assert not detection.detect_faces(find_faces(photographs), earlier=out).interrupted
 
 
 def test_another_table_is_not_overwritten(detector: detection.Detector, photographs: Path, tmp_path: Path) -> None:
