@@ -285,7 +285,7 @@ def _read_table(path: Path, whole: bool) -> _Known:
 def write_sheet(table: pd.DataFrame, path: Path) -> int:
     """A contact sheet (PNG) of the faces of ``table``, upright and named, and how many it shows: at most 800, evenly spread.
 
-    Raises ImageError for a photograph that cannot be read any more.
+    Raises ImageError for a photograph that cannot be read any more, and for landmarks that are none.
     """
     rows = table.iloc[np.linspace(0, len(table) - 1, min(len(table), _MOST_TILES)).astype(int)]
     down = max(1, math.ceil(len(rows) / _ACROSS))
@@ -299,7 +299,10 @@ def write_sheet(table: pd.DataFrame, path: Path) -> int:
 
 
 def _tile(row: dict[str, Any]) -> np.ndarray:
-    chip = face_chip(decode(Path(row["path"]).read_bytes()), tuple(row[name] for name in LANDMARKS), 2 * _TILE)
+    try:
+        chip = face_chip(decode(Path(row["path"]).read_bytes()), tuple(row[name] for name in LANDMARKS), 2 * _TILE)
+    except ImageError as error:
+        raise ImageError(f"{row['path']}: {error}. Correct it in the table, or remove it there.") from None
     tile = np.full((_TILE + _LABEL, _TILE, 3), 255, np.uint8)
     tile[:_TILE] = cv2.resize(chip, (_TILE, _TILE), interpolation=cv2.INTER_AREA)
     name = f"{row['face_id']}/{row['view']}".encode("ascii", "replace").decode()  # OpenCV's font has no other letters

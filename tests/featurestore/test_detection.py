@@ -360,3 +360,10 @@ def test_photographs_that_cannot_be_read_are_named(
     assert len(found.missed) == 3
     assert "anna/1.png: image cannot be decoded" in found.missed[0]
     assert "berta/1.png: no face found" in found.missed[1]
+
+
+def test_a_sheet_names_the_photograph_whose_landmarks_are_none(tmp_path: Path) -> None:
+    make_faces(tmp_path / "demo", 1, 1, n_trials=0)
+    table = find_faces(tmp_path / "demo" / "faces.csv").table.assign(nose_x=999)
+    with pytest.raises(FeatureStoreError, match=r"face-001/frontal\.png: the landmark nose .* is outside the picture"):
+        detection.write_sheet(table, tmp_path / "sheet.png")
