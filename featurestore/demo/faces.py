@@ -165,15 +165,20 @@ def places(face: Face, yaws: list[float]) -> list[tuple[list[int], list[int]]]:
     tip = -0.265 - 0.030 * face["nose_length"]
     wanted = [(eye + half, 0.08), (eye - half, 0.08), (-eye - half, 0.08), (-eye + half, 0.08), (0, tip)]
     nearest = [int(np.square(points[:, :2] - point).sum(axis=1).argmin()) for point in wanted]
+    corners, outline = points[nearest], points[points[:, 1] < 0.4][::8]
     found = []
     for yaw in yaws:
-        turned = points @ _turn(yaw).T
-        pixels = np.stack(_projected(turned), axis=-1) * (SIZE / _SUPER)
-        seen = pixels[(turned[:, 2] > 0) & (points[:, 1] < 0.4)]
+        turned = outline @ _turn(yaw).T
+        seen = _pixels(turned[turned[:, 2] > 0])
         left, top, right, bottom = np.round([*seen.min(axis=0), *seen.max(axis=0)]).astype(int).tolist()
-        landmarks = np.round(pixels[nearest]).astype(int).ravel().tolist()
+        landmarks = np.round(_pixels(corners @ _turn(yaw).T)).astype(int).ravel().tolist()
         found.append(([left, top, right - left, bottom - top], landmarks))
     return found
+
+
+def _pixels(points: np.ndarray) -> np.ndarray:
+    """Points of a turned head (n, 3) in its picture (n, 2)."""
+    return np.stack(_projected(points), axis=-1) * (SIZE / _SUPER)
 
 
 def _relief(face: Face, x: np.ndarray, y: np.ndarray) -> np.ndarray:

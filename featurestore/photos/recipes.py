@@ -98,7 +98,7 @@ class Recipe:
     @property
     def place(self) -> tuple[str, ...]:
         """The coordinates by which it cuts faces out: ``BOX``, ``LANDMARKS``, or none where it takes the whole picture."""
-        return place_columns(asdict(self))
+        return place_columns({"resize": self.resize, "box_margin": self.box_margin})
 
     def pixels(self, rgb: "np.ndarray", place: Place | None = None) -> "np.ndarray":
         """uint8 (height, width, 3) RGB to uint8 (size, size, 3) in the recipe's channel order.
