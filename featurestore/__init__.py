@@ -14,6 +14,7 @@ if sys.platform not in ("linux", "darwin"):
 
 if TYPE_CHECKING:
     from featurestore.caching.activations import activations
+    from featurestore.networks.summary import backbone_summary, draw_backbone
     from featurestore.queries.answers import answers_table
     from featurestore.queries.identification import identification_table
     from featurestore.store.reader import FeatureStore, Source
@@ -23,9 +24,20 @@ _WHERE = {
     "Source": "store.reader",
     "activations": "caching.activations",
     "answers_table": "queries.answers",
+    "backbone_summary": "networks.summary",
+    "draw_backbone": "networks.summary",
     "identification_table": "queries.identification",
 }
-__all__ = ["FeatureStore", "FeatureStoreError", "Source", "activations", "answers_table", "identification_table"]
+__all__ = [
+    "FeatureStore",
+    "FeatureStoreError",
+    "Source",
+    "activations",
+    "answers_table",
+    "backbone_summary",
+    "draw_backbone",
+    "identification_table",
+]
 
 
 def __getattr__(name: str) -> Any:

@@ -10,11 +10,10 @@ from torch import nn
 
 from featurestore.errors import FeatureStoreError
 from featurestore.networks.registry import get_backbone
+from featurestore.networks.summary import new_graph, times, write_graph
 from heads.models.base import Head
 from heads.registry import HEADS, build_head
 from heads.structure import LOGITS, Layer, structure
-
-_FONT = {"fontname": "Helvetica", "fontsize": 12}
 
 
 def layer_table(shapes: Mapping[str, tuple[int, ...]] | None = None) -> pd.DataFrame:
@@ -63,48 +62,36 @@ def summary(head: Head, n: int = 1) -> str:
 def draw(head: Head, path: str | os.PathLike[str]) -> Path:
     """A drawing of the head's layers with their shapes and parameters, SVG or PNG by the file's ending, by Graphviz.
 
-    FeatureStoreError for another ending, or if Graphviz is not installed.
+    FeatureStoreError for what is no head, for another ending, or if Graphviz is not installed.
     """
-    path = Path(path)
-    if path.suffix.lower() not in (".svg", ".png"):
-        raise FeatureStoreError(f"a head is drawn as .svg or .png, not as {path.name!r}.")
-    try:
-        import pygraphviz
-    except ImportError as error:
-        raise FeatureStoreError(f"drawing needs pygraphviz ({error}): pip install 'face-featurestore[draw]'.") from None
-
+    if not isinstance(head, Head):
+        raise FeatureStoreError(
+            f"{type(head).__name__} is no head, which is what is drawn here. A backbone is drawn by its name: "
+            "featurestore.draw_backbone('vggface', 'vggface.svg')."
+        )
+    graph = new_graph(path, "a head")
     parts = structure(head)
     name = head.architecture.get("head", type(head).__name__)
-    about = f"{name} on {_times(head.shape)}: {_parameters(head):,} parameters\n{HEADS.get(name, '')}\n "
-    graph = pygraphviz.AGraph(directed=True, strict=False, label=about, labelloc="t", ranksep=0.2, **_FONT)
-    graph.node_attr.update(
-        shape="box", margin="0.15,0.04", style="filled,rounded", fillcolor="#e8eef7", color="#5b7083", **_FONT
+    graph.graph_attr["label"] = (
+        f"{name} on {times(head.shape)}: {_parameters(head):,} parameters\n{HEADS.get(name, '')}\n "
     )
-    graph.edge_attr.update(color="#5b7083", arrowsize=0.6)
     for each in parts.inputs:
-        graph.add_node(each, label=f"{each}\n{_times(head.shape)}", fillcolor="white")
+        graph.add_node(each, label=f"{each}\n{times(head.shape)}", fillcolor="white")
     for each, layer in parts.layers.items():
         graph.add_node(each, label=f"{each}: {', '.join([layer.kind, *layer.then])}\n{_facts(layer, parts.inputs)}")
     graph.add_node(LOGITS, label=f"logits\n{parts.classes}", fillcolor="white")
     for number, (source, target) in enumerate(parts.edges):
         graph.add_edge(source, target, key=number)
-    path.parent.mkdir(parents=True, exist_ok=True)
-    graph.draw(str(path), prog="dot")
-    return path
+    return write_graph(graph, path)
 
 
 def _facts(layer: Layer, inputs: list[str]) -> str:
     """The second line of a layer: shapes, parameters, who shares it."""
-    shapes = f"{_times(layer.shape_in)} → {_times(layer.shape_out)}" if layer.shape_out else ""
-    kept = ", ".join(f"{name} {_times(shape)}".strip() for name, shape in layer.tensors.items()) if not shapes else ""
+    shapes = f"{times(layer.shape_in)} → {times(layer.shape_out)}" if layer.shape_out else ""
+    kept = ", ".join(f"{name} {times(shape)}".strip() for name, shape in layer.tensors.items()) if not shapes else ""
     numbers = f"{layer.parameters:,} parameters" if layer.parameters else "not trained"
     shared = f"shared by {', '.join(inputs)}" if layer.uses == len(inputs) > 1 and layer.parameters else ""
     return "; ".join(filter(None, (shapes, kept, numbers, shared)))
-
-
-def _times(shape: tuple[int, ...]) -> str:
-    """``512×7×7``."""
-    return "×".join(f"{n:,}" for n in shape)
 
 
 def _inputs(head: Head, n: int) -> list[torch.Tensor]:

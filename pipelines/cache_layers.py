@@ -1,7 +1,6 @@
 """Cache a network's layers for a folder of face photographs, once."""
 
 # featurestore and torch are imported inside the functions that need them: --help and tab completion stay instant.
-import math
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -86,7 +85,15 @@ def _complete_recipes(ctx: click.Context, param: click.Parameter, incomplete: st
     metavar="NAME …",
     help="Layers to cache, up to the next option; `all` for every one.",
 )
-@click.option("--list-layers", is_flag=True, help="Print the layers with shapes and bytes per image, and stop.")
+@click.option(
+    "--list-layers", is_flag=True, help="Print the layers with shapes, bytes per image and parameters, and stop."
+)
+@click.option(
+    "--draw",
+    type=click.Path(path_type=Path),
+    metavar="FILE",
+    help="With --list-layers: also draw them, as .svg or .png.",
+)
 @click.option(
     "--images",
     type=click.Path(path_type=Path),
@@ -199,11 +206,15 @@ def _complete_recipes(ctx: click.Context, param: click.Parameter, incomplete: st
     help="Items in one shard file of a new store. [default: 256]",
 )
 @click.option("--dry-run", is_flag=True, help="Print the plan and stop.")
-def main(list_layers: bool, dry_run: bool, rename: bool, forget: tuple[str, ...], **options: Any) -> None:
+def main(
+    list_layers: bool, draw: Path | None, dry_run: bool, rename: bool, forget: tuple[str, ...], **options: Any
+) -> None:
     """Run a frozen network over face photographs and keep the named layers, keyed by face and view."""
     if list_layers:
-        _list_layers(options["backbone"], options["recipe"])
+        _list_layers(options["backbone"], options["recipe"], draw)
         return
+    if draw:
+        raise click.UsageError("--draw belongs to --list-layers.")
     request = _request(dry_run=dry_run, **options)
     from featurestore.caching.job import prepare_job
     from featurestore.caching.run import cache_layers
@@ -369,22 +380,12 @@ def _plan(job: "CachingJob", dry_run: bool) -> "tuple[Plan, Loaded | None]":
     return plan, timed.loaded if timed else None
 
 
-def _list_layers(backbone: str, recipe: str | None) -> None:
-    from featurestore.networks.registry import get_backbone, get_recipe
-    from featurestore.networks.shapes import layer_shapes, with_input_size
-    from featurestore.text import human_bytes
+def _list_layers(backbone: str, recipe: str | None, draw: Path | None) -> None:
+    from featurestore.networks.summary import backbone_summary, draw_backbone
 
-    spec = get_backbone(backbone)
-    chosen = get_recipe(recipe) if recipe else spec.default_recipe()
-    shapes = layer_shapes(with_input_size(spec, chosen.size))
-    sizes = {name: 4 * math.prod(shape) for name, shape in shapes.items()}
-    width = max(map(len, [*shapes, "layer"]))
-    click.echo(f"{'layer':<{width}} {'shape':<14} bytes per image (float32)")
-    for name, shape in shapes.items():
-        click.echo(f"{name:<{width}} {'×'.join(map(str, shape)):<14} {sizes[name]:>11,}  {human_bytes(sizes[name])}")
-    total = sum(sizes.values())
-    click.echo(f"{f'{len(shapes)} layers':<{width}} {'':<14} {total:>11,}  {human_bytes(total)}")
-    click.echo(f"\nInput: {chosen.size} × {chosen.size} pixels, recipe {chosen.name}.")
+    click.echo(backbone_summary(backbone, recipe))
+    if draw:
+        click.echo(f"Drawn in {draw_backbone(backbone, draw, recipe)}.")
 
 
 def _report(plan: "Plan", summary: "Summary") -> None:
