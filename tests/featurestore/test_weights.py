@@ -7,6 +7,7 @@ import json
 import os
 import pickle
 import sys
+import tarfile
 import zipfile
 from collections import OrderedDict, namedtuple
 from datetime import datetime
@@ -19,6 +20,7 @@ import torch
 from safetensors.torch import save_file
 
 from featurestore.caching.extractor import load_extractor
+from featurestore.checkpoints.formats.pytorch import LEGACY
 from featurestore.checkpoints.layouts import readings
 from featurestore.checkpoints.reader import open_tensors
 from featurestore.checkpoints.seeded import draw_weights
@@ -296,6 +298,32 @@ def test_a_whole_module_is_no_state_dict(tmp_path: Path, zipped: bool) -> None:
     torch.save(MiniVGG(), tmp_path / "w.pth", _use_new_zipfile_serialization=zipped)
     with pytest.raises(FeatureStoreError, match=r"it asks for .*MiniVGG.*Save its state dict alone"):
         open_weights(str(tmp_path / "w.pth"), MINI)
+
+
+@pytest.mark.filterwarnings("ignore::FutureWarning", "ignore::UserWarning")
+@pytest.mark.parametrize("kind", ["TorchScript", "tar"])
+def test_what_torch_would_open_in_other_ways_is_not_opened(tmp_path: Path, monkeypatch, kind: str) -> None:
+    """TorchScript holds code; an archive from before torch 0.1.10 is unpacked. Neither gets to the second reading."""
+
+    def opened(*_: object, **__: object) -> None:
+        pytest.fail("it was opened")
+
+    path = tmp_path / "w.pth"
+    if kind == "TorchScript":
+        torch.jit.save(torch.jit.trace(torch.nn.Linear(2, 2), torch.zeros(1, 2)), tmp_path / "script.pt")
+        with zipfile.ZipFile(tmp_path / "script.pt") as packed, zipfile.ZipFile(path, "w") as plain:
+            for entry in packed.infolist():
+                plain.writestr(entry.filename, packed.read(entry))
+        monkeypatch.setattr(torch.jit, "load", opened)
+    else:
+        header = tarfile.TarInfo("storages").tobuf()
+        header = LEGACY + header[len(LEGACY) : 148] + b" " * 8 + header[156:]  # a name that passes for a .pth
+        checksum = b"%06o\0 " % sum(header)
+        path.write_bytes(header[:148] + checksum + header[156:] + bytes(1024))
+        assert tarfile.is_tarfile(path)
+        monkeypatch.setattr(tarfile.TarFile, "extract", opened)
+    with pytest.raises(FeatureStoreError, match=r"w\.pth is damaged or incomplete"):
+        open_tensors(path)
 
 
 def test_what_a_pth_sets_is_gone_with_it(tmp_path: Path, state) -> None:
