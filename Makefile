@@ -2,7 +2,7 @@
 PYTHON ?= python3
 BIN := .venv/bin
 
-.PHONY: help demo test lint benchmark clean
+.PHONY: help demo photos test lint benchmark clean
 
 help: ## list the targets
 	@grep -E '^[a-z]+:.*## ' Makefile | sed -E 's/^([a-z]+):.*## /\1\t/' | expand -t 12
@@ -10,6 +10,17 @@ help: ## list the targets
 demo: .venv/ready ## render demo faces, cache two layers of them, train a head
 	$(BIN)/python pipelines/cache_layers.py --layers maxp_5_3 fc7-relu
 	$(BIN)/python pipelines/train_heads.py --layers fc7-relu --heads similarity
+
+PHOTOS ?= store/olivetti
+
+photos: .venv/ready ## a trained network beside a random one, on real photographs (PHOTOS=folder for your own: anna/1.jpg)
+	[ "$(PHOTOS)" != store/olivetti ] || $(BIN)/python pipelines/fetch_olivetti.py --out store/olivetti
+	$(BIN)/python pipelines/find_faces.py "$(PHOTOS)" --out store/photos_faces.csv || [ $$? -eq 3 ]
+	$(BIN)/python pipelines/cache_layers.py --images store/photos_faces.csv --store store/photos.zarr \
+		--backbone dlib_resnet_v1 --weights packaged --layers block1_3 block2_4 block3_3 block4_3 pooled descriptor
+	$(BIN)/python pipelines/cache_layers.py --images store/photos_faces.csv --boxes store/photos_faces.csv --store store/photos.zarr \
+		--backbone vggface --weights random:0 --layers maxp_3_3 maxp_5_3 fc7-relu descriptor
+	$(BIN)/python pipelines/compare_networks.py store/photos.zarr --out store/photos_layers.csv
 
 test: .venv/ready lint ## check style and types, run all tests
 	$(BIN)/python -m pytest -n logical --maxprocesses 4 --dist loadgroup
