@@ -265,7 +265,7 @@ def _request(
         click.echo(
             f"No --images: using demo faces in {DEMO_IMAGES}"
             + ("" if weights else f" and seeded random weights ({DEMO_WEIGHTS}), not a trained network")
-            + ".\n"
+            + ". Rendered faces are for trying the software: a trained network takes them for nearly one person.\n"
         )
         images, weights, store = _demo_faces(), weights or DEMO_WEIGHTS, store or DEMO_STORE
     elif weights is None:

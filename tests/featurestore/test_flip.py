@@ -91,7 +91,7 @@ def test_added_later_and_changed(images: Path, tmp_path: Path) -> None:
     assert "0 images to compute" in cache(images, store).stdout
     Image.fromarray(np.full((80, 64, 3), 7, np.uint8)).save(images / "f1" / "2.png")
     kept = cache(images, store, "--flip", "both").stdout
-    assert "2 photographs (or their boxes) differ" in kept
+    assert "2 photographs (or their faces' places) differ" in kept
     assert "('f1', '2|flipped')" in kept
     cache(images, store, "--flip", "both", "--recompute-changed")
     cache(images, tmp_path / "fresh.zarr", "--flip", "both")

@@ -420,11 +420,11 @@ def test_it_needs_a_recipe(own: Path, photographs: Path) -> None:
     [
         ({"size": 0}, "size 0 is not a whole number of pixels"),
         ({"size": 10**9}, "size 1000000000 is not"),
-        ({"resize": "nearest"}, "resize 'nearest' is not one of cv2, pil, pil-crop"),
+        ({"resize": "nearest"}, "resize 'nearest' is not one of cv2, cv2-crop, pil, pil-crop, chip"),
         ({"mean": [1, 2]}, "mean .* is not a number, or three"),
         ({"scale": 0}, "scale 0 is not a number"),
         ({"scale": [1, 0, 1]}, "scale .* other than 0"),
-        ({"short_side": 10}, "belongs to pil-crop"),
+        ({"short_side": 10}, "belongs to a crop"),
         ({"box_margin": -1}, "box_margin -1 is not a share"),
         ({"colour": "RGB"}, "no field 'colour'"),
         ({"channels": None}, "lacks channels"),
