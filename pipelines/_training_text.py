@@ -171,10 +171,11 @@ def group_text(group: "pd.DataFrame") -> str:
     ]
     if has_ceiling:
         ceiling = f"{first['ceiling']:.3f}{_interval(first['ceiling_low'], first['ceiling_high'])}"
-        lines.append(
-            f"Ceiling {ceiling}, from {first['n_repeated']} repeated test answers; `repeated` is accuracy on these."
-        )
-    notes = dict.fromkeys(note for note in group["ceiling_note"] if note and first["trials_file"])
+        answers = f"{first['n_repeated']} test answers to {first['n_triplets']:.0f} repeated triplets"
+        lines.append(f"Ceiling {ceiling}, from {answers}; `repeated` is accuracy on these.")
+    if "two faces" in rows:
+        lines.append(f"{first['n_two_faces']} of the trials show one face twice: `two faces` is accuracy on these.")
+    notes = dict.fromkeys(note for note in group["ceiling_note"] if note and is_triplet)
     return "\n".join([*lines, *(f"Of ceiling: {note}." for note in notes)])
 
 

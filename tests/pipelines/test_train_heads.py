@@ -52,6 +52,7 @@ def test_the_demo_grid_needs_no_further_option(folder: Path) -> None:
     assert {"split", "p_zero_shot", "weights", "trials_file", "where"} <= set(table)
     assert done.stdout.count("seed:0 (random numbers, not a trained network)") == 2  # in the plan and above the table
     assert "Choose by validation loss" in done.stdout
+    assert "from 75 test answers to 15 repeated triplets; `repeated` is accuracy on these" in done.stdout
     assert table["split"].nunique() == 1
     again = command("train_heads", *line, cwd=folder)
     assert "6 of them finished before" in again.stdout
@@ -108,6 +109,20 @@ def test_faulty_trials_are_left_out_and_kept(folder: Path) -> None:
     assert done.returncode == 0, done.stderr
     assert "2 faulty trials, kept in faulty/faulty-faulty.csv" in done.stdout
     assert pd.read_csv(folder / "faulty" / "faulty-faulty.csv")["line"].tolist() == [5, 7]
+
+
+def test_trials_that_show_a_face_twice_are_told_apart(folder: Path) -> None:
+    table = pd.read_csv(folder / "store" / "demo_faces" / "trials.csv").drop_duplicates(["face_1", "face_2", "face_3"])
+    twice = table.index % 3 == 0
+    table.loc[twice, "face_2"], table.loc[twice, "view_2"] = table.loc[twice, "face_1"], "up"
+    table.loc[twice, "view_1"] = "left"
+    table.loc[twice, "odd"] = table.loc[twice, "face_3"]
+    table.to_csv(folder / "twice.csv", index=False)
+    line = ["--trials", "twice.csv", "--layers", "fc7-relu", "--heads", "zero-shot", "--out", "twice"]
+    done = command("train_heads", *line, cwd=folder)
+    assert done.returncode == 0, done.stderr
+    assert "trials that show one face twice: " in done.stdout
+    assert "of the trials show one face twice: `two faces` is accuracy on these" in done.stdout
 
 
 def test_runs_are_compared(folder: Path) -> None:
