@@ -30,17 +30,13 @@ def compare(folder: Path, names: Sequence[str]) -> pd.DataFrame:
     if not runs:
         raise FeatureStoreError(f"there are no finished runs in {folder}.")
     single = {name: run for name in names if (run := _run_called(runs, name))}
-    tests = {run.row["split"]: name for name, run in single.items()}
+    tests = {run.row["split"] for run in single.values()}
     if len(tests) > 1:
         raise _different({name: [run.row["split_name"]] for name, run in single.items()})
     if tests:
         runs = [run for run in runs if run.row["split"] in tests]
-    chosen = {
-        name: [_alone(single[name])]
-        if name in single
-        else _best(list(answers(runs, pool=not tests)), runs, name, folder)
-        for name in names
-    }
+    found = list(answers(runs, pool=not tests))
+    chosen = {name: [_alone(single[name])] if name in single else _best(found, runs, name, folder) for name in names}
     rows = [row for one, other in combinations(names, 2) for row in _pair(one, chosen[one], other, chosen[other])]
     table = pd.DataFrame(rows)
     return table.assign(p_holm=table.groupby("test")["p"].transform(lambda p: _holm(p.to_numpy(float))))

@@ -54,7 +54,7 @@ def network_table(
         if layer in set(found.loc[found["source"] == source.name, "layer"])
     ]
     table = pd.DataFrame(rows).merge(found, on=["source", "layer"], validate="one_to_one")
-    return table[[name for name in _COLUMNS if name in table.columns]]
+    return table[list(_COLUMNS)]
 
 
 _SCORES = ("identification", "same_person")

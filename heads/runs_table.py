@@ -15,7 +15,7 @@ import pandas as pd
 from featurestore.errors import FeatureStoreError
 from featurestore.text import listing
 from heads.run_files import read_predictions, read_result, write_csv
-from heads.scores import ANSWERS, difference, paired_test, score
+from heads.scores import ANSWERS, CEILING_COLUMNS, FACES_SHOWN_COLUMNS, difference, paired_test, score
 from heads.trials.same_person import SAME_PERSON
 
 _FRONT = (
@@ -38,19 +38,8 @@ _FRONT = (
     "clusters",
     "n_test",
     "chance",
-    "n_two_faces",
-    "accuracy_two_faces",
-    "accuracy_three_faces",
-    "n_repeated",
-    "n_triplets",
-    "ceiling",
-    "ceiling_low",
-    "ceiling_high",
-    "accuracy_repeated",
-    "of_ceiling",
-    "of_ceiling_low",
-    "of_ceiling_high",
-    "ceiling_note",
+    *FACES_SHOWN_COLUMNS,
+    *CEILING_COLUMNS,
     "p_zero_shot",
     "p_zero_shot_cluster",
     "weights",
@@ -191,10 +180,11 @@ def runs_table(runs: Sequence[FinishedRun]) -> pd.DataFrame:
     if not runs:
         return pd.DataFrame()
     numbers = _group_numbers(runs)
+    untrained = [run for run in runs if run.row["head"] == "zero-shot"]
     rows = []
     for run in runs:
         row = {"group": numbers[run.group], **run.row}
-        other = _baseline(run, [each for each in runs if each.row["split"] == run.row["split"]])
+        other = _baseline(run, [each for each in untrained if each.row["split"] == run.row["split"]])
         if other is not None and other is not run:
             row["p_zero_shot"] = paired_test(run.correct, other.correct).p
             row["p_zero_shot_cluster"] = difference(run.table, run.correct, other.correct).p
@@ -209,14 +199,12 @@ def runs_table(runs: Sequence[FinishedRun]) -> pd.DataFrame:
 _Compared = TypeVar("_Compared", FinishedRun, "Answers")
 
 
-def _baseline(one: _Compared, others: Sequence[_Compared]) -> _Compared | None:
+def _baseline(one: _Compared, untrained: Sequence[_Compared]) -> _Compared | None:
     """The zero-shot run that belongs to ``one``: of its measure, or the only one of its layer."""
     same = [
         other
-        for other in others
-        if other.row["head"] == "zero-shot"
-        and other.group == one.group
-        and all(other.row[name] == one.row[name] for name in ("layer", "sources", "dtype"))
+        for other in untrained
+        if other.group == one.group and all(other.row[name] == one.row[name] for name in ("layer", "sources", "dtype"))
     ]
     own = [other for other in same if other.row.get("measure") == one.row.get("measure")]
     return own[0] if own else same[0] if len(same) == 1 else None
@@ -264,6 +252,7 @@ def summary_table(runs: Sequence[FinishedRun]) -> pd.DataFrame:
     """
     numbers = _group_numbers(runs)
     found = list(answers(runs))
+    untrained = [each for each in found if each.row["head"] == "zero-shot"]
     rows = []
     for each in found:
         run = each.runs[0]
@@ -282,7 +271,7 @@ def summary_table(runs: Sequence[FinishedRun]) -> pd.DataFrame:
             **{name: _mean(each.runs, name) for name in _COUNTS},
             "runs": " ".join(run.row["name"] for run in each.runs),
         }
-        other = _baseline(each, found)
+        other = _baseline(each, untrained)
         if other is not None and other is not each and other.splits == each.splits:
             gain = difference(each.table, each.values, other.values)
             row |= {"over_zero_shot": gain.value, "over_low": gain.low, "over_high": gain.high, "p_zero_shot": gain.p}

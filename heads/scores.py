@@ -26,10 +26,16 @@ CEILING_COLUMNS = (
     "ceiling_low",
     "ceiling_high",
     "accuracy_repeated",
+    "accuracy_repeated_low",
+    "accuracy_repeated_high",
     "of_ceiling",
     "of_ceiling_low",
     "of_ceiling_high",
     "ceiling_note",
+)
+FACES_SHOWN_COLUMNS = (
+    "n_two_faces",
+    *(f"accuracy_{n}_faces{end}" for n in ("two", "three") for end in ("", "_low", "_high")),
 )
 # columns that a head's answers add to the trials'
 ANSWERS = ("predicted", "predicted_position", "correct", "p_1", "p_2", "p_3")
@@ -64,7 +70,7 @@ def score(table: pd.DataFrame, correct: np.ndarray, chance: float, from_keys: bo
 
     ``accuracy``; ``low`` and ``high``, Wilson's interval, which takes trials for independent; ``cluster_low`` and
     ``cluster_high``, over the ``clusters`` named; ``n_test``, ``chance``; ``n_two_faces`` trials show one face twice, with the
-    accuracies of these and of the others; and those of ``ceiling_scores``.
+    accuracies of these and of the others, and their intervals; and those of ``ceiling_scores``.
     """
     averaged = correct.dtype != bool  # over seeds: no count of right answers, which Wilson's interval is about
     whole = Accuracy(float(np.mean(correct)), math.nan, math.nan, len(correct)) if averaged else accuracy(correct)
@@ -95,12 +101,11 @@ def shows_a_face_twice(table: pd.DataFrame) -> np.ndarray:
 def _by_faces_shown(table: pd.DataFrame, correct: np.ndarray) -> dict[str, Any]:
     """Trials of one person twice are easier than those of three, and survive a split by face more often: each apart."""
     twice = shows_a_face_twice(table)
-    apart = {"n_two_faces": int(twice.sum()), "accuracy_two_faces": math.nan, "accuracy_three_faces": math.nan}
-    if 0 < apart["n_two_faces"] < len(table):
-        apart |= {
-            "accuracy_two_faces": float(correct[twice].mean()),
-            "accuracy_three_faces": float(correct[~twice].mean()),
-        }
+    apart: dict[str, Any] = {**dict.fromkeys(FACES_SHOWN_COLUMNS, math.nan), "n_two_faces": int(twice.sum())}
+    if 0 < twice.sum() < len(table):
+        for name, shown in (("accuracy_two_faces", twice), ("accuracy_three_faces", ~twice)):
+            found = accuracy_over(correct[shown], list(clusters_of(table[shown]).values()))
+            apart |= {name: found.value, f"{name}_low": found.low, f"{name}_high": found.high}
     return apart
 
 
@@ -112,13 +117,12 @@ def agreement(table: pd.DataFrame) -> tuple[np.ndarray, np.ndarray]:
     who choose by chance would read 0.556 instead of 0.333. Where participants are not named, every answer counts as another's.
     """
     n = len(table)
-    views = [name for name in VIEWS if name in table.columns]
+    if not n:
+        return np.empty(0), np.empty(0, np.int64)
     shown = [
         table[face].astype(str).str.cat(table[view].astype(str), sep="\0")
-        for face, view in zip(FACES, views, strict=False)
+        for face, view in zip(FACES, VIEWS, strict=True)
     ]
-    if not n or not views:
-        return np.full(n, np.nan), np.arange(n)
     items = pd.factorize(np.concatenate(shown))[0].reshape(3, n).T
     if "source" in table.columns:
         items = items + len(items) * 3 * pd.factorize(table["source"])[0][:, None]
@@ -189,11 +193,15 @@ def ceiling_scores(
     if correct is None:
         return scores
     head = np.asarray(correct, float)[repeated] - chance
-    scores["accuracy_repeated"] = float(head.mean()) + chance
+    own = accuracy_over(np.asarray(correct)[repeated], clusters)
+    scores |= {
+        "accuracy_repeated": own.value,
+        "accuracy_repeated_low": own.low,
+        "accuracy_repeated_high": own.high,
+    }
     low, high = _ratio_interval(head, above, clusters)
     if unanimous:  # a ceiling without spread scales the head's own interval
-        own = clustered_mean(head, clusters)
-        low, high = own.low / ceiling.value, own.high / ceiling.value
+        low, high = ((end - chance) / ceiling.value for end in (own.low, own.high))
     elif math.isnan(low):
         return {
             **scores,

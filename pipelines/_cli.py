@@ -76,7 +76,10 @@ def _comma_separated(value: str) -> list[str]:
 
 def as_typed(message: str) -> str:
     """A message of the library with arguments as the running command's options: `` `on_error` `` as ``--on-error``."""
-    options = {param.name: param.opts[0] for param in click.get_current_context().command.params}
+    params = click.get_current_context().command.params
+    options = {
+        param.name: param.opts[0] if isinstance(param, click.Option) else param.human_readable_name for param in params
+    }
     return re.sub(r"(?<![\w'\"=<>(])`(\w+)`", lambda match: options.get(match[1], match[0]), message)
 
 

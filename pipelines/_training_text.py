@@ -106,9 +106,8 @@ def _ceiling_text(task: "Task", grid: "Grid") -> str:
     found = ceiling_scores(task.table.iloc[np.concatenate(tests)], None, task.chance, task.from_keys)
     if found["ceiling"] != found["ceiling"]:
         return f"unknown: {found['ceiling_note']}"
-    interval = _interval(found["ceiling_low"], found["ceiling_high"])
     return (
-        f"{found['ceiling']:.3f}{interval}, of {found['n_repeated']} test answers to {found['n_triplets']} triplets, "
+        f"{_with_interval(found, 'ceiling')}, of {found['n_repeated']} test answers to {found['n_triplets']} triplets, "
         "each against the other raters'"
     )
 
@@ -163,14 +162,16 @@ def group_text(group: "pd.DataFrame") -> str:
     tested = [
         str(first[name]) for name in ("test", "trials_file", "where", "sessions", "held_out", "weights") if first[name]
     ]
+    fold = " in each fold" if first["n_folds"] > 1 else ""
+    sizes = f" ({first['n_train']:.0f} trained on, {first['n_validation']:.0f} for validation{fold})"
     lines = [
-        f"{first['n_test']} test {what}: {', '.join(tested)}",
+        f"{first['n_test']} test {what}{sizes if first['n_train'] > 0 else ''}: {', '.join(tested)}",
         rows.to_string(index=False),
         f"Chance {first['chance']:.3f}. Intervals (95 %) and p (not corrected; see --compare) are over {first['clusters']}. "
         "Choose by validation loss, not by test.",
     ]
     if has_ceiling:
-        ceiling = f"{first['ceiling']:.3f}{_interval(first['ceiling_low'], first['ceiling_high'])}"
+        ceiling = _with_interval(first.to_dict(), "ceiling")
         answers = f"{first['n_repeated']} test answers to {first['n_triplets']:.0f} repeated triplets"
         lines.append(f"Ceiling {ceiling}, from {answers}; `repeated` is accuracy on these.")
     if "two faces" in rows:
@@ -191,16 +192,19 @@ def _summary_row(row: "dict[str, Any]") -> dict[str, str]:
         "train": _number(row["train_accuracy"]),
         "test": _number(row["accuracy"]) + _interval(row["cluster_low"], row["cluster_high"]),
         "sd": _number(row["sd"]),
-        "two faces": _number(row["accuracy_two_faces"]),
-        "three faces": _number(row["accuracy_three_faces"]),
+        "two faces": _with_interval(row, "accuracy_two_faces"),
+        "three faces": _with_interval(row, "accuracy_three_faces"),
         "over zero-shot": (_number(gain, "+.3f") + _interval(row["over_low"], row["over_high"]))
         if gain == gain
         else "",
         "p": _number(row["p_zero_shot"], ".2g") if gain == gain else "",
-        "repeated": _number(row["accuracy_repeated"]),
-        "of ceiling": _number(row["of_ceiling"], ".2f")
-        + _interval(row["of_ceiling_low"], row["of_ceiling_high"], ".2f"),
+        "repeated": _with_interval(row, "accuracy_repeated"),
+        "of ceiling": _with_interval(row, "of_ceiling", ".2f"),
     }
+
+
+def _with_interval(row: "dict[str, Any]", name: str, form: str = ".3f") -> str:
+    return _number(row[name], form) + _interval(row[f"{name}_low"], row[f"{name}_high"], form)
 
 
 def _number(value: float, form: str = ".3f") -> str:

@@ -38,10 +38,13 @@ def main(store: Path, labels: Path | None, layer: str | None, source: str | None
     """Print the most probable classes of the items of STORE, and how often the first one, or one of the first five, is right."""
     from featurestore import FeatureStore
     from featurestore.files import write_atomically
-    from featurestore.intervals import accuracy
-    from featurestore.queries.answers import answers_table, right_within
+    from featurestore.intervals import accuracy_over
+    from featurestore.queries.answers import answers_table, right_within, source_with_classes
 
-    table = answers_table(FeatureStore.open(store), labels, layer, source, max(top, 5))
+    opened = FeatureStore.open(store)
+    found = source_with_classes(opened, layer, source)
+    table = answers_table(opened, labels, layer, found.name, max(top, 5))
+    click.echo(f"{found.attributes['backbone']}, weights {found.weights}")
     shown = table[table["rank"] <= top]
     for (face, view), answers in list(shown.groupby(["face_id", "view"], sort=False))[:_SHOWN]:
         named = ", ".join(f"{each.label} {each.probability:.1%}" for each in answers.itertuples())
@@ -50,13 +53,16 @@ def main(store: Path, labels: Path | None, layer: str | None, source: str | None
     if items > _SHOWN:
         click.echo(f"and {items - _SHOWN} more" + ("" if out else "; --out FILE writes all"))
     if out:
-        out.parent.mkdir(parents=True, exist_ok=True)
-        write_atomically(out, shown.to_csv(index=False).encode())
+        write_atomically(out, shown.to_csv(index=False))
         click.echo(f"{len(shown)} answers to {items} items: {out}")
     for rank in (1, 5):
-        score = accuracy(right_within(table, rank))
-        if score.n:
-            click.echo(f"top-{rank} right: {score} of {score.n} items whose face is one of the classes")
+        right = right_within(table, rank)
+        if len(right):
+            faces = right.index.get_level_values("face_id").to_numpy()
+            score = accuracy_over(right.to_numpy(bool), [faces])
+            click.echo(
+                f"top-{rank} right: {score} (95 % over faces) of {score.n} items whose face is one of the classes"
+            )
 
 
 if __name__ == "__main__":

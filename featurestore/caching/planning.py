@@ -50,7 +50,10 @@ def make_plan(job: CachingJob, progress: CountPhotographs = lambda n: None) -> P
     changed_rows, failures = _changed(old, found, known, digests, job.recipe.place)
     changed_rows = np.setdiff1d(changed_rows, [each.row for each in moves.renamed]).astype(np.int64)
     if failures and request.on_error == "stop":
-        raise FeatureStoreError(f"a photograph that is cached has changed and cannot be read: {failures[0]}.")
+        raise FeatureStoreError(
+            f"a photograph that is cached has changed and cannot be read: {failures[0]}. "
+            "Put back the file that was cached, or keep what is cached of it with `on_error` skip."
+        )
     recompute = np.zeros(len(old), bool)
     if request.recompute_changed:
         recompute[changed_rows] = True

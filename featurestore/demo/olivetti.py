@@ -1,6 +1,7 @@
 """The Olivetti faces as files: 400 real photographs of 40 people, fetched by scikit-learn."""
 
 import tempfile
+import warnings
 from collections.abc import Callable
 from pathlib import Path
 
@@ -28,7 +29,8 @@ def fetch_olivetti(folder: Path, progress: Callable[[int], object] = lambda n: N
             f"fetching the Olivetti faces needs scikit-learn ({error}): pip install 'face-featurestore[trained]'."
         ) from None
     try:
-        with tempfile.TemporaryDirectory() as cache:  # no pickle of an earlier download is ever opened
+        # No pickle of an earlier download is ever opened; that it tries again is not for the user to read.
+        with tempfile.TemporaryDirectory() as cache, warnings.catch_warnings(action="ignore", category=UserWarning):
             images = fetch_olivetti_faces(data_home=cache).images
     except (OSError, ValueError) as error:
         raise FeatureStoreError(

@@ -32,7 +32,7 @@ def answers_table(
     has no row of are left out. Raises FeatureStoreError for a source without such a layer, and for labels of another number of
     classes.
     """
-    found = _source(store, layer, source)
+    found = source_with_classes(store, layer, source)
     name = layer or next(name for name in CLASSIFIERS if name in found.layers)
     shape = found.layer(name).shape
     if len(shape) != 1:
@@ -67,15 +67,15 @@ def answers_table(
     return table.assign(**columns)
 
 
-def right_within(table: pd.DataFrame, rank: int) -> np.ndarray:
-    """Of an ``answers_table``, bool per item whose face is one of the classes: whether it is among the first ``rank`` answers."""
+def right_within(table: pd.DataFrame, rank: int) -> pd.Series:
+    """Of an ``answers_table``, bool per item (face_id, view) whose face is a class: whether it is among the first ``rank``."""
     asked = table[table["right"].notna()]
     right = asked["right"].astype(bool) & (asked["rank"] <= rank)
-    return np.asarray(right.groupby([asked[name] for name in KEY], sort=False).any(), bool)
+    return right.groupby([asked[name] for name in KEY], sort=False).any()
 
 
-def _source(store: FeatureStore, layer: str | None, source: str | None) -> Source:
-    """The source asked for, or the only one with such a layer."""
+def source_with_classes(store: FeatureStore, layer: str | None = None, source: str | None = None) -> Source:
+    """The source asked for, or the only one with a layer of ``CLASSIFIERS``; errors as ``answers_table``."""
     if source is not None or layer is not None:
         found = store.source(source, [layer] if layer else ())
     else:

@@ -294,9 +294,8 @@ def _odd_places(table: pd.DataFrame, faults: Faults) -> np.ndarray:
         seen = table[ODD_VIEW].astype(str).to_numpy(object)
         agreed &= (seen == "")[:, None] | (table[list(VIEWS)].to_numpy(object) == seen[:, None])
         faults.note(~agreed.any(axis=1), "name an odd_view in which the odd face was not shown", seen)
-    example = EXAMPLE.replace("\n", " / ")
     twice = (
-        f"name an odd face that is shown twice; say which with odd_position (1, 2, 3) or odd_view, such as: {example}"
+        f"name an odd face that is shown twice; say which with odd_position (1, 2, 3) or odd_view, such as: {EXAMPLE}"
     )
     faults.note(agreed.sum(axis=1) > 1, twice, odd)
     return np.asarray(agreed.argmax(axis=1), np.int64)

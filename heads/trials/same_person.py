@@ -14,11 +14,13 @@ def same_person_trials(source: Source, n: int, seed: int, items: np.ndarray | No
     """``n`` trials from keys alone: two views of one face, one view of another, which is the odd one; places at random.
 
     Faces are drawn uniformly among those with two views or more, by a generator of their own, out of all items or of
-    ``items``. For ``match``.
+    ``items``; of a photograph that is there under several keys, one alone. For ``match``.
     """
     if n < 1:
         raise FeatureStoreError(f"{n} same-person trials cannot be drawn; ask for 1 or more.")
-    keys = source.keys if items is None else source.keys[items]
+    items = np.arange(source.n_items) if items is None else items
+    first_of_each = np.unique(source.originals[items], return_index=True)[1]
+    keys = source.keys[np.sort(items[first_of_each])]
     views = keys.to_frame(index=False).groupby("face_id")["view"].agg(list)
     twice = views[views.map(len) > 1]
     if len(twice) < 1 or len(views) < 2:

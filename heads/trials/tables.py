@@ -25,7 +25,9 @@ _PUBLISHED = {"head1": "face_1", "head2": "face_2", "head3": "face_3", "head_odd
 
 _OURS = ("line", "fault", "source")  # columns that are added to those of a file
 _KEYS = (*FACES, *VIEWS, ODD, ODD_POSITION, ODD_VIEW)
-EXAMPLE = "face_1,view_1,face_2,view_2,face_3,view_3,odd,odd_position\nanna,left,anna,right,ben,left,anna,2"  # the second is odd
+EXAMPLE = (  # the second picture of Anna was the odd one
+    "face_1,view_1,face_2,view_2,face_3,view_3,odd,odd_position / anna,left,anna,right,ben,left,anna,2"
+)
 
 
 def read_table(path: Path) -> pd.DataFrame:
@@ -43,7 +45,7 @@ def read_table(path: Path) -> pd.DataFrame:
         else:
             table = _read_csv(path)
     except FileNotFoundError:
-        raise FeatureStoreError(f"there is no file of trials {path}.") from None
+        raise FeatureStoreError(f"there is no file of trials {path}. Check the path given with `trials`.") from None
     except (ValueError, OSError, ImportError, EOFError, KeyError, NotImplementedError, zlib.error, csv.Error) as error:
         raise FeatureStoreError(
             f"{path} cannot be read as a table of trials: {str(error).partition(chr(10))[0]}"

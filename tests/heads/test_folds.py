@@ -17,6 +17,7 @@ from heads.splits import FRACTIONS, Split, choices, draw_folds, split_trials, tr
 from heads.tasks import identity_items
 from heads.train import Settings
 from heads.trials.matching import load_trials
+from heads.trials.same_person import same_person_trials
 from heads.trials.tables import FACES
 from tests.heads.conftest import VIEWS, write_store, write_trials
 
@@ -139,6 +140,13 @@ def test_one_photograph_under_two_keys_makes_one_triplet(tmp_path: Path) -> None
     for seed in range(8):
         part = split_trials(trials, "trial", seed, (0.4, 0.2, 0.4)).part
         assert part[0] == part[1]
+
+
+def test_same_person_trials_never_show_a_photograph_beside_its_copy(tmp_path: Path) -> None:
+    source = FeatureStore.open(with_copy(tmp_path / "twin.zarr", of=0, row=1)).source()  # face-001, frontal and left
+    drawn = same_person_trials(source, 400, seed=0)
+    shown = set(drawn[["face_1", "view_1"]].itertuples(index=False, name=None))
+    assert ("face-001", "frontal") in shown and ("face-001", "left") not in shown
 
 
 def test_identities_are_not_tested_on_copies_of_what_they_learned(tmp_path: Path) -> None:

@@ -130,7 +130,7 @@ def test_runs_are_compared(folder: Path) -> None:
     done = command("train_heads", *line, cwd=folder)
     assert done.returncode == 0, done.stderr
     assert "similarity lr 0.0005 seed 0 fold 2 of 2: test accuracy" in done.stdout
-    assert "500 test trials: trial-seed0-2folds-" in done.stdout
+    assert "500 test trials (" in done.stdout and " in each fold): trial-seed0-2folds-" in done.stdout
     done = command(
         "train_heads", "--compare", "fc7-relu:similarity", "fc7-relu:zero-shot", "--out", "folds", cwd=folder
     )
