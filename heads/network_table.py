@@ -7,7 +7,7 @@ import pandas as pd
 
 from featurestore import FeatureStore, identification_table
 from featurestore.intervals import accuracy_over
-from featurestore.queries.identification import shared_items
+from featurestore.queries.selection import shared_items
 from featurestore.store.reader import Source
 from featurestore.text import in_natural_order
 from heads.evaluation import evaluate

@@ -10,6 +10,7 @@ import numpy as np
 import pandas as pd
 
 from featurestore import FeatureStore
+from featurestore.conditions import rows_that_meet
 from featurestore.errors import FeatureStoreError
 from featurestore.files import write_atomically
 from featurestore.keys import KEY
@@ -18,7 +19,6 @@ from featurestore.text import listing, natural_order
 from heads.scores import CHANCE, shows_a_face_twice
 from heads.splits import PARTS, Split
 from heads.train import Examples
-from heads.trials.conditions import rows_that_meet
 from heads.trials.matching import Trials
 from heads.trials.same_person import SAME_PERSON
 from heads.trials.tables import VIEWS

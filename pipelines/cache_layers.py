@@ -306,12 +306,11 @@ def _found_faces(photographs: "FoundFaces", kept: Path, on_error: str, dry_run: 
     from featurestore.photos import detection
 
     with progress_bar(len(photographs.table), "finding faces", " photographs") as bar:
-        found = detection.detect_faces(photographs, earlier=kept, progress=bar.update)
+        save = None if dry_run else kept
+        found = detection.detect_faces(photographs, earlier=kept, save=save, progress=bar.update)
     click.echo(f"{detection.note(found, len(photographs.table))}{'' if dry_run else f'; kept in {kept}'}.")
-    if not dry_run:
-        detection.write_table(found.faces.table, kept)
-        if len(found.faces.table):
-            detection.write_sheet(found.faces.table, kept.with_suffix(".png"))
+    if not dry_run and len(found.faces.table):
+        detection.write_sheet(found.faces.table, kept.with_suffix(".png"))
     if found.interrupted:
         raise KeyboardInterrupt
     note_left_out(found.missed, "without a face that could be found" if on_error == "skip" else "searched in vain")

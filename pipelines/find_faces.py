@@ -58,9 +58,8 @@ def main(images: Path, out: Path, sheet: Path | None, several: str, pattern: str
 
     photographs = find_faces(images, pattern)
     with progress_bar(len(photographs.table), "finding faces", " photographs") as bar:
-        found = detection.detect_faces(photographs, several, earlier=out, progress=bar.update)  # type: ignore[arg-type]
+        found = detection.detect_faces(photographs, several, out, save=out, progress=bar.update)  # type: ignore[arg-type]
     table = found.faces.table
-    detection.write_table(table, out)
     click.echo(f"{detection.note(found, len(photographs.table))}.\nTable: {out}")
     if found.interrupted:
         click.echo("Stopped. Run the same command again to go on.")

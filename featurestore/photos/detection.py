@@ -9,6 +9,7 @@ import hashlib
 import importlib.util
 import math
 import os
+import time
 from collections import deque
 from collections.abc import Callable, Iterator
 from concurrent.futures import Future, ThreadPoolExecutor
@@ -38,13 +39,12 @@ Several = Literal["largest", "all", "stop"]
 _LANDMARK_FILE = "shape_predictor_5_face_landmarks.dat"
 _DETECTOR_FILE = "mmod_human_face_detector.dat"
 _SHORT_SIDE = 184  # pixels: smaller pictures are enlarged to it, because the detectors know faces from 80 pixels on
-_LONG_SIDE, _LONG_SIDE_SLOW = (
-    1600,
-    800,
-)  # pixels: larger pictures are shrunk for the frontal, the convolutional detector
+# Pixels: larger pictures are shrunk for the frontal and for the convolutional detector.
+_LONG_SIDE, _LONG_SIDE_SLOW = 1600, 800
 _BORDER = 40  # pixels of the picture's edge repeated around it, or faces that fill it are missed
 # What a row says of its photograph: how many faces it shows, and the beginning of the sha256 of the file that was searched.
 COUNT, SEARCHED = "faces_in_picture", "searched_sha256"
+_SAVE_EVERY = 60.0  # seconds
 _TILE, _LABEL, _ACROSS, _MOST_TILES = 96, 14, 16, 800  # pixels, pixels, tiles in a row, tiles on a contact sheet
 
 
@@ -152,20 +152,29 @@ def detect_faces(
     photographs: FoundFaces,
     several: Several = "largest",
     earlier: Path | None = None,
+    save: Path | None = None,
     progress: Callable[[int], object] = lambda n: None,
 ) -> Detected:
     """Search every photograph for its face; ``progress`` counts them.
 
     Of ``several`` faces the ``largest`` is taken, or ``all``: the second largest as the view ``VIEW|face-2`` and so on.
     ``earlier`` is a table that ``write_table`` wrote: of photographs that are unchanged since, its rows are taken over.
-    Ctrl-C ends the search with what was found so far, and with the rows of ``earlier`` that were not reached. Raises
-    FeatureStoreError if the packages are not installed, for an ``earlier`` that is another table, and for several faces if
-    they are to ``stop`` the search.
+    ``save`` is written as ``write_table`` does, every minute and whatever ends the search: what was found so far, and the rows
+    of ``earlier`` that were not reached. Ctrl-C ends it with the same. Raises FeatureStoreError if the packages are not
+    installed, for an ``earlier`` that is another table, and for several faces if they are to ``stop`` the search.
     """
     known = _read_table(earlier, whole=several == "all") if earlier and earlier.exists() else {}
     detector = Detector()
     rows: list[dict[str, Any]] = []
     missed, crowded, searched_rows, interrupted = [], [], 0, False
+    columns = list(dict.fromkeys([*photographs.table.columns, *BOX, *LANDMARKS, COUNT, SEARCHED]))
+
+    def so_far() -> pd.DataFrame:
+        ahead = photographs.table.iloc[searched_rows:].to_dict("records")
+        kept = [each for row in ahead for each in _keyed(row, known.get((row["face_id"], row["view"]), []))]
+        return pd.DataFrame([*rows, *kept], columns=columns)
+
+    due = time.monotonic() + _SAVE_EVERY
     try:
         for row, searched in _searched(photographs.table, known, detector):
             progress(1)
@@ -181,12 +190,15 @@ def detect_faces(
                         f"{crowded[0]}. Cut the photograph to the one that is meant, or choose with `several`: largest or all."
                     )
             rows += _keyed(row, searched if several == "all" else searched[:1])
+            if save and time.monotonic() > due:
+                write_table(so_far(), save)
+                due = time.monotonic() + _SAVE_EVERY
     except KeyboardInterrupt:
         interrupted = True
-        for row in photographs.table.iloc[searched_rows:].to_dict("records"):
-            rows += _keyed(row, known.get((row["face_id"], row["view"]), []))
-    columns = list(dict.fromkeys([*photographs.table.columns, *BOX, *LANDMARKS, COUNT, SEARCHED]))
-    table = pd.DataFrame(rows, columns=columns)
+    finally:
+        if save:
+            write_table(so_far(), save)
+    table = so_far()
     if table.duplicated(list(KEY)).any():
         face, view = table[table.duplicated(list(KEY))].iloc[0][list(KEY)]
         raise FeatureStoreError(

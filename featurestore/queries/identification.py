@@ -12,6 +12,7 @@ import torch
 from featurestore.errors import FeatureStoreError
 from featurestore.intervals import accuracy, accuracy_over
 from featurestore.keys import KEY
+from featurestore.queries.selection import shared_items
 from featurestore.store.reader import FeatureStore, Source
 from featurestore.store.rows import Rows
 from featurestore.text import in_natural_order, listing, near_matches
@@ -73,26 +74,6 @@ def identification_table(
 
 def _names(given: str | Iterable[str]) -> list[str]:
     return [given] if isinstance(given, str) else [str(name) for name in given]
-
-
-def shared_items(sources: list[Source]) -> list[np.ndarray]:
-    """Of each source, bool per item: whether all the others have the same photograph under its key."""
-    if len(sources) == 1:
-        return [np.ones(sources[0].n_items, bool)]
-    photographs = []
-    for source in sources:
-        source.require_unique_keys()
-        hashes = source.coordinate("image_sha256")
-        photographs.append([
-            (*key, digest) if digest else None for key, digest in zip(source.keys, hashes, strict=True)
-        ])  # fmt: skip
-    common = set.intersection(*map(set, photographs)) - {None} if photographs else set()
-    if sources and not common:
-        raise FeatureStoreError(
-            f"{listing(source.name for source in sources)} have no photograph in common, so they cannot be compared. Choose one "
-            "with `sources`, or cache the same photographs in all."
-        )
-    return [np.array([photograph in common for photograph in of], bool) for of in photographs]
 
 
 @dataclass(frozen=True)

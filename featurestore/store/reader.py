@@ -57,10 +57,10 @@ class Source:
     def __init__(self, store: Path, name: str) -> None:
         self.name = name
         self.folder = store / name
-        self._opened = OpenFolder(
+        self.opened = OpenFolder(
             self.folder
         )  # before its document is read: what follows belongs to this folder or is refused
-        with self._opened.unchanged():
+        with self.opened.unchanged():
             document = read_document(self.folder)
         self.attributes: dict[str, Any] = document["attributes"]
         try:
@@ -96,7 +96,7 @@ class Source:
 
     def coordinate(self, name: str) -> np.ndarray:
         """One coordinate's values, (n_items,): an object array of str, or numbers."""
-        with self._opened.unchanged():
+        with self.opened.unchanged():
             return read_coordinate(self.folder / name, self._coordinates[name])
 
     @property
@@ -198,20 +198,20 @@ class Source:
         """Memory-mapped rows of one layer."""
         from featurestore.store.rows import Rows  # opening a store and reading its keys needs no torch
 
-        with self._opened.unchanged():
+        with self.opened.unchanged():
             return Rows(self.layer(layer))
 
     def dask(self, layer: str) -> "da.Array":
         """The layer as a lazy Dask array (item, *shape); rows that are not cached are NaN."""
         from featurestore.store.lazy import dask_array  # Dask is loaded by those who ask for it
 
-        return dask_array(self.layer(layer), self._opened)
+        return dask_array(self.layer(layer), self.opened)
 
     def xarray(self) -> "xr.Dataset":
         """Items as coordinates and every layer as a lazy variable."""
         from featurestore.store.lazy import dataset
 
-        return dataset(self.items, self.layers, self.attributes, self._opened)
+        return dataset(self.items, self.layers, self.attributes, self.opened)
 
 
 class FeatureStore:

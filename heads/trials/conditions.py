@@ -1,10 +1,7 @@
-"""Conditions on the columns of a table, as pandas expressions: which rows meet them, and which table they are about."""
+"""Which table the conditions of a training are about: the trials, or the items of the store."""
 
 import re
 from collections.abc import Collection, Iterable
-
-import numpy as np
-import pandas as pd
 
 from featurestore.errors import FeatureStoreError
 from featurestore.text import listing
@@ -28,33 +25,3 @@ def divide_conditions(
             )
         (of_trials if of_trial else of_items).append(condition)
     return of_trials, of_items
-
-
-def rows_that_meet(condition: str, table: pd.DataFrame) -> np.ndarray:
-    """bool per row: whether a pandas expression on its columns or index is true.
-
-    FeatureStoreError if it cannot be evaluated, is no condition, or compares text with a number, which never are equal.
-    """
-    frame = table.reset_index() if table.index.names[0] else table
-    for name in frame.columns:
-        text = not pd.api.types.is_numeric_dtype(frame[name])
-        bare = rf"(?<![\w.])`?{re.escape(str(name))}`?\s*(?:[=!<>]=?|(?:not\s+)?in)\s*[\[(]?\s*[-+]?\d"
-        if text and re.search(bare, condition):
-            raise FeatureStoreError(
-                f"`where` {condition!r} compares {name} with a number, but it holds text, such as {frame[name].iloc[0]!r}. "
-                "Put the number in quotes."
-            )
-    try:
-        held = frame.eval(condition)
-    except Exception as error:  # whatever an expression can raise is the user's to read
-        raise FeatureStoreError(
-            f"`where` {condition!r} cannot be evaluated: {type(error).__name__}: {error}. "
-            'It is a comparison such as "gender == \'female\'" or "yaw <= 30".'
-        ) from None
-    held = np.asarray(held)
-    if held.dtype != bool or held.shape != (len(frame),):
-        raise FeatureStoreError(
-            f"`where` {condition!r} is no condition: it gives {held.dtype}, not true or false. Compare with ==, <, in …: "
-            "\"gender == 'female'\"."
-        )
-    return held

@@ -13,11 +13,12 @@ from typing import Literal
 import numpy as np
 import pandas as pd
 
+from featurestore.conditions import rows_that_meet
 from featurestore.errors import FeatureStoreError
 from featurestore.keys import KEY
 from featurestore.store.reader import FeatureStore, Source
 from featurestore.text import listing, natural_order, near_matches
-from heads.trials.conditions import divide_conditions, rows_that_meet
+from heads.trials.conditions import divide_conditions
 from heads.trials.faults import Faults
 from heads.trials.tables import EXAMPLE, FACES, ODD, ODD_POSITION, ODD_VIEW, TIME_OUT, VIEWS, as_key, read_table
 

@@ -1,30 +1,28 @@
-"""The pass of every network beside its bare forward pass, and what the networks tell of real photographs.
+"""The pass of every network beside its bare forward pass, and beside what two cores that do everything allow.
 
-python -m tests.benchmarks.bench_networks                  # everything, about 10 minutes on two cores
-python -m tests.benchmarks.bench_networks --only identify  # one section
-python -m tests.benchmarks.bench_networks --markdown       # the table as the README shows it
+python -m tests.benchmarks.bench_networks --markdown   # about 20 minutes on two cores
 """
 
+import math
 from collections.abc import Callable
 from pathlib import Path
+from tempfile import TemporaryDirectory
 
 import click
+import numpy as np
 import torch
 
-from featurestore import FeatureStore, identification_table
 from featurestore.caching.extractor import load_extractor
-from featurestore.caching.job import CachingRequest, prepare_job
+from featurestore.caching.job import CachingJob, CachingRequest, prepare_job
 from featurestore.caching.planning import make_plan
-from featurestore.caching.run import cache_layers
+from featurestore.caching.run import cache_layers, decoding_threads, photos_to_append
 from featurestore.checkpoints.weights import open_weights
 from featurestore.networks.hooks import HookedNetwork
-from featurestore.networks.registry import get_backbone, get_recipe
-from featurestore.networks.shapes import with_input_size
 from featurestore.photos.keys import find_faces
-from featurestore.store.writer import store_lock
+from featurestore.photos.loading import batches
+from featurestore.store.writer import SourceWriter, store_lock
 from tests.benchmarks.bench_store import BATCH, make_photographs
 from tests.benchmarks.measure import Line, compare, rate, run_sections
-from tests.conftest import SHARED
 
 # Layers of each network: two on the way and its descriptor, or what stands for one; and photographs for a round of seconds.
 NETWORKS = {
@@ -39,36 +37,43 @@ NETWORKS = {
 HOOKED = "tests.benchmarks.vision_transformer:build"  # captured by hooks; its bare forward has none
 HOOKED_LAYERS, HOOKED_N = ["layers.3", "layers.11", "layernorm"], 128
 HOOKED_RECIPE = 'size = 224\nresize = "pil"\nchannels = "RGB"\nmean = 127.5\nscale = 127.5\n'
-HELD_OUT = ["8", "9", "10"]
 WHOLE = {"dlib_resnet_v1": "dlib-whole"}  # its own recipe needs faces, and made-up photographs have none
+
+
+def request_for(images: Path, store: Path, backbone: str, layers: list[str], recipe: str | None) -> CachingRequest:
+    """With seeded weights, on the CPU."""
+    return CachingRequest(
+        store, find_faces(images), layers, "random:0", backbone=backbone, recipe=recipe, batch_size=BATCH, device="cpu"
+    )
 
 
 def pass_rate(images: Path, store: Path, backbone: str, layers: list[str], recipe: str | None = None) -> float:
     """Images per second of the pass, its network loaded."""
-    request = CachingRequest(
-        store, find_faces(images), layers, "random:0", backbone=backbone, recipe=recipe, batch_size=BATCH, device="cpu"
-    )
-    job = prepare_job(request)
+    job = prepare_job(request_for(images, store, backbone, layers, recipe))
     with store_lock(store, "benchmark"):
         summary = cache_layers(job, make_plan(job))
     return summary.computed / summary.seconds
 
 
 def speed(folder: Path) -> list[Line]:
-    """The pass (decode, compute, store) against forward passes alone of the same cut, channels-last network."""
+    """The pass (decode, compute, store) against forward passes alone, and against what shared cores allow."""
     (folder / "vit.toml").write_text(HOOKED_RECIPE)
     hooked = _speed(folder, HOOKED, HOOKED_LAYERS, HOOKED_N, str(folder / "vit.toml"))
-    return [*(_speed(folder, name, layers, n, WHOLE.get(name)) for name, (layers, n) in NETWORKS.items()), hooked]
+    lines = [
+        line for name, (layers, n) in NETWORKS.items() for line in _speed(folder, name, layers, n, WHOLE.get(name))
+    ]
+    return lines + hooked
 
 
-def _speed(folder: Path, name: str, layers: list[str], n: int, recipe: str | None = None) -> Line:
+def _speed(folder: Path, name: str, layers: list[str], n: int, recipe: str | None = None) -> list[Line]:
+    """Beside the forward loop of the same cut, channels-last network; and beside decoding, forward and writing each alone, their
+    times added: the limit where the same cores do all three."""
     images = make_photographs(folder / f"photographs-{n}", n)
-    spec = get_backbone(name)
-    size = (get_recipe(recipe) if recipe else spec.default_recipe()).size
-    spec = with_input_size(spec, size)
-    cut = load_extractor(spec, layers, open_weights("random:0", spec), torch.device("cpu"), torch.float32)
+    job = prepare_job(request_for(images, folder / "alone.zarr", name, layers, recipe))
+    cut = load_extractor(job.spec, layers, open_weights("random:0", job.spec), torch.device("cpu"), torch.float32)
     if isinstance(cut, HookedNetwork):
         cut = cut.network
+    size = job.recipe.size
     inputs = torch.randn(BATCH, 3, size, size).contiguous(memory_format=torch.channels_last)
     rounds = iter(range(10**9))
 
@@ -79,33 +84,39 @@ def _speed(folder: Path, name: str, layers: list[str], n: int, recipe: str | Non
         with torch.inference_mode():
             return rate(lambda: cut(inputs), BATCH, n // BATCH)
 
-    return compare(f"the pass of {name}, 3 layers, against its bare forward loop", ours, bare, 0.95, "images/s", 3)
+    def limit() -> float:
+        alone = bare(), rate(lambda: _decode(job), n), rate(lambda: _write(job, n), n)
+        return 1 / sum(1 / each for each in alone)
 
-
-def identify(folder: Path) -> list[Line]:
-    """The ORL photographs through all networks into one store; who is it, by nearest neighbour on held-out views?"""
-    photographs = SHARED / "data" / "orl_faces"
-    if not photographs.is_dir():
-        click.echo("left out: the ORL photographs (shared/data/orl_faces) are not on this machine", err=True)
-        return []
-    store = folder / "all.zarr"
-    for name, (layers, _) in NETWORKS.items():
-        pass_rate(photographs, store, name, layers)
-    table = identification_table(FeatureStore.open(store), HELD_OUT)
+    what = f"the pass of {name}, 3 layers, against"
     return [
-        Line(
-            f"{row.backbone}, {row.layer}: who is it, of 40, by nearest neighbour ({row.weights})",
-            f"{row.accuracy:.3f} [{row.low:.3f}, {row.high:.3f}]",
-            f"chance {row.chance:.3f}",
-            row.accuracy / row.chance,
-            "above chance",
-            row.low > row.chance,
-        )
-        for row in table.itertuples()
+        compare(f"{what} its bare forward loop", ours, bare, 0.95, "images/s", 3),
+        compare(f"{what} forward, decoding and writing added", ours, limit, 0.95, "images/s", 3),
     ]
 
 
-SECTIONS: dict[str, Callable[[Path], list[Line]]] = {"speed": speed, "identify": identify}
+def _decode(job: CachingJob) -> None:
+    photos = photos_to_append(job, make_plan(job))
+    threads, slots = decoding_threads(job), len(photos)
+    for _ in batches(photos, job.recipe, slots=slots, next_row=0, batch_size=BATCH, workers=threads, skip=False):
+        pass
+
+
+def _write(job: CachingJob, n: int) -> None:
+    """``n`` rows of every layer, as shards that are flushed to disk."""
+    with TemporaryDirectory(dir=job.request.store.parent) as folder:
+        writer = SourceWriter(Path(folder) / "s.zarr", "bench", {})
+        for name in job.layers:
+            shape = job.shapes[name]
+            writer.add_layer(name, shape, "float32", "none", n)
+            rows = np.zeros((BATCH, math.prod(shape)), np.float32)
+            shard = writer.open_shard(name, 0, end=n)
+            for first in range(0, n, BATCH):
+                shard.write(range(first, min(first + BATCH, n)), rows[: min(BATCH, n - first)])
+            shard.commit()
+
+
+SECTIONS: dict[str, Callable[[Path], list[Line]]] = {"speed": speed}
 
 
 @click.command()

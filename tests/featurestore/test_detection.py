@@ -2,6 +2,8 @@
 
 import importlib.util
 import shutil
+import signal
+import subprocess
 import sys
 from pathlib import Path
 
@@ -241,6 +243,7 @@ def test_several_faces_in_a_photograph(detector: detection.Detector, photographs
     assert stopped.returncode == 1
     assert "both/1.png: 2 faces. Cut the photograph" in stopped.stderr
     assert "--several" in stopped.stderr
+    assert pd.read_csv(tmp_path / "faces.csv")["face_id"].tolist() == ["anna", "berta"]  # what was found until then
 
 
 def test_unchanged_photographs_are_not_searched_again(
@@ -292,6 +295,23 @@ def test_ctrl_c_loses_nothing(detector: detection.Detector, photographs: Path, t
     again = interrupt_after(1)
     assert again.faces.table["nose_x"].tolist() == table["nose_x"].tolist()
     assert not detection.detect_faces(find_faces(photographs), earlier=out).interrupted
+
+
+def test_a_killed_search_goes_on(detector: detection.Detector, photographs: Path, tmp_path: Path) -> None:
+    """The table is written while the search goes on, so a process that is killed loses a minute."""
+    out = tmp_path / "faces.csv"
+    script = (
+        "import os, signal; from pathlib import Path; from featurestore.photos import detection, keys\n"
+        "detection._SAVE_EVERY = 0\n"
+        "left = [2]\n"
+        "def progress(n):\n"
+        "    left[0] -= n\n"
+        "    if left[0] < 0: os.kill(os.getpid(), signal.SIGKILL)\n"
+        f"found = keys.find_faces({str(photographs)!r})\n"
+        f"detection.detect_faces(found, save=Path({str(out)!r}), progress=progress)\n"
+    )
+    assert subprocess.run([sys.executable, "-c", script]).returncode == -signal.SIGKILL
+    assert pd.read_csv(out)["face_id"].tolist() == ["anna", "berta"]
 
 
 def test_another_table_is_not_overwritten(detector: detection.Detector, photographs: Path, tmp_path: Path) -> None:

@@ -1,0 +1,92 @@
+"""How much of a layer is held at once: the size of blocks under a memory cap, and Dask tasks that add up."""
+
+import math
+import sys
+from collections.abc import Callable, Sequence
+from pathlib import Path
+from typing import Any
+
+import dask.base
+import dask.config
+from dask.delayed import Delayed, delayed
+from dask.system import CPU_COUNT
+from dask.utils import parse_bytes
+
+from featurestore.errors import FeatureStoreError
+from featurestore.text import human_bytes
+
+MEMORY = "1GiB"  # of a query, if no cap is given
+_MOST_ROWS = 2048  # of a block: larger ones make products no faster
+_FEWEST_BLOCKS = 4  # for each worker, so that they end at about the same time
+_FEWEST_ROWS = 256  # unless the cap asks for less
+_OVERHEAD = 48 << 20  # bytes of a query beside its blocks: Dask's graph, buffers of BLAS and of the result's file
+_FAN_IN = 8
+
+
+def block_rows(n: int, memory: str | int, per_row: float, per_pair: float = 0.0, fixed: float = 0.0) -> int:
+    """Rows to a block, so that all that is held at once stays below ``memory`` bytes (text such as ``"1GiB"``).
+
+    A task holds ``per_row`` bytes for each row of its blocks, ``per_pair`` for each pair of two blocks' rows, and ``fixed``
+    beside; there are as many tasks at once as the scheduler has workers. The cap counts anonymous memory (what is not a mapped
+    file), this program's own included. FeatureStoreError if one row is too much, with what would fit.
+    """
+    workers, processes = _workers()
+    taken = (workers if processes else 1) * (_anonymous_bytes() + _OVERHEAD)
+    cap = parsed_bytes(memory)
+    room = (cap - taken) / workers - fixed
+    if room < per_row + per_pair:
+        least = taken + workers * (per_row + per_pair + fixed)
+        raise FeatureStoreError(
+            f"`memory` {human_bytes(cap)} is too little: the program alone takes {human_bytes(taken)}, and a block of one row in "
+            f"each of {workers} workers {human_bytes(least - taken)} more. Give at least {human_bytes(least * 1.1)}."
+        )
+    k = room / per_row if not per_pair else (math.sqrt(per_row**2 + 4 * per_pair * room) - per_row) / (2 * per_pair)
+    spread = max(_FEWEST_ROWS, math.ceil(n / (_FEWEST_BLOCKS * workers)))
+    return max(1, min(int(k), _MOST_ROWS, spread, n))
+
+
+def parsed_bytes(memory: str | int) -> int:
+    """``"1GiB"`` as a number of bytes; FeatureStoreError if it is none."""
+    try:
+        return int(parse_bytes(memory))
+    except ValueError:
+        raise FeatureStoreError(f"`memory` {memory!r} is no number of bytes, such as 1GiB or 500MB.") from None
+
+
+def _workers() -> tuple[int, bool]:
+    """Tasks that run at once under one cap, and whether each is a process of its own."""
+    scheduler = dask.config.get("scheduler", None)
+    if scheduler in ("dask.distributed", "distributed"):  # the cap is for each of the cluster's workers
+        from distributed import default_client
+
+        workers = default_client().scheduler_info(n_workers=-1)["workers"].values()
+        return max((worker["nthreads"] for worker in workers), default=1), False
+    if scheduler in ("sync", "synchronous", "single-threaded"):
+        return 1, False
+    n = dask.config.get("num_workers", None) or CPU_COUNT
+    return int(n), scheduler in ("processes", "multiprocessing")
+
+
+def _anonymous_bytes() -> int:
+    """Anonymous memory of this process; a guess where the system does not say."""
+    if sys.platform == "linux":
+        return int(Path("/proc/self/status").read_text().split("RssAnon:")[1].split()[0]) * 1024
+    return 400 << 20
+
+
+def task(function: Callable[..., Any], *arguments: Any) -> Delayed:
+    """A call that Dask will make."""
+    made: Delayed = delayed(function)(*arguments)
+    return made
+
+
+def computed(tasks: Sequence[Delayed]) -> list[Any]:
+    """The results of all tasks, by the scheduler that is set."""
+    return list(dask.base.compute(*tasks))
+
+
+def added_up(tasks: Sequence[Delayed], add: Callable[[Sequence[Any]], Any]) -> Any:
+    """``add`` of all results, a few at a time, so that not all of them are held at once."""
+    while len(tasks) > 1:
+        tasks = [task(add, list(tasks[i : i + _FAN_IN])) for i in range(0, len(tasks), _FAN_IN)]
+    return computed(tasks)[0]
