@@ -36,8 +36,8 @@ def rdm(
 
     ``metric``: ``cosine`` and ``correlation`` (1 - r, 0 … 2), ``euclidean``, ``cityblock``: those of scipy's ``pdist``, within
     1e-6 of it (of the largest, for the two that have units). ``pca`` keeps as many principal components as explain this share
-    of the variance (0 … 1]. The coordinates ``item`` and ``other`` are ``face|view``, with ``face_id`` and ``view`` beside, or the
-    groups' names; ``data``, ``layers``, ``by``, ``where``, ``sources`` and ``items`` are those of ``selection.select``.
+    of the variance (0 … 1]. The coordinates ``item`` and ``other`` are ``face|view``, with ``face_id`` and ``view`` beside, or
+    the groups' names. ``data``, ``layers``, ``by``, ``where``, ``sources`` and ``items`` are those of ``selection.select``.
 
     Computing holds at most ``memory`` bytes beside the result, which is quadratic in the items: for one larger than memory,
     write it: ``rdm(…).to_zarr(path)``. Raises FeatureStoreError as ``select`` does, for an unknown metric, fewer than three
