@@ -193,7 +193,7 @@ def principal_components(layer: LayerRows, share: float, memory: str | int) -> L
         )
     size = block_rows(n, memory, 2 * 12 * features, 8, fixed=3 * 8 * side**2)
     blocks = layer.blocks(size)
-    mean = added_up([task(_column_sums, block) for block in blocks], sum) / n
+    mean = column_means(layer, size)
     if n <= features:
         gram = np.empty((n, n))
         starts = np.cumsum([0, *map(len, blocks)])
@@ -223,6 +223,13 @@ def _largest(gram: np.ndarray, share: float) -> tuple[np.ndarray, np.ndarray]:
     explained = np.cumsum(values) / values.sum()
     count = int(np.searchsorted(explained, share * (1 - 1e-12))) + 1
     return values[:count], vectors[:, :count]
+
+
+def column_means(layer: LayerRows, size: int) -> np.ndarray:
+    """The mean of each feature over all rows, (features,) float64, ``size`` rows at a time."""
+    total = added_up([task(_column_sums, block) for block in layer.blocks(size)], sum)
+    means: np.ndarray = total / len(layer)
+    return means
 
 
 def _column_sums(block: Block) -> np.ndarray:
