@@ -1,1 +1,51 @@
-"""Questions to a store."""
+"""Questions to a store's layers, answered in blocks on Dask, within a memory cap."""
+
+from importlib import import_module
+from typing import TYPE_CHECKING, Any
+
+if TYPE_CHECKING:
+    from featurestore.queries.answers import answers_table
+    from featurestore.queries.dissimilarity import rdm
+    from featurestore.queries.identification import identification_table
+    from featurestore.queries.layer_comparison import compare_layers
+    from featurestore.queries.layer_statistics import mean, statistics, unit_statistics, units_with_trait
+    from featurestore.queries.nearest import neighbours
+    from featurestore.queries.similarity_analysis import rsa
+    from featurestore.queries.verification import verify_faces
+    from featurestore.queries.view_invariance import invariance
+
+_WHERE = {
+    "answers_table": "answers",
+    "compare_layers": "layer_comparison",
+    "identification_table": "identification",
+    "invariance": "view_invariance",
+    "mean": "layer_statistics",
+    "neighbours": "nearest",
+    "rdm": "dissimilarity",
+    "rsa": "similarity_analysis",
+    "statistics": "layer_statistics",
+    "unit_statistics": "layer_statistics",
+    "units_with_trait": "layer_statistics",
+    "verify_faces": "verification",
+}
+__all__ = [
+    "answers_table",
+    "compare_layers",
+    "identification_table",
+    "invariance",
+    "mean",
+    "neighbours",
+    "rdm",
+    "rsa",
+    "statistics",
+    "unit_statistics",
+    "units_with_trait",
+    "verify_faces",
+]
+
+
+def __getattr__(name: str) -> Any:
+    """Load Dask, xarray and torch only for those who ask."""
+    if name in _WHERE:
+        return getattr(import_module(f"featurestore.queries.{_WHERE[name]}"), name)
+    raise AttributeError(f"module {__name__!r} has no attribute {name!r}")

@@ -2,7 +2,8 @@
 
 import math
 import sys
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterator, Sequence
+from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
 
@@ -21,6 +22,7 @@ _FEWEST_BLOCKS = 4  # for each worker, so that they end at about the same time
 _FEWEST_ROWS = 256  # unless the cap asks for less
 _OVERHEAD = 48 << 20  # bytes of a query beside its blocks: Dask's graph, buffers of BLAS and of the result's file
 _FAN_IN = 8
+LOCAL_SCHEDULERS = ("threads", "processes", "synchronous")
 
 
 def block_rows(n: int, memory: str | int, per_row: float, per_pair: float = 0.0, fixed: float = 0.0) -> int:
@@ -72,6 +74,34 @@ def _anonymous_bytes() -> int:
     if sys.platform == "linux":
         return int(Path("/proc/self/status").read_text().split("RssAnon:")[1].split()[0]) * 1024
     return 400 << 20
+
+
+@contextmanager
+def scheduler(name: str | None) -> Iterator[str]:
+    """Queries within run in ``threads``, ``processes``, one after the other (``synchronous``), or on the cluster of an address.
+
+    None leaves what is set. Gives a line about it, empty for this machine. FeatureStoreError for another name, and for a
+    cluster that does not answer.
+    """
+    if name is None or name in LOCAL_SCHEDULERS:
+        with dask.config.set({"scheduler": name} if name else {}):
+            yield ""
+        return
+    if "://" not in name:
+        raise FeatureStoreError(
+            f"`scheduler` {name!r} is neither an address, such as tcp://127.0.0.1:8786, nor one of {', '.join(LOCAL_SCHEDULERS)}."
+        )
+    from distributed import Client
+
+    try:
+        client = Client(name, timeout=10)
+    except (OSError, ValueError) as error:
+        raise FeatureStoreError(
+            f"no Dask scheduler answers at {name}: {error}. Start it, or check the address."
+        ) from None
+    with client:
+        workers = len(client.scheduler_info(n_workers=-1)["workers"])
+        yield f"{workers} workers at {name}; dashboard: {client.dashboard_link}"
 
 
 def task(function: Callable[..., Any], *arguments: Any) -> Delayed:

@@ -6,6 +6,7 @@ from typing import Any
 
 import dask.array as da
 import numpy as np
+import pandas as pd
 import xarray as xr
 from dask.base import tokenize
 from dask.highlevelgraph import HighLevelGraph
@@ -52,9 +53,9 @@ def rdm(
     coordinates = _coordinates(chosen, "item") | _coordinates(chosen, "other")
     attributes = {"metric": metric, "left_out": list(chosen.notes)} | ({"pca": pca} if pca is not None else {})
     if isinstance(layers, str) and len(parts) == 1:
-        name = {"layer": chosen.layers[0].name}
+        name = {"layer": ((), np.array(chosen.layers[0].name, object))}
         return xr.DataArray(parts[0], coordinates | name, ("item", "other"), "dissimilarity", attributes)
-    names = {"layer": [layer.name for layer in chosen.layers]}
+    names = {"layer": np.array([layer.name for layer in chosen.layers], object)}
     return xr.DataArray(da.stack(parts), coordinates | names, ("layer", "item", "other"), "dissimilarity", attributes)
 
 
@@ -252,3 +253,24 @@ def _covariance(block: Block, mean: np.ndarray) -> np.ndarray:
 def _projected(block: Block, mean: np.ndarray, vectors: np.ndarray) -> np.ndarray:
     scores: np.ndarray = (block.load() - mean) @ vectors
     return scores
+
+
+def summary(matrix: xr.DataArray) -> pd.DataFrame:
+    """A row for each layer of an RDM: items, mean, least and largest dissimilarity of two, and means within and between faces."""
+    names = np.atleast_1d(matrix["layer"].values)
+    stack = matrix.values.reshape(len(names), *matrix.shape[-2:])
+    upper = np.triu_indices(stack.shape[-1], 1)
+    faces = matrix.coords["face_id"].values if "face_id" in matrix.coords else None
+    rows = []
+    for name, values in zip(names, stack, strict=True):
+        pairs = values[upper]
+        row = {"layer": name, "items": len(values), "mean": pairs.mean(), "least": pairs.min(), "largest": pairs.max()}
+        if faces is not None:
+            same = faces[upper[0]] == faces[upper[1]]
+            row["within faces"], row["between faces"] = (_mean_of(pairs[part]) for part in (same, ~same))
+        rows.append(row)
+    return pd.DataFrame(rows)
+
+
+def _mean_of(values: np.ndarray) -> float:
+    return float(values.mean()) if len(values) else np.nan

@@ -9,6 +9,7 @@ import numpy as np
 import pandas as pd
 import xarray as xr
 from dask.base import tokenize
+from dask.system import CPU_COUNT
 
 from featurestore.errors import FeatureStoreError
 from featurestore.files import OpenFolder
@@ -24,16 +25,15 @@ def dask_array(layer: Layer, opened: OpenFolder) -> da.Array:
     ``opened`` is the source's folder. Blocks that are computed after it was rewritten raise FeatureStoreError.
     """
     layer = replace(layer, folder=layer.folder.resolve())  # a worker may have another current directory
-    per_block = max(1, BLOCK_BYTES // max(1, layer.slots * layer.row_bytes))
-    block_items = per_block * layer.slots
-    items = tuple(min(block_items, layer.n_items - first) for first in range(0, layer.n_items, block_items)) or (0,)
+    blocks = block_bounds(layer.n_items, layer.slots, layer.row_bytes)
+    items = tuple(stop - start for start, stop in blocks) or (0,)
     files = [path.stat() for path in map(layer.shard_path, range(layer.n_shards)) if path.exists()]
     written = [(file.st_mtime_ns, file.st_ino, file.st_size) for file in files]  # other rows have another name
     array: da.Array = da.map_blocks(
         _read_block,
         layer=layer,
         opened=opened,
-        per_block=per_block,
+        blocks=blocks,
         chunks=(items, *((size,) for size in layer.shape)),
         dtype=layer.dtype,
         meta=np.empty((0,) * (1 + len(layer.shape)), layer.dtype),
@@ -42,10 +42,31 @@ def dask_array(layer: Layer, opened: OpenFolder) -> da.Array:
     return array
 
 
-def _read_block(layer: Layer, opened: OpenFolder, per_block: int, block_id: tuple[int, ...] = (0,)) -> np.ndarray:
-    first = block_id[0] * per_block
+def block_bounds(n_items: int, slots: int, row_bytes: int) -> list[tuple[int, int]]:
+    """First and last (exclusive) item of each block: whole shards up to ``BLOCK_BYTES``, but as many blocks as there are cores.
+
+    A shard that is larger than that is divided.
+    """
+    most = max(1, min(BLOCK_BYTES // max(1, row_bytes), -(-n_items // CPU_COUNT)))
+    if most >= slots:
+        most -= most % slots
+        starts = list(range(0, n_items, most))
+    else:
+        starts = [
+            start for shard in range(0, n_items, slots) for start in range(shard, min(shard + slots, n_items), most)
+        ]
+    return list(zip(starts, [*starts[1:], n_items], strict=True))
+
+
+def _read_block(
+    layer: Layer, opened: OpenFolder, blocks: list[tuple[int, int]], block_id: tuple[int, ...] = (0,)
+) -> np.ndarray:
+    start, stop = blocks[block_id[0]] if blocks else (0, 0)
     with opened.unchanged():
-        shards = [read_shard(layer, shard) for shard in range(first, min(first + per_block, layer.n_shards))]
+        shards = [
+            read_shard(layer, shard, slice(max(start - shard * layer.slots, 0), stop - shard * layer.slots))
+            for shard in range(start // layer.slots, -(-stop // layer.slots))
+        ]
     if not layer.folder.is_dir():
         raise FeatureStoreError(
             f"layer {layer.name!r} was removed since {layer.folder.parent} was opened: open it again."
@@ -58,10 +79,13 @@ def _read_block(layer: Layer, opened: OpenFolder, per_block: int, block_id: tupl
 def dataset(
     items: pd.DataFrame, layers: Mapping[str, Layer], attributes: Mapping[str, Any], opened: OpenFolder
 ) -> xr.Dataset:
-    """What ``xarray.open_zarr`` gives, with blocks mapped from the files. Dimension names carry sizes: ``channel_512``."""
-    flat = items.reset_index()
-    coordinates = {str(name): ("item", flat[name].to_numpy()) for name in flat.columns}
+    """What ``xarray.open_zarr`` gives, with blocks mapped from the files, and ``item`` indexed by face_id and view.
+
+    Dimension names carry sizes: ``channel_512``.
+    """
+    keys = xr.Coordinates.from_pandas_multiindex(items.index, "item")
+    columns = {str(name): ("item", items[name].to_numpy()) for name in items.columns}
     variables = {
         name: (layer.metadata()["dimension_names"], dask_array(layer, opened)) for name, layer in layers.items()
     }
-    return xr.Dataset(variables, coords=coordinates, attrs=dict(attributes))
+    return xr.Dataset(variables, coords=keys.assign(columns), attrs=dict(attributes))

@@ -128,15 +128,26 @@ class Source:
         unknown = table["image_sha256"].isin(["", "0" * 64])
         return np.where(unknown, np.arange(self.n_items), first[group]).astype(np.int64)
 
-    def find(self, keys: Keys, columns: Mapping[str, str] | None = None) -> np.ndarray:
+    def find(
+        self,
+        keys: "Keys | None" = None,
+        columns: Mapping[str, str] | None = None,
+        *,
+        face: "str | Iterable[str] | None" = None,
+    ) -> np.ndarray:
         """Row numbers (int64) of items, many at once, in the order asked for.
 
         ``keys``: (face, view) pairs, as a list, one alone, a MultiIndex or a DataFrame; or faces, ``"s12"`` or
-        ``["s12", "s13"]``, for all their views in natural order. An integer stands for its digits: (12, 3) for ("12", "3").
+        ``["s12", "s13"]``, for all their views in natural order, which ``face`` says too. An integer stands for its digits:
+        (12, 3) for ("12", "3").
         ``columns`` says where a DataFrame with other names has them: ``{"face_id": "head", "view": "angle"}``.
         FeatureStoreError names the keys that are not there, and those near them that are.
         """
         self.require_unique_keys()
+        if (keys is None) == (face is None):
+            raise FeatureStoreError("items are found by `keys`, (face, view) pairs, or by `face`; give one of the two.")
+        if keys is None:
+            return self._rows_of([face] if isinstance(face, str) else [str(name) for name in face or ()])
         if not isinstance(keys, tuple | pd.MultiIndex | pd.DataFrame):
             keys = [keys] if isinstance(keys, str) else list(keys)
             faces = [key for key in keys if isinstance(key, str)]
@@ -199,7 +210,7 @@ class Source:
         from featurestore.store.rows import Rows  # opening a store and reading its keys needs no torch
 
         with self.opened.unchanged():
-            return Rows(self.layer(layer))
+            return Rows(self.layer(layer), self.find)
 
     def dask(self, layer: str) -> "da.Array":
         """The layer as a lazy Dask array (item, *shape); rows that are not cached are NaN."""
@@ -208,7 +219,7 @@ class Source:
         return dask_array(self.layer(layer), self.opened)
 
     def xarray(self) -> "xr.Dataset":
-        """Items as coordinates and every layer as a lazy variable."""
+        """Items as coordinates and every layer as a lazy variable; ``ds.sel(face_id="s12", view="3")`` chooses items."""
         from featurestore.store.lazy import dataset
 
         return dataset(self.items, self.layers, self.attributes, self.opened)
@@ -283,10 +294,12 @@ class FeatureStore:
 
     def find(
         self,
-        keys: Keys,
+        keys: "Keys | None" = None,
         source: str | None = None,
         layer: str | None = None,
         columns: Mapping[str, str] | None = None,
+        *,
+        face: "str | Iterable[str] | None" = None,
     ) -> np.ndarray:
         """Row numbers of items; see ``Source.find``. They are those of ``source``, or of the only one that holds ``layer``.
 
@@ -299,8 +312,8 @@ class FeatureStore:
             and sources
             and all(sources[0].keys.equals(other.keys) for other in sources[1:])
         ):
-            return sources[0].find(keys, columns)
-        return self.source(source, [layer] if layer else ()).find(keys, columns)
+            return sources[0].find(keys, columns, face=face)
+        return self.source(source, [layer] if layer else ()).find(keys, columns, face=face)
 
     def rows(self, layer: str, source: str | None = None) -> "Rows":
         """Memory-mapped rows; see ``Rows.gather``. Without ``source``: of the only source that holds the layer."""

@@ -7,10 +7,12 @@ number of shards at the speed of a bare memory map; nothing is read before it is
 
 import ctypes
 import mmap
+import numbers
 import os
 import weakref
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from contextlib import closing, contextmanager
+from typing import Any
 
 import numpy as np
 import torch
@@ -33,11 +35,14 @@ Indices = torch.Tensor | np.ndarray | list[int] | range
 class Rows:
     """The rows of one layer: shape (len, *shape), of ``dtype``, in the order of the source's items.
 
-    A view of the files as they were when it was made: rows that a caching run adds later need a new ``Rows``.
+    ``rows["s12", "3"]`` and ``rows[5]`` are one item's row, ``rows["s12"]`` and ``rows[2:5]`` several, as CPU tensors;
+    ``numpy.asarray(rows)`` reads all of them. ``find`` gives the row numbers of keys, as ``Source.find`` does. A view of the
+    files as they were when it was made: rows that a caching run adds later need a new ``Rows``.
     """
 
-    def __init__(self, layer: Layer) -> None:
+    def __init__(self, layer: Layer, find: Callable[[Any], np.ndarray] | None = None) -> None:
         self.layer = layer
+        self._find = find
         self.shape = (layer.n_items, *layer.shape)
         self.dtype: torch.dtype = getattr(torch, layer.dtype.name)
         self._row_shape, self._elements = layer.shape, layer.record.elements
@@ -54,6 +59,28 @@ class Rows:
 
     def __len__(self) -> int:
         return self.layer.n_items
+
+    def __getitem__(self, which: "int | slice | str | tuple[Any, Any] | Indices") -> torch.Tensor:
+        """The row of a number or of a key (face, view); the rows of a slice, of a face, of an array of numbers.
+
+        Errors are those of ``gather`` and ``Source.find``; numbers are not counted from the end.
+        """
+        if isinstance(which, str | tuple):
+            if self._find is None:
+                raise FeatureStoreError(
+                    f"these rows know no keys: take them from a store, store.rows({self.layer.name!r})."
+                )
+            found = self.gather(self._find(which))
+            return found if isinstance(which, str) else found[0]
+        if isinstance(which, slice):
+            return self.gather(range(*which.indices(len(self))))
+        if isinstance(which, int | numbers.Integral):
+            return self.gather([int(which)])[0]
+        return self.gather(which)
+
+    def __array__(self, dtype: Any = None, copy: bool | None = None) -> np.ndarray:
+        """All rows, read into memory."""
+        return self.gather(range(len(self))).numpy().astype(dtype or self.layer.dtype, copy=False)
 
     @property
     def present(self) -> np.ndarray:
@@ -195,20 +222,22 @@ def open_shard(layer: Layer, shard: int) -> Iterator[tuple[int, ShardIndex] | No
         yield file.fileno(), read_index(file.fileno(), layer.slots, layer.record, layer.shard_path(shard))
 
 
-def read_shard(layer: Layer, shard: int) -> np.ndarray:
-    """All rows of one shard, (n, *shape), read-only; absent rows are NaN. Mapped, not copied, where the file allows."""
+def read_shard(layer: Layer, shard: int, part: slice = slice(None)) -> np.ndarray:
+    """Rows of one shard, or a ``part`` of them, (n, *shape), read-only; absent ones are NaN. Mapped where the file allows."""
     rows = layer.shard_rows(shard)
-    shape = (len(rows), *layer.shape)
+    slots = range(len(rows))[part]
     with open_shard(layer, shard) as opened:
         if opened is not None and opened[1].strided(layer.record, len(rows)):
             mapped = mmap.mmap(opened[0], 0, prot=mmap.PROT_READ)
             inner = np.empty(layer.shape, layer.dtype).strides
-            return np.ndarray(shape, layer.dtype, mapped, strides=(layer.record.stride, *inner))
-        values = np.full(shape, np.nan, layer.dtype)
+            shape = (len(rows), *layer.shape)
+            return np.ndarray(shape, layer.dtype, mapped, strides=(layer.record.stride, *inner))[part]
+        values = np.full((len(slots), *layer.shape), np.nan, layer.dtype)
         if opened is not None:
             fd, index = opened
-            for slot in np.flatnonzero(index.present[: len(rows)]):
-                values[slot] = layer.record.decode(read_record(fd, index, int(slot))).reshape(layer.shape)
+            for i, slot in enumerate(slots):
+                if index.present[slot]:
+                    values[i] = layer.record.decode(read_record(fd, index, slot)).reshape(layer.shape)
         return values
 
 

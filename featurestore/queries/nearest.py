@@ -1,6 +1,6 @@
 """The most similar items of each item: exact, block by block."""
 
-from collections.abc import Sequence
+from collections.abc import Collection, Sequence
 from typing import Any
 
 import numpy as np
@@ -30,7 +30,8 @@ def neighbours(
 ) -> pd.DataFrame:
     """The ``k`` least dissimilar items of each item ``of`` the keys given (of all, by default), the nearest first.
 
-    An item is not its own neighbour; with ``other_faces`` no item of its face is. Of equals the earlier item comes first.
+    ``of`` are (face, view) pairs, ``"face|view"``, or faces for all their views. An item is not its own neighbour; with
+    ``other_faces`` no item of its face is. Of equals the earlier item comes first.
     Columns: face_id, view (or, with ``by``, the group), rank from 1, and of the neighbour neighbour_face_id, neighbour_view
     and the dissimilarity. Options are those of ``rdm``. FeatureStoreError for keys that are not among the items, as ``rdm``
     for the rest.
@@ -55,12 +56,11 @@ def neighbours(
 
 def _places(of: Keys, index: pd.Index) -> np.ndarray:
     """Places of the keys, of all views of the faces, or of the groups, that are asked for."""
-    given: list[Any] = [of] if isinstance(of, str | tuple) else list(of)
-    wanted = [str(key) if isinstance(key, str) or index.nlevels == 1 else tuple(map(str, key)) for key in given]
-    table = pd.Series(np.arange(len(index)), index)
-    by_face = table.groupby(level=0, sort=False).indices
+    given: list[Any] = [of] if isinstance(of, str) or (isinstance(of, tuple) and of in index) else list(of)
+    by_face = pd.Series(0, index).groupby(level=0, sort=False).indices
     places: list[int] = []
-    for key in wanted:
+    for named in given:
+        key = _as_key(named, index, by_face)
         found = by_face.get(key) if isinstance(key, str) else index.get_indexer([key])
         if found is None or found[0] < 0:
             known = by_face if isinstance(key, str) else [view for face, view in index if face == key[0]] or by_face
@@ -70,6 +70,14 @@ def _places(of: Keys, index: pd.Index) -> np.ndarray:
             raise FeatureStoreError(f"`of` {key!r} is not among the {len(index)} items. {near}")
         places += found.tolist()
     return np.array(places, np.int64)
+
+
+def _as_key(named: Any, index: pd.Index, faces: Collection[str]) -> str | tuple[str, str]:
+    """A face or group, or a (face, view) pair, which may be written ``face|view``."""
+    if not isinstance(named, str):
+        return str(named) if index.nlevels == 1 else (str(named[0]), str(named[1]))
+    face, bar, view = named.rpartition("|")
+    return (face, view) if bar and index.nlevels > 1 and named not in faces else named
 
 
 def _nearest(

@@ -15,7 +15,7 @@ from featurestore.errors import FeatureStoreError
 from featurestore.photos.csv_files import read_csv
 from featurestore.queries.blocks import MEMORY
 from featurestore.queries.dissimilarity import rdm
-from featurestore.queries.selection import Data, Items, Names
+from featurestore.queries.selection import Data, Items, Names, select
 from featurestore.text import in_natural_order, listing, near_matches
 
 _PAIR = ("face_1", "face_2")
@@ -43,7 +43,8 @@ def rsa(
 ) -> pd.DataFrame:
     """A row for each layer, in the network's order: how well its dissimilarities agree with those of ``pairs``.
 
-    ``pairs`` is a CSV or a table, in one of three forms: columns face_1 and face_2 (and view_1 and view_2 for items, with
+    ``pairs`` is the name of a metadata column of numbers, for its absolute differences between faces (or items); or a CSV, or a
+    table, in one of three forms: columns face_1 and face_2 (and view_1 and view_2 for items, with
     ``by`` None) beside numbers; a first column of pairs such as ``"(0, 1)"``, names, or places from 0 in the natural order of the
     faces; or a square table with names along both sides. ``value`` is the column of numbers (the first by default). They are
     similarities if ``similarity`` says so, or by default if the column's name begins with "similar": agreement is positive
@@ -61,6 +62,9 @@ def rsa(
     if "layer" not in dissimilarities.dims:
         dissimilarities = dissimilarities.expand_dims("layer")
     names = _short_names(dissimilarities["item"].to_numpy(), dissimilarities.coords.get("face_id"))
+    if isinstance(pairs, str) and not Path(pairs).exists():
+        chosen_items = select(data, layers, sources=sources, where=where, items=items).labels
+        pairs = _differences(chosen_items, pairs, by, names)
     given = _read_pairs(pairs, value, similarity, names)
     chosen = _Pairs.of(given, names)
     rng = np.random.default_rng(seed)
@@ -176,6 +180,22 @@ def tau_a(one: np.ndarray, other: np.ndarray) -> float:
     pairs = len(one) * (len(one) - 1) / 2
     untied = [pairs - sum(n * (n - 1) / 2 for n in np.unique(values, return_counts=True)[1]) for values in (one, other)]
     return float(b * np.sqrt(untied[0] * untied[1]) / pairs)
+
+
+def _differences(items: pd.DataFrame, column: str, by: str | None, names: np.ndarray) -> pd.DataFrame:
+    """A square table of the absolute differences of a metadata column between the means of groups, or between items."""
+    numeric = list(items.select_dtypes("number").columns)
+    if column not in numeric:
+        raise FeatureStoreError(
+            f"`pairs` {column!r} is neither a file nor a metadata column of numbers. {near_matches(column, map(str, numeric))}"
+        )
+    key = {"face": "face_id"}.get(by or "", by)
+    means = items.reset_index().groupby(key)[column].mean() if key else items[column]
+    if key:
+        means.index = means.index.astype(str)
+        means = means[list(names)]
+    values = means.to_numpy(np.float64)
+    return pd.DataFrame(np.abs(values[:, None] - values[None, :]), names, names)
 
 
 def _short_names(names: np.ndarray, faces: Any) -> np.ndarray:
