@@ -230,16 +230,16 @@ def select(
         notes.append(f"{int((meets & ~present).sum())} items of which a layer has no row yet")
     kept = np.flatnonzero(meets & present)
     labels = labels.iloc[kept]
-    groups = _groups(labels, by) if by else None
-    if groups:
-        index = pd.Index(list(groups), name=by)
-        labels = pd.DataFrame({"items": [len(rows) for rows in groups.values()]}, index=index)
+    parts = groups(labels, by) if by else None
+    if parts:
+        index = pd.Index(list(parts), name=by)
+        labels = pd.DataFrame({"items": [len(rows) for rows in parts.values()]}, index=index)
     names = _names_of(labels.index)
     made = []
     for layer in chosen:
         rows: Any = np.asarray(layer.rows)[kept]
-        if groups:
-            rows = tuple(rows[part] for part in groups.values())
+        if parts:
+            rows = tuple(rows[part] for part in parts.values())
         made.append(LayerRows(layer.name, layer.shape, layer.reader, rows, names))
     return Selection(labels, tuple(made), tuple(notes))
 
@@ -253,8 +253,12 @@ def _names_of(index: pd.Index) -> np.ndarray:
     return np.array(names, object)
 
 
-def _groups(labels: pd.DataFrame, by: str) -> dict[str, np.ndarray]:
-    """Places of the items of each group, in natural order of the groups' names."""
+def groups(labels: pd.DataFrame, by: str) -> dict[str, np.ndarray]:
+    """Places (n,) int64 of the items of each group, by its name, in natural order of these.
+
+    ``by`` is ``"face"``, ``"view"`` or a column of ``labels``; FeatureStoreError if there is none of that name, or it is empty
+    for some items.
+    """
     table = labels.reset_index()
     column = {"face": KEY[0]}.get(by, by)
     if column not in table:
