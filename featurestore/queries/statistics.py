@@ -12,9 +12,9 @@ import xarray as xr
 from scipy import stats
 
 from featurestore.errors import FeatureStoreError
-from featurestore.queries.blocks import MEMORY, block_rows, computed, parsed_bytes, task
+from featurestore.queries.blocks import MEMORY, _workers, block_rows, computed, parsed_bytes, task
 from featurestore.queries.selection import Block, Data, Items, LayerRows, Names, Selection, groups, select
-from featurestore.text import human_bytes, listing, near_matches
+from featurestore.text import listing, near_matches
 
 METHODS = ("spearman", "pearson")
 
@@ -148,7 +148,7 @@ def mean(
     ``by`` is ``"face"``, ``"view"`` or a column of metadata. The coordinates ``group`` and ``items`` name the groups, in natural
     order, and count their items; the other dimensions are those of ``unit_statistics``. Attributes: layer, by, items, left_out.
     Each row is read once. Computing holds ``memory`` bytes at most beside the result. Options are those of ``rdm``, and so are
-    the errors; FeatureStoreError for more than one layer, and for sums of all groups that take more than half of ``memory``.
+    the errors; FeatureStoreError for more than one layer.
     """
     chosen, rows = _one_layer(select(data, layer, sources=sources, where=where, items=items), "a mean")
     parts = groups(chosen.labels, by) if by else {"": np.arange(len(chosen))}
@@ -328,7 +328,7 @@ def _spans(n: int, size: int, most: int) -> np.ndarray:
 
 def _moment_rows(layer: LayerRows, memory: str | int, per_number: float = 12, per_pair: float = 0) -> int:
     """Rows to a block of which moments are made."""
-    held = (_most_tasks(layer, memory) + 3) * _MOMENT_BYTES * layer.features
+    held = (_most_tasks(layer, memory) / _workers()[0] + 3) * _MOMENT_BYTES * layer.features
     return block_rows(len(layer), memory, per_number * layer.features, per_pair, fixed=held)
 
 
@@ -431,7 +431,7 @@ def _lifetime_sparseness(moments: _Moments) -> float:
 def _group_means(layer: LayerRows, codes: np.ndarray, n: int, memory: str | int) -> np.ndarray:
     """(n, features) float32: the mean of the rows of each code 0 … n - 1."""
     spans, held = _group_spans(layer, codes, n, memory)
-    size = block_rows(len(layer), parsed_bytes(memory) - held, 20 * layer.features)
+    size = block_rows(len(layer), memory, 20 * layer.features, fixed=held / _workers()[0])
     tasks = [task(_span_sums, layer, codes, start, stop, size) for start, stop in spans]
     total = np.zeros((n, layer.features))
     for present, sums in computed(tasks):
@@ -441,20 +441,14 @@ def _group_means(layer: LayerRows, codes: np.ndarray, n: int, memory: str | int)
 
 
 def _group_spans(layer: LayerRows, codes: np.ndarray, n: int, memory: str | int) -> tuple[list[tuple[int, int]], int]:
-    """As many spans of the rows as leave half of ``memory`` free of their groups' sums; bytes of these and of the total."""
-    cap, number = parsed_bytes(memory), 8 * layer.features
+    """As many spans of the rows as have sums that take a quarter of ``memory``, or one; bytes of these and of the total."""
     most = min(_MOST_TASKS, len(layer))
     while True:
         edges = np.linspace(0, len(layer), most + 1).astype(int).tolist()
         spans = list(pairwise(edges))
-        held = number * (n + sum(len(np.unique(codes[start:stop])) for start, stop in spans))
-        if held <= cap / 2:
+        held = 8 * layer.features * (n + sum(len(np.unique(codes[start:stop])) for start, stop in spans))
+        if most == 1 or held <= parsed_bytes(memory) / 4:
             return spans, held
-        if most == 1:
-            raise FeatureStoreError(
-                f"the sums of {n:,} groups of layer {layer.name!r} take {human_bytes(held)}, more than half of `memory` "
-                f"{human_bytes(cap)}. Raise it to {human_bytes(2.1 * held)}, or choose fewer groups with `where`."
-            )
         most //= 2
 
 
