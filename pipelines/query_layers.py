@@ -354,7 +354,7 @@ def verify_faces(asked: Asked, pairs: Path | None, n_pairs: int, seed: int) -> N
 @click.option("--trait", metavar="COLUMN", help="Instead: the units of one layer that go with this column of numbers.")
 def statistics(asked: Asked, by: str | None, trait: str | None) -> None:
     """Mean, spread, sparsity, dead units and effective dimension of each layer."""
-    from featurestore.queries import statistics as statistical
+    from featurestore.queries import layer_statistics as statistical
 
     _check(asked)
     with _asking(asked, "statistics") as opened:
@@ -378,7 +378,7 @@ def statistics(asked: Asked, by: str | None, trait: str | None) -> None:
 )
 def mean(asked: Asked, by: str | None) -> None:
     """The mean activation of one layer."""
-    from featurestore.queries import statistics as statistical
+    from featurestore.queries import layer_statistics as statistical
     from featurestore.queries.output import write_result
 
     _check(asked)
@@ -399,7 +399,7 @@ def mean(asked: Asked, by: str | None) -> None:
 @click.option("--reference", metavar="VIEW", help="View differences from this view only.")
 def invariance(asked: Asked, reference: str | None) -> None:
     """How alike a face stays across views, and how alike others are: the view-generalisation profile of each layer."""
-    from featurestore.queries.invariance import invariance as profile
+    from featurestore.queries.view_invariance import invariance as profile
 
     _check(asked)
     with _asking(asked, "pairs of views") as opened:

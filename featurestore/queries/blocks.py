@@ -4,7 +4,9 @@ import math
 import sys
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
+from functools import cache
 from pathlib import Path
+from threading import Lock
 from typing import Any
 
 import dask.base
@@ -12,6 +14,7 @@ import dask.config
 from dask.delayed import Delayed, delayed
 from dask.system import CPU_COUNT
 from dask.utils import parse_bytes
+from threadpoolctl import ThreadpoolController
 
 from featurestore.errors import FeatureStoreError
 from featurestore.text import human_bytes
@@ -22,6 +25,7 @@ _FEWEST_BLOCKS = 4  # for each worker, so that they end at about the same time
 _FEWEST_ROWS = 256  # unless the cap asks for less
 _OVERHEAD = 48 << 20  # bytes of a query beside its blocks: Dask's graph, buffers of BLAS and of the result's file
 _FAN_IN = 8
+_ONE_AT_A_TIME = ("sync", "synchronous", "single-threaded")
 LOCAL_SCHEDULERS = ("threads", "processes", "synchronous")
 
 
@@ -32,18 +36,18 @@ def block_rows(n: int, memory: str | int, per_row: float, per_pair: float = 0.0,
     beside; there are as many tasks at once as the scheduler has workers. The cap counts anonymous memory (what is not a mapped
     file), this program's own included. FeatureStoreError if one row is too much, with what would fit.
     """
-    workers, processes = _workers()
-    taken = (workers if processes else 1) * (_anonymous_bytes() + _OVERHEAD)
+    n_workers, processes = workers()
+    taken = (n_workers if processes else 1) * (_anonymous_bytes() + _OVERHEAD)
     cap = parsed_bytes(memory)
-    room = (cap - taken) / workers - fixed
+    room = (cap - taken) / n_workers - fixed
     if room < per_row + per_pair:
-        least = taken + workers * (per_row + per_pair + fixed)
+        least = taken + n_workers * (per_row + per_pair + fixed)
         raise FeatureStoreError(
             f"`memory` {human_bytes(cap)} is too little: the program alone takes {human_bytes(taken)}, and a block of one row in "
-            f"each of {workers} workers {human_bytes(least - taken)} more. Give at least {human_bytes(least * 1.1)}."
+            f"each of {n_workers} workers {human_bytes(least - taken)} more. Give at least {human_bytes(least * 1.1)}."
         )
     k = room / per_row if not per_pair else (math.sqrt(per_row**2 + 4 * per_pair * room) - per_row) / (2 * per_pair)
-    spread = max(_FEWEST_ROWS, math.ceil(n / (_FEWEST_BLOCKS * workers)))
+    spread = max(_FEWEST_ROWS, math.ceil(n / (_FEWEST_BLOCKS * n_workers)))
     return max(1, min(int(k), _MOST_ROWS, spread, n))
 
 
@@ -55,15 +59,15 @@ def parsed_bytes(memory: str | int) -> int:
         raise FeatureStoreError(f"`memory` {memory!r} is no number of bytes, such as 1GiB or 500MB.") from None
 
 
-def _workers() -> tuple[int, bool]:
+def workers() -> tuple[int, bool]:
     """Tasks that run at once under one cap, and whether each is a process of its own."""
     scheduler = dask.config.get("scheduler", None)
     if scheduler in ("dask.distributed", "distributed"):  # the cap is for each of the cluster's workers
         from distributed import default_client
 
-        workers = default_client().scheduler_info(n_workers=-1)["workers"].values()
-        return max((worker["nthreads"] for worker in workers), default=1), False
-    if scheduler in ("sync", "synchronous", "single-threaded"):
+        cluster = default_client().scheduler_info(n_workers=-1)["workers"].values()
+        return max((worker["nthreads"] for worker in cluster), default=1), False
+    if scheduler in _ONE_AT_A_TIME:
         return 1, False
     n = dask.config.get("num_workers", None) or CPU_COUNT
     return int(n), scheduler in ("processes", "multiprocessing")
@@ -104,10 +108,46 @@ def scheduler(name: str | None) -> Iterator[str]:
         yield f"{workers} workers at {name}; dashboard: {client.dashboard_link}"
 
 
+class _BlasThreads:
+    """While any task is within, matrix products take one thread: the scheduler already runs a task on every core."""
+
+    def __init__(self) -> None:
+        self._lock = Lock()
+        self._within = 0
+        self._limit: Any = None
+
+    def __enter__(self) -> None:
+        with self._lock:
+            self._within += 1
+            if self._within == 1 and dask.config.get("scheduler", None) not in _ONE_AT_A_TIME:
+                self._limit = _blas().limit(limits=1, user_api="blas")
+
+    def __exit__(self, *error: object) -> None:
+        with self._lock:
+            self._within -= 1
+            if self._within == 0 and self._limit is not None:
+                self._limit.restore_original_limits()
+                self._limit = None
+
+
+_blas_threads = _BlasThreads()
+
+
+@cache
+def _blas() -> ThreadpoolController:
+    return ThreadpoolController()
+
+
 def task(function: Callable[..., Any], *arguments: Any) -> Delayed:
     """A call that Dask will make."""
-    made: Delayed = delayed(function)(*arguments)
+    made: Delayed = delayed(run_task, pure=False)(function, *arguments)
     return made
+
+
+def run_task(function: Callable[..., Any], *arguments: Any) -> Any:
+    """Call ``function`` as one of many tasks: its matrix products do not compete with the others' for the cores."""
+    with _blas_threads:
+        return function(*arguments)
 
 
 def computed(tasks: Sequence[Delayed]) -> list[Any]:

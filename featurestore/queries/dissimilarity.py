@@ -14,7 +14,7 @@ from scipy.linalg import eigh
 from scipy.spatial.distance import cdist
 
 from featurestore.errors import FeatureStoreError
-from featurestore.queries.blocks import MEMORY, added_up, block_rows, computed, parsed_bytes, task
+from featurestore.queries.blocks import MEMORY, added_up, block_rows, computed, parsed_bytes, run_task, task
 from featurestore.queries.selection import ArrayReader, Block, Data, Items, LayerRows, Names, Selection, select
 from featurestore.text import human_bytes, listing, near_matches
 
@@ -162,7 +162,7 @@ def _dissimilarities(layer: LayerRows, metric: Metric, size: int) -> da.Array:
     graph: dict[Any, Any] = {}
     for i, one in enumerate(blocks):
         for j, other in enumerate(blocks):
-            graph[token, i, j] = (_compared, one, other, name) if i <= j else (np.transpose, (token, j, i))
+            graph[token, i, j] = (run_task, _compared, one, other, name) if i <= j else (np.transpose, (token, j, i))
     sizes = tuple(len(block) for block in blocks)
     return da.Array(HighLevelGraph.from_collections(token, graph, ()), token, (sizes, sizes), np.float32)
 

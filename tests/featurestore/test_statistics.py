@@ -12,9 +12,8 @@ from scipy import stats
 
 from featurestore import FeatureStore
 from featurestore.errors import FeatureStoreError
-from featurestore.queries import statistics as module
-from featurestore.queries.selection import ArrayReader
-from featurestore.queries.statistics import (
+from featurestore.queries import layer_statistics as module
+from featurestore.queries.layer_statistics import (
     mean,
     statistics,
     unit_dimensions,
@@ -22,6 +21,7 @@ from featurestore.queries.statistics import (
     unit_statistics,
     units_with_trait,
 )
+from featurestore.queries.selection import ArrayReader
 from featurestore.store.zarr_format import Layer
 from tests.conftest import LAYERS
 

@@ -12,7 +12,7 @@ import xarray as xr
 from scipy import stats
 
 from featurestore.errors import FeatureStoreError
-from featurestore.queries.blocks import MEMORY, _workers, block_rows, computed, parsed_bytes, task
+from featurestore.queries.blocks import MEMORY, block_rows, computed, parsed_bytes, task, workers
 from featurestore.queries.selection import Block, Data, Items, LayerRows, Names, Selection, groups, select
 from featurestore.text import listing, near_matches
 
@@ -328,7 +328,7 @@ def _spans(n: int, size: int, most: int) -> np.ndarray:
 
 def _moment_rows(layer: LayerRows, memory: str | int, per_number: float = 12, per_pair: float = 0) -> int:
     """Rows to a block of which moments are made."""
-    held = (_most_tasks(layer, memory) / _workers()[0] + 3) * _MOMENT_BYTES * layer.features
+    held = (_most_tasks(layer, memory) / workers()[0] + 3) * _MOMENT_BYTES * layer.features
     return block_rows(len(layer), memory, per_number * layer.features, per_pair, fixed=held)
 
 
@@ -431,7 +431,7 @@ def _lifetime_sparseness(moments: _Moments) -> float:
 def _group_means(layer: LayerRows, codes: np.ndarray, n: int, memory: str | int) -> np.ndarray:
     """(n, features) float32: the mean of the rows of each code 0 … n - 1."""
     spans, held = _group_spans(layer, codes, n, memory)
-    size = block_rows(len(layer), memory, 20 * layer.features, fixed=held / _workers()[0])
+    size = block_rows(len(layer), memory, 20 * layer.features, fixed=held / workers()[0])
     tasks = [task(_span_sums, layer, codes, start, stop, size) for start, stop in spans]
     total = np.zeros((n, layer.features))
     for present, sums in computed(tasks):
