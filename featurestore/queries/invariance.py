@@ -40,15 +40,16 @@ def invariance(
 ) -> pd.DataFrame:
     """Mean dissimilarities of a face's views, and of different faces', for each difference of views that a face has.
 
-    Where each view's name holds one number (``yaw+30``, ``-30``, ``348.75``; ``frontal`` is 0, and mirrored views, ``…|flipped``, have
-    the opposite one), the difference is that of the numbers, in degrees, on the circle if one is above 180. Otherwise it is the
-    pair of views, ``a – b``. With ``reference``, a view, only pairs with an item of this view count. All pairs of items are
-    compared, but for those known to show the same photograph (see ``verify_faces``). Other options are those of ``rdm``.
+    Where each view's name holds one number (``yaw+30``, ``-30``, ``348.75``; ``frontal`` is 0, and a mirrored view,
+    ``…|flipped``, has the opposite one), the difference is that of the numbers, taken for degrees, on the circle if one is
+    above 180. Otherwise it is the pair of views, ``a – b``. With ``reference``, a view, only pairs with an item of this view
+    count. All pairs of items are compared, but for those known to show the same photograph (see ``verify_faces``). Other
+    options are those of ``rdm``.
 
     Columns, a row for each layer and view difference: layer, view_difference (float64 or text), same and other (mean
-    dissimilarity over pairs of one face, and of two faces, in the units of ``metric``), their 95 % intervals same_low … other_high,
-    separation, n_faces (with a same pair), n_pairs (of the same face) and n_other_pairs. ``separation`` is d′ (Green & Swets
-    1966): (other - same) / √((s² + o²) / 2), s² and o² the variances over pairs; NaN where both are zero.
+    dissimilarity over pairs of one face, and of two faces, in the units of ``metric``), their 95 % intervals same_low …
+    other_high, separation, n_faces (with a same pair), n_pairs (of the same face) and n_other_pairs. ``separation`` is d′
+    (Green & Swets 1966): (other - same) / √((s² + o²) / 2), s² and o² the variances over pairs; NaN where both are zero.
 
     Intervals resample faces (2000 times, seed fixed): a pair of two faces counts by the first-order part of the product of their
     counts, so that sums for each face suffice. The spread is scaled for few faces, by √(n / (n - 1)) and Student's t with n - 1
@@ -79,9 +80,6 @@ class _Kinds:
     of: np.ndarray
     differences: list[Any]
 
-    def part(self, start: int, n: int) -> tuple[np.ndarray, np.ndarray, np.ndarray]:
-        return tuple(each[start : start + n] for each in (self.faces, self.views, self.photographs))  # type: ignore[return-value]
-
 
 def _kinds(chosen: Selection, faces: np.ndarray, reference: str | None) -> _Kinds:
     names = chosen.labels.index.get_level_values("view").to_numpy(object)
@@ -97,7 +95,8 @@ def _kinds(chosen: Selection, faces: np.ndarray, reference: str | None) -> _Kind
     if not there.any():
         with_what = f" of which one is {reference!r}" if reference is not None else ""
         raise FeatureStoreError(
-            f"no face has two views{with_what} to be compared. Choose a wider `where`, another `reference`, or cache more photographs."
+            f"no face has two views{with_what} to be compared. Choose a wider `where` or another `reference`, or cache more "
+            "photographs."
         )
     new = np.append(np.where(there, np.cumsum(there) - 1, -1), -1)  # -1 stays -1
     return _Kinds(faces, numbers, photographs, new[of], [differences[i] for i in np.flatnonzero(there)])
@@ -108,7 +107,8 @@ def _check_views(views: list[str], reference: str | None) -> None:
         raise FeatureStoreError(f"there is no view {reference!r} for `reference`. {near_matches(reference, views)}")
     if len(views) < 2:
         raise FeatureStoreError(
-            f"all items have the view {views[0]!r}, so there are no views to compare. Choose a wider `where`, or cache other views."
+            f"all items have the view {views[0]!r}, so there are no views to compare. Choose a wider `where`, or cache other "
+            "views."
         )
     if len(views) > _MOST_VIEWS:
         raise FeatureStoreError(
@@ -157,7 +157,8 @@ def _that_a_face_has(
 def _profile(layer: LayerRows, kinds: _Kinds, measure: Metric, metric: str, size: int) -> pd.DataFrame:
     """A layer's rows of the table."""
     blocks = layer.blocks(size)
-    parts = [kinds.part(i * size, len(block)) for i, block in enumerate(blocks)]
+    numbers = np.stack([kinds.faces, kinds.views, kinds.photographs])
+    parts = [numbers[:, start : start + size] for start in range(0, len(layer), size)]
     shape = (len(kinds.differences), int(kinds.faces.max()) + 1)
     pairs = [(i, j) for i in range(len(blocks)) for j in range(i, len(blocks))]
     tasks = [task(_summed, blocks[i], blocks[j], parts[i], parts[j], kinds.of, shape, metric) for i, j in pairs]
@@ -178,13 +179,13 @@ def _added(parts: Sequence[tuple[np.ndarray, np.ndarray]]) -> tuple[np.ndarray, 
 def _summed(
     one: Block,
     other: Block,
-    first: tuple[np.ndarray, ...],
-    second: tuple[np.ndarray, ...],
+    first: np.ndarray,
+    second: np.ndarray,
     of: np.ndarray,
     shape: tuple[int, int],
     metric: str,
 ) -> tuple[np.ndarray, np.ndarray]:
-    """Sums over the pairs of two blocks, float64.
+    """Sums over the pairs of two blocks, float64; ``first`` and ``second`` (3, rows) are their faces, views and photographs.
 
     (4, differences, faces): the dissimilarities and the number of same pairs, and those of other pairs, where a pair counts for
     both its faces. (2, differences): squares of same and of other pairs.

@@ -3,7 +3,7 @@
 import math
 import os
 import re
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, TypeAlias
@@ -65,7 +65,7 @@ def verify_faces(
     metric: str = "cosine",
     n_pairs: int = 3000,
     seed: int = 0,
-    where: str | tuple[str, ...] | list[str] = (),
+    where: str | Sequence[str] = (),
     sources: Names = None,
     items: Items | None = None,
     memory: str | int = MEMORY,
@@ -73,12 +73,12 @@ def verify_faces(
     """How well each layer tells pairs of photographs of the same face from pairs of different faces.
 
     ``pairs`` is a CSV or a table with the columns face_1, view_1, face_2, view_2 and, if wanted, same (1 or 0, true or false;
-    else whether the faces are the same) and fold; or a file like LFW's ``pairs.txt`` (a first line ``folds<TAB>n``, then for
-    each fold n lines ``name<TAB>i<TAB>j`` and n lines ``name<TAB>i<TAB>name<TAB>j``; without ``folds``, one set), whose photograph 1
-    of a face is the view ``1``, ``0001`` or ``Name_0001``. Without ``pairs``, ``n_pairs`` of the same face and as many of different
-    faces are drawn by ``seed``, each pair of items with equal probability and none twice; all, where there are fewer. No pair is
-    drawn of two items that are known to show the same photograph (equal image_sha256 and, if known, equal box and landmarks;
-    mirrored, it is another).
+    else whether the faces are the same) and fold; or a file like LFW's ``pairs.txt``: a first line ``folds<TAB>n``, then for
+    each fold n lines ``name<TAB>i<TAB>j`` and n lines ``name<TAB>i<TAB>name<TAB>j`` (``pairsDevTest.txt`` has ``n`` alone, and
+    no folds). Photograph 1 of a face is then the view ``Name_0001``, ``0001`` or ``1``. Without ``pairs``, ``n_pairs`` of the
+    same face and as many of different faces are drawn by ``seed``, each pair of items with equal probability and none twice;
+    all, where there are fewer. No pair is drawn of two items that are known to show the same photograph: equal image_sha256
+    and, if known, equal box and landmarks; mirrored, it is another.
 
     Folds that are not given are ten (fewer, if there are fewer pairs of a kind), drawn by ``seed`` from pairs of each kind; faces
     may then be in several. Other options are those of ``rdm``. Raises FeatureStoreError as ``rdm`` does, for pairs that cannot be
@@ -145,8 +145,8 @@ def _draw(
     numbers = rng.choice(total, min(total, n + copies), replace=False)
     one = np.searchsorted(ends, numbers, side="right")
     other = starts[one] + numbers - (ends[one] - counts[one])
-    pairs = np.stack([one, other], axis=1)
-    return pairs[photographs[one] != photographs[other]][:n]
+    apart = np.flatnonzero(photographs[one] != photographs[other])[:n]
+    return np.stack([one[apart], other[apart]], axis=1)
 
 
 def _with_names(table: pd.DataFrame, index: pd.Index) -> pd.DataFrame:
@@ -200,7 +200,7 @@ def _lines(path: Path) -> list[str]:
 
 
 def _refuse_missing(missing: pd.Index, index: pd.Index) -> None:
-    face, view = missing[0]
+    face = missing[0][0]
     views = [known for name, known in index if name == face]
     near = (
         f"Face {face!r} has the views {listing(in_natural_order(views), 12)}."
@@ -229,8 +229,8 @@ def _checked(table: pd.DataFrame, what: str, offset: int) -> pd.DataFrame:
             raise FeatureStoreError(f"{what} {line} {empty[0] + offset} has no {name}. Fill it in, or remove the pair.")
         if name in _ITEMS and pd.api.types.is_float_dtype(kept[name]):
             raise FeatureStoreError(
-                f"{what} has numbers with a point in {name}, such as {kept[name].iloc[0]}, which could be written in several ways. "
-                "Give text, as it is in the store."
+                f"{what} has numbers with a point in {name}, such as {kept[name].iloc[0]}, which could be written in several "
+                "ways. Give text, as it is in the store."
             )
     made = kept.assign(**{name: kept[name].astype(str).to_numpy(object) for name in _ITEMS})
     made["same"] = _truth(kept["same"], what) if "same" in kept else (made["face_1"] == made["face_2"])
@@ -246,7 +246,7 @@ def _truth(column: pd.Series, what: str) -> np.ndarray:
     wrong = column[~text.isin(_TRUTH)]
     if len(wrong):
         raise FeatureStoreError(f"{what} has {wrong.iloc[0]!r} in the column same. Give 1 or 0, or true or false.")
-    return text.map(_TRUTH).to_numpy(bool)
+    return np.array([_TRUTH[value] for value in text], bool)
 
 
 def _lfw_pairs(path: Path, known: set[tuple[str, str]]) -> pd.DataFrame:
@@ -285,14 +285,14 @@ def _require_both(same: np.ndarray, table: pd.DataFrame) -> None:
     n_same, n_different = int(same.sum()), int((~same).sum())
     if min(n_same, n_different) < 2:
         raise FeatureStoreError(
-            f"there are {n_same} pairs of the same face and {n_different} of different faces, and verification needs at least 2 of "
-            "each. Choose a wider `where`, cache more photographs, or give other `pairs`."
+            f"there are {n_same} pairs of the same face and {n_different} of different faces, and verification needs at least "
+            "2 of each. Choose a wider `where`, cache more photographs, or give other `pairs`."
         )
     n_faces = len(pd.unique(pd.concat([table["face_1"], table["face_2"]])))
     if n_faces < 3:
         raise FeatureStoreError(
-            f"the pairs are of {n_faces} faces, and verification needs at least 3. Choose a wider `where`, cache more photographs, "
-            "or give other `pairs`."
+            f"the pairs are of {n_faces} faces, and verification needs at least 3. Choose a wider `where`, cache more "
+            "photographs, or give other `pairs`."
         )
 
 
