@@ -20,7 +20,7 @@ from featurestore.queries.dissimilarity import Metric, get_metric, prepared
 from featurestore.queries.selection import Block, Data, Items, LayerRows, Names, Selection, select
 from featurestore.text import in_natural_order, listing, near_matches
 
-Pairs: TypeAlias = "str | os.PathLike[str] | pd.DataFrame"
+Pairs: TypeAlias = str | os.PathLike[str] | pd.DataFrame
 
 FALSE_ACCEPTS = (0.1, 0.01, 0.001)  # rates at which true accepts are given
 _ITEMS = ("face_1", "view_1", "face_2", "view_2")
