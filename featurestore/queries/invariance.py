@@ -8,14 +8,13 @@ from typing import Any
 
 import numpy as np
 import pandas as pd
-from scipy import stats
 
 from featurestore.errors import FeatureStoreError
 from featurestore.keys import FLIPPED
 from featurestore.queries.blocks import MEMORY, added_up, block_rows, task
 from featurestore.queries.dissimilarity import Metric, get_metric, prepared
 from featurestore.queries.selection import Block, Data, Items, LayerRows, Names, Selection, select
-from featurestore.queries.verification import photograph_numbers
+from featurestore.queries.verification import few_faces, photograph_numbers
 from featurestore.text import in_natural_order, near_matches
 
 _NUMBER = re.compile(r"[-+]?\d+(?:\.\d+)?")
@@ -52,8 +51,8 @@ def invariance(
     (Green & Swets 1966): (other - same) / √((s² + o²) / 2), s² and o² the variances over pairs; NaN where both are zero.
 
     Intervals resample faces (2000 times, seed fixed): a pair of two faces counts by the first-order part of the product of their
-    counts, so that sums for each face suffice. The spread is scaled for few faces, by √(n / (n - 1)) and Student's t with n - 1
-    degrees of freedom for the normal; NaN with fewer than three faces.
+    counts, so that sums for each face suffice. They are widened for few faces (``verification.few_faces``); NaN with fewer than
+    three.
 
     Raises FeatureStoreError as ``rdm`` does, for fewer than three faces, a single view, an unknown ``reference``, more than 1000
     views, and faces without two views.
@@ -245,6 +244,5 @@ def _mean(sums: np.ndarray, counts: np.ndarray, n_pairs: float) -> tuple[float, 
     rng = np.random.default_rng(0)
     rounds = range(0, _RESAMPLES, _RESAMPLED_AT_ONCE)
     drawn = np.concatenate([rng.multinomial(n, np.full(n, 1 / n), _RESAMPLED_AT_ONCE) @ off for _ in rounds])
-    width = math.sqrt(n / (n - 1)) * float(stats.t.ppf(0.975, n - 1) / stats.norm.ppf(0.975))
-    low, high = mean + width * np.percentile(drawn, [2.5, 97.5])
+    low, high = mean + few_faces(n) * np.percentile(drawn, [2.5, 97.5])
     return mean, float(low), float(high)

@@ -10,6 +10,7 @@ from typing import Any, TypeAlias
 
 import numpy as np
 import pandas as pd
+from scipy import stats
 
 from featurestore.errors import FeatureStoreError
 from featurestore.intervals import accuracy_over
@@ -44,8 +45,9 @@ class Verification:
     The columns _low and _high are 95 % intervals. Those of accuracy are ``intervals.accuracy_over`` with the pairs' faces as
     clusters. Those of area and equal_error_rate are percentiles of 1000 resamples of the faces in pairs, with replacement and
     the same for each layer and call: a pair of two faces counts as often as the product of their counts, a pair of one face as
-    often as this is drawn. Such resamples are too wide rather than too narrow (Owen 2007), the more so the fewer pairs share
-    faces. NaN where all resamples give the same number, as where the kinds of pairs do not overlap: nothing is then known.
+    often as this is drawn. Their distances from the score are widened for few faces, see ``few_faces``. They are too wide rather
+    than too narrow where few pairs share faces, since what is particular to a pair is then counted several times (Owen 2007).
+    NaN where all resamples give the same number, as where the kinds of pairs do not overlap: nothing is then known.
 
     ``roc`` has the columns layer, threshold (from -inf, where none are accepted, over all dissimilarities), false_accepts and
     true_accepts (rates, 0 … 1). ``pairs`` has face_1, view_1, face_2, view_2, same (bool), fold, and the dissimilarity of each
@@ -336,16 +338,17 @@ def _scores(distance: np.ndarray, table: pd.DataFrame) -> tuple[dict[str, Any], 
     ends = np.flatnonzero(np.append(np.diff(distance[order]) != 0, True))  # the last of those that are tied
     false, true = _rates(np.ones(len(same)), same[order], ends)
     faces = np.reshape(pd.factorize(table[["face_1", "face_2"]].to_numpy(object).ravel())[0], (-1, 2))
-    (area_low, area_high), (error_low, error_high) = _bootstrapped(same[order], ends, faces[order])
+    area, error = _area(false, true), _equal_error_rate(false, true)
+    (area_low, area_high), (error_low, error_high) = _bootstrapped((area, error), same[order], ends, faces[order])
     correct, thresholds = _held_out(distance, same, pd.factorize(table["fold"])[0])
     score = accuracy_over(correct, [faces])
     row = {
         "n_same": int(same.sum()),
         "n_different": n_different,
-        "area": _area(false, true),
+        "area": area,
         "area_low": area_low,
         "area_high": area_high,
-        "equal_error_rate": _equal_error_rate(false, true),
+        "equal_error_rate": error,
         "equal_error_rate_low": error_low,
         "equal_error_rate_high": error_high,
         "accuracy": score.value,
@@ -378,7 +381,9 @@ def _true_accepts(false: np.ndarray, true: np.ndarray, rate: float, n_different:
     return float(true[false * n_different <= rate * n_different + 1e-6][-1])
 
 
-def _bootstrapped(same: np.ndarray, ends: np.ndarray, faces: np.ndarray) -> list[tuple[float, float]]:
+def _bootstrapped(
+    scores: tuple[float, float], same: np.ndarray, ends: np.ndarray, faces: np.ndarray
+) -> list[tuple[float, float]]:
     """95 % intervals of area and equal error rate; ``faces`` (n, 2) int64, pairs in order of dissimilarity."""
     rng = np.random.default_rng(_BOOTSTRAP_SEED)
     n = int(faces.max()) + 1
@@ -390,14 +395,28 @@ def _bootstrapped(same: np.ndarray, ends: np.ndarray, faces: np.ndarray) -> list
         if weights[same].any() and weights[~same].any():
             rates = _rates(weights, same, ends)
             drawn.append((_area(*rates), _equal_error_rate(*rates)))
-    return [_percentiles(np.array(values)) for values in zip(*drawn, strict=True)] or [(math.nan, math.nan)] * 2
+    if not drawn:
+        return [(math.nan, math.nan)] * 2
+    return [
+        _interval(score, np.array(values), n) for score, values in zip(scores, zip(*drawn, strict=True), strict=True)
+    ]
 
 
-def _percentiles(values: np.ndarray) -> tuple[float, float]:
-    if np.ptp(values) < 1e-12:
+def _interval(score: float, drawn: np.ndarray, n_faces: int) -> tuple[float, float]:
+    if np.ptp(drawn) < 1e-12:
         return math.nan, math.nan
-    low, high = np.percentile(values, [2.5, 97.5])
+    off = np.percentile(drawn, [2.5, 97.5]) - score
+    low, high = np.clip(score + few_faces(n_faces) * off, 0, 1)
     return float(low), float(high)
+
+
+def few_faces(n: int) -> float:
+    """By how much the percentiles of resamples of ``n`` ≥ 2 faces are too near for a 95 % interval: towards 1 for many.
+
+    √(n / (n - 1)), since a resample's variance is that of n - 1 faces, times the quantile of Student's t with n - 1 degrees of
+    freedom over the normal's.
+    """
+    return math.sqrt(n / (n - 1)) * float(stats.t.ppf(0.975, n - 1) / stats.norm.ppf(0.975))
 
 
 def _held_out(distance: np.ndarray, same: np.ndarray, folds: np.ndarray) -> tuple[np.ndarray, np.ndarray]:

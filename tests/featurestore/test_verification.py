@@ -2,13 +2,14 @@
 
 import math
 from collections.abc import Callable
-from itertools import combinations
+from itertools import combinations, pairwise
 from pathlib import Path
 
 import dask
 import numpy as np
 import pandas as pd
 import pytest
+from scipy import stats
 from scipy.spatial.distance import cdist
 
 from featurestore import FeatureStore
@@ -79,7 +80,7 @@ def test_area_and_accuracy_against_a_slow_loop() -> None:
         assert pairs.loc[mine, "same"].sum() == 4
         others = pairs[~mine]
         levels = sorted(others["activations"].astype(float).unique())
-        candidates = [levels[0] - 1e-9, *((a + b) / 2 for a, b in zip(levels, levels[1:], strict=False)), levels[-1]]
+        candidates = [levels[0] - 1e-9, *((a + b) / 2 for a, b in pairwise(levels)), levels[-1]]
         scores = [((others["activations"] <= t) == others["same"]).sum() for t in candidates]
         best = [t for t, score in zip(candidates, scores, strict=True) if score == max(scores)]
         thresholds.append(best[len(best) // 2])
@@ -89,24 +90,25 @@ def test_area_and_accuracy_against_a_slow_loop() -> None:
     assert row["accuracy_low"] < row["accuracy"] < row["accuracy_high"]
 
 
-def test_intervals_are_those_of_resampled_faces() -> None:
-    """Each resample as a table in which pairs are repeated, and scored anew."""
+def test_intervals_are_those_of_resampled_faces(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Each resample as lists in which pairs are repeated, and all their comparisons."""
+    monkeypatch.setattr(module, "_RESAMPLES", 1000)
     found = verify_faces(activations(), items=ITEMS, n_pairs=40)
     pairs, row = found.pairs, found.table.loc[0]
-    names = list(dict.fromkeys(pairs[["face_1", "face_2"]].to_numpy().ravel()))
+    distance, same = pairs["activations"].to_numpy(), pairs["same"].to_numpy()
     rng, areas = np.random.default_rng(5), []
-    for _ in range(400):
-        drawn = pd.Series(rng.choice(names, len(names))).value_counts()
-        times = []
-        for pair in pairs.itertuples():
-            one, other = (int(drawn.get(face, 0)) for face in (pair.face_1, pair.face_2))
-            times.append(one if pair.face_1 == pair.face_2 else one * other)
-        repeated = pairs.loc[pairs.index.repeat(times)]
-        same, different = (repeated.loc[repeated["same"] == kind, "activations"].to_numpy() for kind in (True, False))
-        areas.append((same[:, None] < different).mean())
-    low, high = np.percentile(areas, [2.5, 97.5])
-    assert row["area_low"] == pytest.approx(low, abs=0.04)
-    assert row["area_high"] == pytest.approx(high, abs=0.04)
+    for _ in range(1000):
+        drawn = dict(
+            zip(*np.unique(rng.choice([f"f{face}" for face in range(FACES)], FACES), return_counts=True), strict=True)
+        )
+        one, other = (pairs[name].map(drawn).fillna(0).to_numpy(int) for name in ("face_1", "face_2"))
+        times = np.where(same, one, one * other)
+        mine, others = (np.repeat(distance[kind], times[kind]) for kind in (same, ~same))
+        areas.append((mine[:, None] < others).mean())
+    width = np.sqrt(12 / 11) * stats.t.ppf(0.975, 11) / 1.96
+    low, high = row["area"] + width * (np.percentile(areas, [2.5, 97.5]) - row["area"])
+    assert row["area_low"] == pytest.approx(low, abs=0.03)
+    assert row["area_high"] == pytest.approx(high, abs=0.03)
     assert row["area_low"] < row["area"] < row["area_high"]
     assert row["equal_error_rate_low"] < row["equal_error_rate"] < row["equal_error_rate_high"]
 
@@ -136,15 +138,15 @@ def test_each_pair_is_as_probable_as_another() -> None:
     x = np.random.default_rng(0).standard_normal((6, 3)).astype(np.float32)
     chosen = module.select(x, items=items)
     counts: dict[tuple[str, ...], int] = {}
-    for seed in range(300):
+    for seed in range(200):
         pairs = module._drawn_pairs(chosen, 2, np.random.default_rng(seed))
         for pair in pairs[["face_1", "view_1", "face_2", "view_2"]].itertuples(index=False):
             counts[tuple(pair)] = counts.get(tuple(pair), 0) + 1
     same = [n for pair, n in counts.items() if pair[0] == pair[2]]
     different = [n for pair, n in counts.items() if pair[0] != pair[2]]
     assert (len(same), len(different)) == (4, 11)
-    assert all(abs(n - 150) < 45 for n in same)
-    assert all(abs(n - 600 / 11) < 30 for n in different)
+    assert all(abs(n - 100) < 35 for n in same)
+    assert all(abs(n - 400 / 11) < 25 for n in different)
 
 
 def test_the_same_photograph_is_no_pair(tmp_path: Path) -> None:
@@ -214,7 +216,9 @@ def test_pairs_say_which_are_the_same(tmp_path: Path) -> None:
     other = table["face_1"] != table["face_2"]
     claimed = table.assign(same=np.where(other, "True", "FALSE"))
     claimed.to_csv(tmp_path / "pairs.csv", index=False)
-    plain, turned = (verify_faces(activations(), None, each, items=ITEMS).table for each in (table, tmp_path / "pairs.csv"))
+    plain, turned = (
+        verify_faces(activations(), None, each, items=ITEMS).table for each in (table, tmp_path / "pairs.csv")
+    )
     assert turned.loc[0, "area"] == pytest.approx(1 - plain.loc[0, "area"])
     ones = verify_faces(activations(), None, table.assign(same=other.astype(int)), items=ITEMS).table
     assert ones.loc[0, "area"] == turned.loc[0, "area"]
@@ -235,7 +239,7 @@ def test_lfw_pairs(tmp_path: Path, view: Callable[[str, int], str]) -> None:
     lines = []
     for fold in range(2):
         lines += [f"{name}\t{1 + fold}\t3" for name in names[:3]]
-        lines += [f"{a}\t1\t{b}\t{3 - fold}" for a, b in zip(names, names[1:], strict=False)]
+        lines += [f"{a}\t1\t{b}\t{3 - fold}" for a, b in pairwise(names)]
     (tmp_path / "pairs.txt").write_text("2\t3\n" + "\n".join(lines) + "\n")
     found = verify_faces(x, None, tmp_path / "pairs.txt", items=items)
     assert found.pairs["fold"].tolist() == [0] * 6 + [1] * 6
