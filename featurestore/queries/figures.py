@@ -7,6 +7,7 @@ another ending of ``path``, and for results that it cannot draw. OSError is rais
 
 import math
 import os
+from bisect import bisect_right
 from collections.abc import Hashable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from pathlib import Path
@@ -104,20 +105,26 @@ def draw_rdm(rdm: xr.DataArray, path: FilePath, photographs: Photographs | None 
     faces = _text_of(rdm["face_id"].values[order]) if "face_id" in rdm.coords else names
     width, kind = _rdm_design(n, count, photographs is not None)
     with _canvas(path, width) as figure:
-        columns = math.ceil(math.sqrt(count))
+        columns, (low, high) = math.ceil(math.sqrt(count)), _off_diagonal(images)
+        bar = _bar_width(low, high)
         if kind == "photographs":
             strip = _strip(photographs or {}, rdm["item"].values[order])
-            panels = _panels(figure, count, columns, n, None)
+            panels = _panels(figure, bar, count, columns, n, None)
             _picture_margins(figure, panels, columns, strip)
         elif kind == "names":
-            shown = _shortened(names, _room_for_names(width, columns, n))
-            panels = _panels(figure, count, columns, n, _widest(shown) + 0.05)
+            shown = _shortened(names, _room_for_names(width, bar, columns, n))
+            panels = _panels(figure, bar, count, columns, n, _widest(shown) + 0.05)
             _name_margins(panels, columns, np.arange(n), shown)
         else:
-            shown = _shortened(faces, _room_for_names(width, columns, 0))
-            panels = _panels(figure, count, columns, n, (_widest(shown) if _runs(faces)[1:] else 0.0) + 0.25)
+            shown = _shortened(faces, _room_for_names(width, bar, columns, 0))
+            panels = _panels(figure, bar, count, columns, n, (_widest(shown) if _runs(faces)[1:] else 0.0) + 0.25)
             _face_margins(panels, columns, shown, faces, "face" if faces is not names else "item")
-        _show_rdm(figure, panels, images, layers, n, _METRICS.get(str(rdm.attrs.get("metric")), "dissimilarity"))
+        for axes, image in zip(panels, images, strict=True):
+            _show_matrix(axes, image, n, "viridis", low, high)
+        for axes, layer in zip(panels, layers if count > 1 else [], strict=False):
+            axes.set_title(_shortened([layer], axes.bbox.width / _DPI, 8)[0], pad=3)
+        label = _METRICS.get(str(rdm.attrs.get("metric")), "dissimilarity")
+        _colour_bar(figure, panels, label, "min")  # the diagonal is below
     return Path(path)
 
 
@@ -229,22 +236,21 @@ def _rdm_design(n: int, count: int, pictured: bool) -> tuple[float, str]:
     return widths[0], "faces"
 
 
-def _room_for_names(width: float, columns: int, n: int) -> float:
+def _room_for_names(width: float, bar: float, columns: int, n: int) -> float:
     """Inches beside the panels that names may take, if each panel has ``n`` rows of names."""
-    return float(np.clip(width - _BAR - columns * n * _PITCH, 0.7, width / 5))
+    return float(np.clip(width - bar - columns * n * _PITCH, 0.7, 0.9 if width == ONE_COLUMN else 1.4))
 
 
-_BAR = 0.68  # inches at the right for the colour bar, with its ticks and label
 _GAP = 0.1  # inches between panels
 
 
-def _panels(figure: "Figure", count: int, columns: int, n: int, margin: float | None) -> "list[Axes]":
+def _panels(figure: "Figure", bar: float, count: int, columns: int, n: int, margin: float | None) -> "list[Axes]":
     """Square axes in a grid, with ``margin`` inches at the left and below (as much as a row of the n, if None).
 
-    The figure is made as high as that takes.
+    ``bar`` inches at the right are left for the colour bar. The figure is made as high as that takes.
     """
     width, rows, head = figure.get_figwidth(), math.ceil(count / columns), 0.2 if count > 1 else 0.06
-    room = width - _BAR - _GAP * (columns - 1)
+    room = width - bar - _GAP * (columns - 1)
     edge = (room - 0.04) / (columns + 1 / n) if margin is None else (room - margin) / columns
     left = room - columns * edge
     height = rows * (edge + head) + left
@@ -341,16 +347,10 @@ def _photograph(photographs: Photographs, key: Hashable, side: int) -> np.ndarra
     return np.asarray(image)
 
 
-def _show_rdm(
-    figure: "Figure", panels: "list[Axes]", images: list[np.ndarray], layers: list[str], n: int, label: str
-) -> None:
+def _off_diagonal(images: list[np.ndarray]) -> tuple[float, float]:
+    """The smallest and the largest value off the diagonal."""
     off = ~np.eye(len(images[0]), dtype=bool)
-    low, high = min(image[off].min() for image in images), max(image[off].max() for image in images)
-    for axes, image in zip(panels, images, strict=True):
-        _show_matrix(axes, image, n, "viridis", low, high)
-    for axes, layer in zip(panels, layers, strict=False):
-        axes.set_title(_shortened([layer], axes.bbox.width / _DPI, 8)[0], pad=3)
-    _colour_bar(figure, panels, label, "min")  # the diagonal
+    return min(float(image[off].min()) for image in images), max(float(image[off].max()) for image in images)
 
 
 def _show_matrix(axes: "Axes", image: np.ndarray, n: int, colours: str, low: float, high: float) -> None:
@@ -369,13 +369,27 @@ def _show_matrix(axes: "Axes", image: np.ndarray, n: int, colours: str, low: flo
     )
 
 
+_TICKS, _NUMBER = 6, "{x:.4g}"  # of the colour bar
+
+
+def _bar_width(low: float, high: float) -> float:
+    """Inches at the right of panels for a colour bar with its ticks and label."""
+    from matplotlib.ticker import MaxNLocator
+
+    ticks = MaxNLocator(_TICKS).tick_values(low, high)
+    return 0.44 + _widest([_NUMBER.format(x=tick) for tick in ticks if low <= tick <= high])
+
+
 def _colour_bar(figure: "Figure", panels: "list[Axes]", label: str, extend: str = "neither") -> None:
+    from matplotlib.ticker import MaxNLocator
+
     first = panels[0].get_position()
     right = max(axes.get_position().x1 for axes in panels) + 0.07 / figure.get_figwidth()
     axes = figure.add_axes((right, first.y0, 0.09 / figure.get_figwidth(), first.height))
-    bar = figure.colorbar(panels[0].images[0], axes, extend=extend, extendfrac=0.03)
+    style: dict[str, Any] = {"ticks": MaxNLocator(_TICKS), "format": _NUMBER, "extend": extend, "extendfrac": 0.03}
+    bar = figure.colorbar(panels[0].images[0], axes, **style)
     bar.outline.set_linewidth(0.4)
-    bar.set_label(label, labelpad=3)
+    bar.set_label(_shortened([label], axes.bbox.height / _DPI, 8)[0], labelpad=3)
 
 
 def draw_neighbours(table: pd.DataFrame, photographs: Photographs, path: FilePath, most: int = 12) -> Path:
@@ -394,32 +408,42 @@ def draw_neighbours(table: pd.DataFrame, photographs: Photographs, path: FilePat
         raise FeatureStoreError(f"`most` {most} rows are none. Give 1 or more.")
     near = table[table["rank"] <= _MOST_NEIGHBOURS]
     queries = list(near.groupby(mine, sort=False))[:most]
-    columns = 1 + max(len(group) for _, group in queries)
-    with _canvas(path, TWO_COLUMNS if columns > 4 else ONE_COLUMN) as figure:
-        axes, pitch, edge = _sheet(figure, len(queries), columns, "face_id" in mine)
-        for row, (query, group) in enumerate(queries):
-            key = query if len(mine) > 1 else query[0]
-            _cell(axes, (0, row), pitch, edge, _photograph(photographs, key, round(edge * _DPI)), [_name_of(key)])
-            for column, (_, found) in enumerate(group.iterrows(), 1):
-                key = tuple(found[theirs]) if len(mine) > 1 else found[theirs[0]]
-                frame = None if "face_id" not in mine else _SAME if str(key[0]) == str(query[0]) else _OTHER
-                beneath = [f"{found['rank']}. {_name_of(key)}", f"d = {found['dissimilarity']:.3g}"]
+    rows = [_sheet_row(query if len(mine) > 1 else query[0], group, theirs) for query, group in queries]
+    with _canvas(path, TWO_COLUMNS if max(map(len, rows)) > 4 else ONE_COLUMN) as figure:
+        axes, pitch, edge, lines = _sheet(figure, rows, "face_id" in mine)
+        for y, cells in enumerate(rows):
+            for x, (key, *texts) in enumerate(cells):
+                frame = None if not x or "face_id" not in mine else _SAME if key[0] == cells[0][0][0] else _OTHER
                 picture = _photograph(photographs, key, round(edge * _DPI))
-                _cell(axes, (column, row), pitch, edge, picture, beneath, frame)
+                _cell(axes, (x, y), pitch, edge, picture, texts if lines == 2 else ["  ".join(texts)], lines, frame)
     return Path(path)
 
 
+def _sheet_row(query: Hashable, group: pd.DataFrame, theirs: list[str]) -> list[tuple[Any, ...]]:
+    """Of an item and of each of its neighbours: its key, and the texts beneath its photograph."""
+    first = tuple(map(str, query)) if isinstance(query, tuple) else str(query)
+    cells: list[tuple[Any, ...]] = [(first, _name_of(first))]
+    columns = group[["rank", "dissimilarity", *theirs]].to_numpy(object)
+    for rank, dissimilarity, *parts in columns:
+        key = tuple(map(str, parts)) if len(parts) > 1 else str(parts[0])
+        cells.append((key, f"{rank}. {_name_of(key)}", f"d = {dissimilarity:#.3g}"))
+    return cells
+
+
 _HEAD = 0.2  # inches of the sheet's legend
+_SPACE = 0.12  # inches between the rows of a sheet
 
 
-def _sheet(figure: "Figure", rows: int, columns: int, framed: bool) -> "tuple[Axes, float, float]":
-    """Axes in inches from the upper left, the distance of columns, and the side of a photograph."""
+def _sheet(figure: "Figure", rows: list[list[tuple[Any, ...]]], framed: bool) -> "tuple[Axes, float, float, int]":
+    """Axes in inches from the upper left, the distance of columns, the side of a photograph, and the lines beneath it."""
     from matplotlib.patches import Patch
 
     width, head = figure.get_figwidth(), _HEAD if framed else 0.0
-    pitch = (width - _GAP) / columns
-    edge = min(pitch - 0.1, max(_THUMBNAIL, (_PAGE - head) / rows - 2 * _LINE - 0.12))
-    height = head + rows * (edge + 2 * _LINE + 0.12)
+    pitch = (width - _GAP) / max(map(len, rows))
+    beneath = [_clean("  ".join(texts)) for cells in rows for _, *texts in cells]
+    lines = 1 if _widest(beneath) < pitch - 0.04 else 2
+    edge = min(pitch - 0.1, max(_THUMBNAIL, (_PAGE - head) / len(rows) - lines * _LINE - _SPACE))
+    height = head + len(rows) * (edge + lines * _LINE + _SPACE)
     figure.set_size_inches(width, height)
     axes = figure.add_axes((0, 0, 1, 1))
     axes.set_axis_off()
@@ -428,7 +452,7 @@ def _sheet(figure: "Figure", rows: int, columns: int, framed: bool) -> "tuple[Ax
         frames = [Patch(fill=False, edgecolor=colour, linestyle=dashes) for colour, dashes in (_SAME, _OTHER)]
         place: dict[str, Any] = {"loc": "upper center", "borderaxespad": 0.3, "ncols": 2, "handlelength": 2.6}
         figure.legend(frames, ["same face", "another face"], **place)
-    return axes, pitch, edge
+    return axes, pitch, edge, lines
 
 
 def _cell(
@@ -438,13 +462,14 @@ def _cell(
     edge: float,
     picture: np.ndarray,
     beneath: list[str],
-    frame: tuple[str, Any] | None = None,
+    lines: int,
+    frame: tuple[str, Any] | None,
 ) -> None:
     """A photograph in its column and row, its text beneath, and its frame, if it has one, around it."""
     from matplotlib.patches import Rectangle
 
     x = (_GAP if place[0] else 0) + place[0] * pitch + (pitch - edge) / 2
-    y = 0.05 + place[1] * (edge + 2 * _LINE + 0.12)
+    y = 0.05 + place[1] * (edge + lines * _LINE + _SPACE)
     axes.imshow(picture, extent=(x, x + edge, y + edge, y), aspect="auto", interpolation="nearest")
     for i, text in enumerate(_shortened(beneath, pitch - 0.04)):
         axes.text(x + edge / 2, y + edge + 0.04 + i * _LINE, text, ha="center", va="top", fontsize=_SMALL)
@@ -517,7 +542,7 @@ def draw_invariance(table: pd.DataFrame, path: FilePath, ylabel: str = "mean dis
     names = [] if numeric else list(dict.fromkeys(map(str, table["difference"])))
     place = {name: i for i, name in enumerate(names)}
     x = numbers.astype(float) if numeric else table["difference"].map(lambda name: float(place[str(name)]))
-    columns = 1 if len(names) > 10 else min(3, len(layers))
+    columns = _profile_columns(len(layers), len(names))
     rows = math.ceil(len(layers) / columns)
     with _canvas(path, ONE_COLUMN if len(layers) == 1 and len(names) <= 10 else TWO_COLUMNS) as figure:
         beneath = min(_widest(_shortened(names, 1.2)), 1.2) if names else 0.0
@@ -530,6 +555,13 @@ def draw_invariance(table: pd.DataFrame, path: FilePath, ylabel: str = "mean dis
             axes.set_title(_shortened([str(layer)], room, 8)[0], pad=3)
         _finish_profiles(figure, grid, len(layers), columns, names, ylabel)
     return Path(path)
+
+
+def _profile_columns(layers: int, names: int) -> int:
+    """Panels to a row. Long names stand below the last row alone, so that one is full."""
+    if names > 10:
+        return 1
+    return next(n for n in (3, 2, 1) if n <= layers and (not names or layers % n == 0))
 
 
 def _draw_profile(axes: "Axes", rows: pd.DataFrame, numeric: bool) -> None:
@@ -555,7 +587,7 @@ def _finish_profiles(figure: "Figure", grid: Any, count: int, columns: int, name
         else:
             axes.xaxis.set_major_locator(MaxNLocator(6, steps=[1, 1.5, 3, 4.5, 6, 9, 10]))
     figure.supxlabel("views" if names else "difference of views (degrees)", fontsize=8)
-    figure.supylabel(_clean(ylabel), fontsize=8)
+    figure.supylabel(_shortened([ylabel], figure.get_figheight() - 0.1, 8)[0], fontsize=8)
     figure.legend(
         grid[0].lines, ["same face", "different faces"], loc="outside upper center", ncols=2, handlelength=2.6
     )
@@ -579,13 +611,15 @@ def draw_layer_matrix(matrix: pd.DataFrame | xr.DataArray, path: FilePath, label
     width = ONE_COLUMN if n <= 7 or n > _NAMED else TWO_COLUMNS
     step = 1 if n <= _NAMED else math.ceil(n * _PITCH / 2)
     with _canvas(path, width) as figure:
-        shown = _shortened(names, _room_for_names(width, 1, n))
-        panels = _panels(figure, 1, 1, n, _widest(shown) + 0.05)
-        _show_matrix(panels[0], values, n, "RdBu_r" if signed else "viridis", -1.0 if signed else 0.0, 1.0)
+        low, colours = (-1.0, "RdBu_r") if signed else (0.0, "viridis")
+        bar = _bar_width(low, 1)
+        shown = _shortened(names, _room_for_names(width, bar, 1, n))
+        panels = _panels(figure, bar, 1, 1, n, _widest(shown) + 0.05)
+        _show_matrix(panels[0], values, n, colours, low, 1.0)
         _name_margins(panels, 1, np.arange(0, n, step), shown[::step])
         if n <= _MOST_CELLS:
             _write_cells(panels[0], values)
-        _colour_bar(figure, panels, _clean(label))
+        _colour_bar(figure, panels, label)
     return Path(path)
 
 
@@ -620,19 +654,19 @@ def draw_rsa(table: pd.DataFrame, path: FilePath, ylabel: str = "Spearman correl
         raise FeatureStoreError(f"`table` has the layer {twice!r} more than once. Choose the rows of one comparison.")
     x, names = np.arange(len(table)), [str(name) for name in table["layer"]]
     with _canvas(path, ONE_COLUMN if len(table) <= 20 else TWO_COLUMNS) as figure:
-        width = figure.get_figwidth()
+        width, (label,) = figure.get_figwidth(), _shortened([ylabel], 4, 8)
         axes = _constrained(figure).subplots()
         axes.axhline(0, color="0.6", linewidth=0.6, zorder=1)
         axes.vlines(x, table["spearman_low"], table["spearman_high"], color=_COLOURS[0])
-        points = axes.plot(x, table["spearman"], "o", color=_COLOURS[0])
-        axes.set(xlim=(-0.6, len(x) - 0.4), xlabel="layer", ylabel=_clean(ylabel))
+        axes.plot(x, table["spearman"], "o", color=_COLOURS[0])
+        axes.set(xlim=(-0.6, len(x) - 0.4), xlabel="layer", ylabel=label)
         beneath = _name_ticks(axes, names, width - 0.6)
         legend = 0.0
         if "ceiling" in table:
             bars = axes.hlines(table["ceiling"], x - 0.4, x + 0.4, color="0.55", linewidth=2.0)
-            figure.legend([points[0], bars], ["layer", "noise ceiling"], loc="outside upper center", ncols=2)
+            figure.legend([bars], ["noise ceiling"], loc="outside upper center")
             legend = 0.2
-        figure.set_size_inches(width, 2.1 + beneath + legend)
+        figure.set_size_inches(width, max(2.1, _width(label, 8) + 0.6) + beneath + legend)
     return Path(path)
 
 
@@ -694,9 +728,7 @@ def _check_range(table: pd.DataFrame, name: str, columns: Sequence[Any], low: fl
         values = pd.to_numeric(table[column], errors="coerce")
         wrong = table[column][(values.isna() & table[column].notna()) | (values < low - 1e-6) | (values > high + 1e-6)]
         if len(wrong):
-            raise FeatureStoreError(
-                f"`{name}` has {wrong.iloc[0]!r} as {column}; numbers of {low} to {high} are drawn."
-            )
+            raise FeatureStoreError(f"`{name}` has {wrong.iloc[0]} as {column}; numbers of {low} to {high} are drawn.")
 
 
 def _text_of(values: np.ndarray) -> list[str]:
@@ -711,9 +743,9 @@ def _clean(text: str) -> str:
 def _width(text: str, size: float = _SMALL) -> float:
     """Inches of a text in this many points."""
     from matplotlib.font_manager import FontProperties
-    from matplotlib.textpath import TextToPath
+    from matplotlib.textpath import text_to_path
 
-    width, _, _ = TextToPath().get_text_width_height_descent(text, FontProperties(size=size), False)
+    width, _, _ = text_to_path.get_text_width_height_descent(text, FontProperties(size=size), False)
     return float(width) / 72
 
 
@@ -727,8 +759,9 @@ def _shortened(texts: Sequence[str], inches: float, size: float = _SMALL) -> lis
 
 
 def _cut(text: str, inches: float, size: float) -> str:
-    for kept in range(len(text), 1, -1):
-        shown = text if kept == len(text) else f"{text[: (kept + 1) // 2]}…{text[len(text) - kept // 2 :]}"
-        if _width(shown, size) <= inches:
-            return shown
-    return text[:1]
+    def shown(kept: int) -> str:
+        return f"{text[: (kept + 1) // 2]}…{text[len(text) - kept // 2 :]}"
+
+    if _width(text, size) <= inches:
+        return text
+    return shown(max(1, bisect_right(range(len(text)), inches, key=lambda kept: _width(shown(kept), size)) - 1))
