@@ -66,7 +66,6 @@ _STYLE: dict[Any, Any] = {
 _COLOURS = ("#0072B2", "#D55E00", "#009E73", "#CC79A7", "#E69F00", "#56B4E9", "#000000")
 _DASHES: tuple[Any, ...] = ("-", "--", "-.", ":")
 _MOST_LINES = len(_COLOURS) * len(_DASHES)  # that differ in colour or dashes
-_MARKERS = "osD^vP"
 _SAME, _OTHER = ((_COLOURS[i], _DASHES[i]) for i in range(2))
 
 _CLUSTERED = 500  # items, above which an RDM is ordered by face
@@ -369,14 +368,15 @@ def _show_matrix(axes: "Axes", image: np.ndarray, n: int, colours: str, low: flo
     )
 
 
-_TICKS, _NUMBER = 6, "{x:.4g}"  # of the colour bar
+_TICKS: dict[str, Any] = {"nbins": 5, "steps": [1, 2, 2.5, 5, 10]}  # of the colour bar
+_NUMBER = "{x:.4g}"
 
 
 def _bar_width(low: float, high: float) -> float:
     """Inches at the right of panels for a colour bar with its ticks and label."""
     from matplotlib.ticker import MaxNLocator
 
-    ticks = MaxNLocator(_TICKS).tick_values(low, high)
+    ticks = MaxNLocator(**_TICKS).tick_values(low, high)
     return 0.44 + _widest([_NUMBER.format(x=tick) for tick in ticks if low <= tick <= high])
 
 
@@ -386,7 +386,7 @@ def _colour_bar(figure: "Figure", panels: "list[Axes]", label: str, extend: str 
     first = panels[0].get_position()
     right = max(axes.get_position().x1 for axes in panels) + 0.07 / figure.get_figwidth()
     axes = figure.add_axes((right, first.y0, 0.09 / figure.get_figwidth(), first.height))
-    style: dict[str, Any] = {"ticks": MaxNLocator(_TICKS), "format": _NUMBER, "extend": extend, "extendfrac": 0.03}
+    style: dict[str, Any] = {"ticks": MaxNLocator(**_TICKS), "format": _NUMBER, "extend": extend, "extendfrac": 0.03}
     bar = figure.colorbar(panels[0].images[0], axes, **style)
     bar.outline.set_linewidth(0.4)
     bar.set_label(_shortened([label], axes.bbox.height / _DPI, 8)[0], labelpad=3)

@@ -265,7 +265,7 @@ BAD: dict[str, tuple[Draw, str]] = {
     "twice": (lambda p, _: draw_rsa(pd.concat([correlations()] * 2), p), "has the layer 'conv_1' more than once"),
     "layers": (
         lambda p, _: draw_layer_matrix(matrix().iloc[::-1], p, "r"),
-        "`matrix` has the rows fc7.* and the columns conv_1",
+        "`matrix` has the rows fc<7>.* and the columns conv_1",
     ),
     "range": (
         lambda p, _: draw_layer_matrix(matrix(-2), p, "r"),
