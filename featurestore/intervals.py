@@ -9,7 +9,7 @@ import numpy as np
 import pandas as pd
 from scipy import stats
 
-_RESAMPLES = 2000
+_RESAMPLES, _DRAWN_AT_ONCE = 2000, 100
 _FEWEST = 3  # clusters, below which their spread says nothing
 
 
@@ -76,8 +76,10 @@ def clustered_mean(values: np.ndarray, clusters: Sequence[np.ndarray], seed: int
         totals = np.bincount(codes.ravel(), members)
         corrected = totals / np.maximum(1 - counts / n, 0.2)
         variance += float((corrected**2).sum() - (totals**2).sum())
-        drawn = rng.multinomial(len(totals), np.full(len(totals), 1 / len(totals)), _RESAMPLES)
-        draws += (drawn - 1) @ corrected
+        equal = np.full(len(totals), 1 / len(totals))
+        for start in range(0, _RESAMPLES, _DRAWN_AT_ONCE):
+            drawn = rng.multinomial(len(totals), equal, _DRAWN_AT_ONCE)
+            draws[start : start + _DRAWN_AT_ONCE] += (drawn - 1) @ corrected
     variance += _sharing(off, kinds) if kinds else 0.0
     error = math.sqrt(max(variance, float((off**2).sum()))) / n
     width = float(stats.t.ppf(0.975, fewest - 1))

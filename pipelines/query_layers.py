@@ -148,7 +148,6 @@ def _wrote(paths: list[Path]) -> None:
 def _check(asked: Asked, several: bool = False) -> None:
     """Before anything is computed: whether the results can be written."""
     from featurestore.queries.figures import check_ending as check_figure
-
     from featurestore.queries.output import check_ending
 
     if asked.out:

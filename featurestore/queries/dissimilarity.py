@@ -1,5 +1,6 @@
 """Representational dissimilarity matrices (RDMs): how different each pair of items, or of faces, is to a layer."""
 
+import uuid
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass, replace
 from typing import Any
@@ -8,7 +9,6 @@ import dask.array as da
 import numpy as np
 import pandas as pd
 import xarray as xr
-from dask.base import tokenize
 from dask.highlevelgraph import HighLevelGraph
 from scipy.linalg import eigh
 from scipy.spatial.distance import cdist
@@ -33,7 +33,8 @@ def rdm(
     pca: float | None = None,
     memory: str | int = MEMORY,
 ) -> xr.DataArray:
-    """Dissimilarities (item, other) of all pairs, float32, computed when they are asked for; (layer, item, other) for several.
+    """Dissimilarities (item, other) of all pairs, float32, computed when they are asked for; (layer, item, other) for
+    several layers, or if ``layers`` is a list.
 
     ``metric``: ``cosine`` and ``correlation`` (1 - r, 0 … 2), ``euclidean``, ``cityblock``: those of scipy's ``pdist``, within
     1e-6 of it (of the largest, for the two that have units). ``pca`` keeps as many principal components as explain this share
@@ -52,7 +53,7 @@ def rdm(
     parts = [_dissimilarities(layer, measure, size) for layer in chosen.layers]
     coordinates = _coordinates(chosen, "item") | _coordinates(chosen, "other")
     attributes = {"metric": metric, "left_out": list(chosen.notes)} | ({"pca": pca} if pca is not None else {})
-    if isinstance(layers, str) and len(parts) == 1:
+    if len(parts) == 1 and (layers is None or isinstance(layers, str)):
         name = {"layer": ((), np.array(chosen.layers[0].name, object))}
         return xr.DataArray(parts[0], coordinates | name, ("item", "other"), "dissimilarity", attributes)
     names = {"layer": np.array([layer.name for layer in chosen.layers], object)}
@@ -158,7 +159,7 @@ def _dissimilarities(layer: LayerRows, metric: Metric, size: int) -> da.Array:
     """(n, n). Each block of pairs is a task that reads its own rows, so that none outlive it; the lower half is mirrored."""
     name = next(key for key, value in METRICS.items() if value is metric)
     blocks = layer.blocks(size)
-    token = f"rdm-{tokenize(layer.name, name, size)}-{id(layer)}"
+    token = f"rdm-{uuid.uuid4().hex}"  # of Dask's tasks
     graph: dict[Any, Any] = {}
     for i, one in enumerate(blocks):
         for j, other in enumerate(blocks):

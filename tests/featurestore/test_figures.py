@@ -26,7 +26,7 @@ from featurestore.queries.figures import (
     draw_roc,
     draw_rsa,
 )
-from featurestore.queries.neighbours import neighbours
+from featurestore.queries.nearest import neighbours
 from tests.commands import ROOT
 from tests.conftest import write_photographs
 

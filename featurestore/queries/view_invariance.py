@@ -15,8 +15,9 @@ from featurestore.queries.blocks import MEMORY, added_up, block_rows, task
 from featurestore.queries.dissimilarity import Metric, get_metric, prepared
 from featurestore.queries.selection import Block, Data, Items, LayerRows, Names, Selection, select
 from featurestore.queries.verification import few_faces, photograph_numbers
-from featurestore.text import in_natural_order, near_matches
+from featurestore.text import in_natural_order, natural_order, near_matches
 
+ANOTHER = "another photograph"
 _NUMBER = re.compile(r"[-+]?\d+(?:\.\d+)?")
 _MOST_VIEWS = 1000  # of which all pairs are looked at
 _FEWEST = 3  # faces, below which their spread says nothing
@@ -41,11 +42,12 @@ def invariance(
 
     Where each view's name holds one number (``yaw+30``, ``-30``, ``348.75``; ``frontal`` is 0, and a mirrored view,
     ``…|flipped``, has the opposite one), the difference is that of the numbers, taken for degrees, on the circle if one is
-    above 180. Otherwise it is the pair of views, ``a – b``. With ``reference``, a view, only pairs with an item of this view
+    above 180. Views that number photographs (1, 2, … or 0, 1, …) say nothing of angles: all differences are then one, ``another
+    photograph``. Otherwise it is the pair of views, ``a – b``. With ``reference``, a view, only pairs with an item of this view
     count. All pairs of items are compared, but for those known to show the same photograph (see ``verify_faces``). Other
     options are those of ``rdm``.
 
-    Columns, a row for each layer and view difference: layer, view_difference (float64 or text), same and other (mean
+    Columns, a row for each layer and view difference: layer, difference (float64 or text), same and other (mean
     dissimilarity over pairs of one face, and of two faces, in the units of ``metric``), their 95 % intervals same_low …
     other_high, separation, n_faces (with a same pair), n_pairs (of the same face) and n_other_pairs. ``separation`` is d′
     (Green & Swets 1966): (other - same) / √((s² + o²) / 2), s² and o² the variances over pairs; NaN where both are zero.
@@ -118,6 +120,8 @@ def _check_views(views: list[str], reference: str | None) -> None:
 
 def _differences(views: list[str]) -> tuple[list[Any], np.ndarray]:
     """The differences of all pairs of views, and (views, views) int64 which of them each pair has."""
+    if sorted(views, key=natural_order) in ([str(first + i) for i in range(len(views))] for first in (0, 1)):
+        return [ANOTHER], np.zeros((len(views), len(views)), np.int64)
     angles = [_angle(view) for view in views]
     if None in angles:
         one, other = np.triu_indices(len(views))
@@ -163,7 +167,7 @@ def _profile(layer: LayerRows, kinds: _Kinds, measure: Metric, metric: str, size
     tasks = [task(_summed, blocks[i], blocks[j], parts[i], parts[j], kinds.of, shape, metric) for i, j in pairs]
     sums, squares = added_up(tasks, _added)
     return pd.DataFrame([
-        {"layer": layer.name, "view_difference": difference, **_row(sums[:, i], squares[:, i])}
+        {"layer": layer.name, "difference": difference, **_row(sums[:, i], squares[:, i])}
         for i, difference in enumerate(kinds.differences)
     ])  # fmt: skip
 

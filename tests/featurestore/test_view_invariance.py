@@ -12,8 +12,8 @@ from scipy.spatial.distance import cdist
 
 from featurestore import FeatureStore
 from featurestore.errors import FeatureStoreError
-from featurestore.queries import invariance as module
-from featurestore.queries.invariance import invariance
+from featurestore.queries import view_invariance as module
+from featurestore.queries.view_invariance import invariance
 from tests.conftest import LAYERS, run_pass, write_photographs
 
 ANGLES = ["frontal", "yaw+30", "yaw-30", "60"]
@@ -40,13 +40,13 @@ def by_hand(x: np.ndarray, items: list, difference, metric: str = "cosine") -> d
 
 
 def check(table: pd.DataFrame, wanted: dict) -> None:
-    assert set(table["view_difference"]) == set(wanted)
+    assert set(table["difference"]) == set(wanted)
     for row in table.itertuples():
-        same, other = ([value for value, *_ in pairs] for pairs in wanted[row.view_difference])
+        same, other = ([value for value, *_ in pairs] for pairs in wanted[row.difference])
         assert row.same == pytest.approx(np.mean(same), abs=1e-5)
         assert row.other == pytest.approx(np.mean(other), abs=1e-5)
         assert (row.n_pairs, row.n_other_pairs) == (len(same), len(other))
-        assert row.n_faces == len({face for _, face, _ in wanted[row.view_difference][0]})
+        assert row.n_faces == len({face for _, face, _ in wanted[row.difference][0]})
         spread = math.sqrt((np.var(same) + np.var(other)) / 2)
         assert row.separation == pytest.approx((np.mean(other) - np.mean(same)) / spread, rel=1e-4)
 
@@ -60,7 +60,7 @@ def test_differences_of_angles(monkeypatch: pytest.MonkeyPatch, metric: str, siz
         monkeypatch.setattr(module, "block_rows", lambda *_, **__: size)
     x = activations()
     table = invariance(x, items=ITEMS, metric=metric)
-    assert table["view_difference"].tolist() == [30, 60, 90]
+    assert table["difference"].tolist() == [30, 60, 90]
     assert (table["layer"] == "activations").all()
     check(table, by_hand(x, ITEMS, lambda a, b: abs(DEGREES[a] - DEGREES[b]), metric))
     assert ((table["same_low"] < table["same"]) & (table["same"] < table["same_high"])).all()
@@ -70,7 +70,7 @@ def test_differences_of_angles(monkeypatch: pytest.MonkeyPatch, metric: str, siz
 def test_from_a_reference() -> None:
     x = activations()
     table = invariance(x, items=ITEMS, reference="yaw-30")
-    assert table["view_difference"].tolist() == [30, 60, 90]
+    assert table["difference"].tolist() == [30, 60, 90]
     check(table, by_hand(x, ITEMS, lambda a, b: abs(DEGREES[a] - DEGREES[b]) if "yaw-30" in (a, b) else None))
 
 
@@ -84,7 +84,7 @@ def test_angles_on_the_circle() -> None:
         return min(turned, 360 - turned)
 
     table = invariance(x, items=items)
-    assert table["view_difference"].tolist() == [11.25, 22.5, 168.75, 180]
+    assert table["difference"].tolist() == [11.25, 22.5, 168.75, 180]
     check(table, by_hand(x, items, apart))
 
 
@@ -93,7 +93,7 @@ def test_pairs_of_views_that_are_no_angles() -> None:
     items = [(face, view) for face in "abcd" for view in views]
     x = activations(16)
     table = invariance(x, items=items)
-    assert "profile 2 – profile 10" in set(table["view_difference"])  # in natural order
+    assert "profile 2 – profile 10" in set(table["difference"])  # in natural order
     check(table, by_hand(x, items, lambda a, b: " – ".join(sorted((a, b), key=lambda v: (v[:7], len(v), v)))))
 
 
