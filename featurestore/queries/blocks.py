@@ -1,5 +1,6 @@
 """How much of a layer is held at once: the size of blocks under a memory cap, and Dask tasks that add up."""
 
+import ctypes
 import math
 import sys
 from collections.abc import Callable, Iterator, Sequence
@@ -25,6 +26,8 @@ _FEWEST_BLOCKS = 4  # for each worker, so that they end at about the same time
 _FEWEST_ROWS = 256  # unless the cap asks for less
 _OVERHEAD = 48 << 20  # bytes of a query beside its blocks: Dask's graph, buffers of BLAS and of the result's file
 _FAN_IN = 8
+_TRIMMED_FROM = 0.75  # of the cap
+_last_cap = 1 << 30  # bytes; a cluster's workers have the default one
 _ONE_AT_A_TIME = ("sync", "synchronous", "single-threaded")
 LOCAL_SCHEDULERS = ("threads", "processes", "synchronous")
 
@@ -38,7 +41,8 @@ def block_rows(n: int, memory: str | int, per_row: float, per_pair: float = 0.0,
     """
     n_workers, processes = workers()
     taken = (n_workers if processes else 1) * (_anonymous_bytes() + _OVERHEAD)
-    cap = parsed_bytes(memory)
+    global _last_cap  # what the tasks of this query have to keep to
+    cap = _last_cap = parsed_bytes(memory)
     room = (cap - taken) / n_workers - fixed
     if room < per_row + per_pair:
         least = taken + n_workers * (per_row + per_pair + fixed)
@@ -147,7 +151,23 @@ def task(function: Callable[..., Any], *arguments: Any) -> Delayed:
 def run_task(function: Callable[..., Any], *arguments: Any) -> Any:
     """Call ``function`` as one of many tasks: its matrix products do not compete with the others' for the cores."""
     with _blas_threads:
-        return function(*arguments)
+        try:
+            return function(*arguments)
+        finally:
+            _give_back()
+
+
+@cache
+def _trim() -> Callable[[int], Any]:
+    """glibc's ``malloc_trim``; where there is none, nothing."""
+    trim: Callable[[int], Any] = getattr(ctypes.CDLL(None), "malloc_trim", lambda pad: None)
+    return trim
+
+
+def _give_back() -> None:
+    """Return freed memory to the system as the cap comes near: glibc keeps it, for each thread apart."""
+    if _anonymous_bytes() > _TRIMMED_FROM * _last_cap:
+        _trim()(0)
 
 
 def computed(tasks: Sequence[Delayed]) -> list[Any]:
