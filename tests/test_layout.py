@@ -12,7 +12,18 @@ import pytest
 from tests.commands import ROOT, command
 
 PACKAGES = ("featurestore", "heads", "pipelines")  # each may import itself and what stands before it
-GROUND = ("errors", "text", "files", "keys", "versions", "devices", "intervals", "discovery", "conditions", "safe_pickle")
+GROUND = (
+    "errors",
+    "text",
+    "files",
+    "keys",
+    "versions",
+    "devices",
+    "intervals",
+    "discovery",
+    "conditions",
+    "safe_pickle",
+)
 # What each folder of featurestore may import beside itself and the modules of the ground; pipelines and heads may import all.
 BELOW = {
     "photos": (),

@@ -3,8 +3,8 @@
 pandas' own classes are not reached from the file: stand-ins keep what they would be made of, and a plain table is built of it.
 """
 
-from collections.abc import Callable, Sequence
 from dataclasses import dataclass
+from itertools import pairwise
 from pathlib import Path
 from typing import Any
 
@@ -93,7 +93,7 @@ def _stand_ins() -> dict[tuple[str, str], Any]:
     def content(data: Any = b"", *_: Any) -> Any:
         """Of bytearray and py_buffer: a number would be a promise of memory."""
         data = safe_pickle.encode(data)
-        if not isinstance(data, bytes):
+        if not isinstance(data, bytes | bytearray):
             raise ValueError("bytes were expected")
         return data
 
@@ -262,15 +262,16 @@ def _texts(values: _Texts) -> np.ndarray:
         array = next(each for each in values.state if isinstance(each, Array)).numpy()
         return np.array([_text(each) if isinstance(_text(each), str) else None for each in array.ravel()], object)
     state = {_text(key): value for key, value in values.state.items()}
-    kind, length, _, offset, (valid, ends, data), *_ = state.get("_pa_array", state.get("_data")).data
+    strings: Any = state.get("_pa_array", state.get("_data"))
+    kind, length, _, offset, (valid, ends, data), *_ = strings.data
     sizes = {"large_string": "<i8", "string": "<i4"}
     if kind not in sizes or offset != 0:
         raise ValueError("a column of strings is none")
     bounds = np.frombuffer(ends, sizes[kind])[: length + 1].tolist()
-    if len(bounds) != length + 1 or bounds[0] < 0 or any(a > b for a, b in zip(bounds, bounds[1:], strict=False)):
+    if len(bounds) != length + 1 or bounds[0] < 0 or any(a > b for a, b in pairwise(bounds)):
         raise ValueError("a column of strings ends early")
     mask = np.unpackbits(np.frombuffer(valid, np.uint8), bitorder="little") if valid else np.ones(length, np.uint8)
-    pairs = zip(bounds, bounds[1:], strict=False)
+    pairs = pairwise(bounds)
     return np.array([data[a:b].decode() if seen else None for (a, b), seen in zip(pairs, mask, strict=False)], object)
 
 
@@ -283,7 +284,7 @@ def _index(index: Any, limit: list[int]) -> pd.Index | None:
         return None
     if index.kind == "MultiIndex":
         levels = [_level(level, limit) for level in made_of["levels"]]
-        codes = [code.numpy() for code in made_of.get("codes", made_of.get("labels"))]
+        codes = [code.numpy() for code in made_of["codes" if "codes" in made_of else "labels"]]
         return pd.MultiIndex.from_arrays(
             [_taken(level, code) for level, code in zip(levels, codes, strict=True)],
             names=[_text(name) for name in made_of["names"]],
@@ -307,5 +308,3 @@ def _level(index: Any, limit: list[int]) -> np.ndarray:
             raise ValueError("an index has no ends")
         return np.arange(*ends)
     return _column(made_of["data"], limit).ravel()
-
-
