@@ -1,6 +1,7 @@
 """Names of faces, views and layers as names of files, so that the file tells the name again."""
 
 import re
+from collections import Counter
 from collections.abc import Iterable
 
 from featurestore.files import safe_name
@@ -38,16 +39,10 @@ def file_names(names: Iterable[str]) -> dict[str, str]:
 
     ValueError for a name whose file's would be longer than file systems allow.
     """
-    found: dict[str, str] = {}
-    taken: set[str] = set()
-    for name in names:
-        if name in found:
-            continue
-        escaped = file_name(name)
-        if escaped.lower() in taken:
-            escaped = file_name(name, capitals=True)
+    distinct = list(dict.fromkeys(names))
+    folded = Counter(file_name(name).lower() for name in distinct)
+    found = {name: file_name(name, capitals=folded[file_name(name).lower()] > 1) for name in distinct}
+    for name, escaped in found.items():
         if len(escaped) > _LONGEST:
             raise ValueError(f"{name[:40]!r}… is too long a name for a file")
-        taken.add(escaped.lower())
-        found[name] = escaped
     return found

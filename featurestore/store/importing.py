@@ -86,7 +86,7 @@ def import_activations(
     ``kind``:
 
     - ``numpy``: an array (n, *shape) in ``.npy``, ``.npz``, ``.txt``, ``.mat`` (version 5) or ``.h5``: in those that hold
-      several, the one named ``layer`` or ``features``, or the only one. Keys come from ``items``, or from ``items.csv`` beside it.
+      several, the one named ``layer`` or ``features``, or the only one. Keys come from ``items``, or ``items.csv`` beside it.
     - ``files``: a folder ``face/view.npy`` (*shape), or with an ``items.csv`` whose column ``npy_file`` says which is whose.
     - ``hdf5``: what ``export`` wrote; ``layer`` chooses one, otherwise all are taken.
     - ``pickle``: a pandas table (a column of arrays, that named ``layer`` if there are several, or columns of numbers) with
@@ -99,7 +99,7 @@ def import_activations(
 
     Numbers are kept as float16 or float32; others become float32, which ``notes`` say. The source's ``backbone`` is ``imported``,
     its ``weights`` ``unknown``, its ``precision`` the type of the file's numbers, ``imported`` says where it is from. Nothing of
-    the source is visible before all of it is written; memory is bounded but for pickles and ``.npz``, ``.txt`` and ``.mat`` files.
+    the source is visible before all of it is written; memory is bounded but for pickles, ``.npz``, ``.txt`` and ``.mat``.
 
     FeatureStoreError for a file that is missing, damaged or of another kind, without keys or with one twice, shapes that differ,
     NaN or infinity (naming items), names that a store cannot have, and a source that is already there.
