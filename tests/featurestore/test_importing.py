@@ -36,9 +36,7 @@ def rows_of(store: Path, done: Imported, layer: str) -> np.ndarray:
 
 @pytest.mark.parametrize("kind", ["numpy", "files", "hdf5"])
 @pytest.mark.parametrize("dtype", [np.float32, np.float16])
-def test_round_trip(
-    array: np.ndarray, tmp_path: Path, kind: str, dtype, monkeypatch: pytest.MonkeyPatch
-) -> None:
+def test_round_trip(array: np.ndarray, tmp_path: Path, kind: str, dtype, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(module, "_SLOTS", 2)
     monkeypatch.setattr(module, "_READ_AT_ONCE", 1)
     array = array.astype(dtype)
