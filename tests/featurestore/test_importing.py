@@ -130,7 +130,7 @@ def test_a_folder_of_files(array: np.ndarray, tmp_path: Path) -> None:
     with pytest.raises(FeatureStoreError, match=r"cannot be read as `kind` files"):
         import_activations(tmp_path / "f", tmp_path / "t.zarr", kind="files", layer="l")
     (tmp_path / "f" / "items.csv").write_text("face_id,view,npy_file\na,1,../secret.npy\n")
-    with pytest.raises(FeatureStoreError, match="secret.npy, which is outside of its folder"):
+    with pytest.raises(FeatureStoreError, match=r"secret\.npy, which is outside of its folder"):
         import_activations(tmp_path / "f", tmp_path / "t.zarr", kind="files", layer="l")
     assert not list((tmp_path / "t.zarr").glob("*/*"))
 
@@ -157,7 +157,7 @@ def test_pickles(array: np.ndarray, tmp_path: Path) -> None:
         "a dict by face": (nested, array),
     }
     for name, (thing, expected) in cases.items():
-        for protocol in range(6):
+        for protocol in (2, 5):
             path = pickled(tmp_path / "a.pkl", thing, protocol)
             done = import_activations(path, tmp_path / f"{name}{protocol}.zarr", kind="pickle", layer="l")
             values = rows_of(tmp_path / f"{name}{protocol}.zarr", done, "l")

@@ -1,5 +1,6 @@
 """Pickled tables of all versions of pandas as pandas reads them; nothing in a hostile one runs."""
 
+import copyreg
 import os
 import pickle
 import subprocess
@@ -53,6 +54,29 @@ def test_tables_of_this_pandas(tmp_path: Path, storage: str, protocol: int) -> N
             pd.testing.assert_frame_equal(found.astype({"face": "str"}), expected, check_column_type=False)
     finally:
         pd.reset_option("mode.string_storage")
+
+
+class Restored:
+    """Pickled as an object of another class, with a state of that one's."""
+
+    def __init__(self, kind: type, state: object) -> None:
+        self.made = copyreg._reconstructor, (kind, object, None), state  # type: ignore[attr-defined]
+
+    def __reduce_ex__(self, protocol: int):
+        return self.made
+
+
+def test_the_state_of_tables_before_pandas_1_3(tmp_path: Path) -> None:
+    """As ``BlockManager.__getstate__`` of pandas 1.0 made it, which no Python that is supported runs."""
+    axes = [pd.Index(np.array(["x", "face", "y"], object)), pd.RangeIndex(2)]
+    numbers = {"values": np.array([[1.0, 2], [3, 4]]), "mgr_locs": np.array([0, 2])}
+    texts = {"values": np.array([["a", "b"]], object), "mgr_locs": slice(1, 2, 1)}
+    state = (axes, [], [], {"0.14.1": {"axes": axes, "blocks": [numbers, texts]}})
+    manager = Restored(pd.core.internals.managers.BlockManager, state)
+    (tmp_path / "t.pkl").write_bytes(pickle.dumps(Restored(pd.DataFrame, {"_data": manager, "_typ": "dataframe"}), 4))
+    found = read_pickle(tmp_path / "t.pkl")
+    assert isinstance(found, pd.DataFrame)
+    assert found.to_dict("list") == {"x": [1, 2], "face": ["a", "b"], "y": [3, 4]}
 
 
 def test_dicts_of_arrays(tmp_path: Path) -> None:
@@ -142,7 +166,7 @@ def test_bombs_do_not_go_off(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) ->
     for name, content in bombs.items():
         (tmp_path / "b.pkl").write_bytes(content)
         start = time.perf_counter()
-        with pytest.raises(FeatureStoreError, match="is damaged, or no pickle|holds neither a table") as refused:
+        with pytest.raises(FeatureStoreError, match=r"is damaged, or no pickle|holds neither a table") as refused:
             read_pickle(tmp_path / "b.pkl")
         assert time.perf_counter() - start < 10, name
         assert len(str(refused.value)) < 500, name
