@@ -6,7 +6,7 @@ pandas' own classes are not reached from the file: stand-ins keep what they woul
 from dataclasses import dataclass
 from itertools import pairwise
 from pathlib import Path
-from typing import Any
+from typing import Any, TypeAlias
 
 import numpy as np
 import pandas as pd
@@ -69,7 +69,12 @@ class _ArrowStrings:
     data: Any
 
 
-def _stand_ins() -> dict[tuple[str, str], Any]:
+Known: TypeAlias = dict[
+    tuple[str, str], Any
+]  # what a pickle names, and its stand-in; made for each file, as array_stand_ins
+
+
+def _stand_ins() -> Known:
     class Frame(_Frame):
         pass
 
@@ -82,20 +87,59 @@ def _stand_ins() -> dict[tuple[str, str], Any]:
     def block(values: Any, places: Any, ndim: Any = 2) -> _Block:
         return _Block(values, places)
 
-    def index(kind: Any, made_of: Any) -> _Index:
-        return _Index(kind, made_of)
+    def reconstructor(kind: Any, *_: Any) -> Any:
+        """By which protocols 0 and 1 make what has a state."""
+        if kind not in (Frame, Manager, Texts):
+            raise Refused("it asks for copyreg._reconstructor, which is no part of an array")
+        return kind()
 
+    known: Known = {**safe_pickle.array_stand_ins(objects=True), **_plain_stand_ins(), **_index_stand_ins()}
+    known |= _text_stand_ins(Texts)
+    for module in ("pandas", "pandas.core.frame"):
+        known[module, "DataFrame"] = Frame
+    for module in ("pandas.core.internals.managers", "pandas.core.internals", "pandas._libs.internals"):
+        known[module, "BlockManager"] = Manager
+    for module in ("copyreg", "copy_reg"):
+        known[module, "_reconstructor"] = reconstructor
+    known["pandas._libs.internals", "_unpickle_block"] = block
+    known["pandas._libs.missing", "NA"] = None
+    return known
+
+
+def _plain_stand_ins() -> Known:
     def part(start: Any, stop: Any, step: Any) -> slice:
         if not all(isinstance(each, int) for each in (start, stop, step)):
             raise ValueError("a part of a table has no ends")
         return slice(start, stop, step)
 
     def content(data: Any = b"", *_: Any) -> Any:
-        """Of bytearray and py_buffer: a number would be a promise of memory."""
+        """A number would be a promise of memory."""
         data = safe_pickle.encode(data)
         if not isinstance(data, bytes | bytearray):
             raise ValueError("bytes were expected")
         return data
+
+    known: Known = {("pyarrow.lib", "py_buffer"): content}
+    for module in ("builtins", "__builtin__"):
+        known |= {(module, "slice"): part, (module, "bytearray"): content, (module, "object"): None}
+    return known
+
+
+def _index_stand_ins() -> Known:
+    def index(kind: Any, made_of: Any) -> _Index:
+        return _Index(kind, made_of)
+
+    known: Known = {("pandas.core.indexes.base", "_new_Index"): index}
+    kinds = {"base": ["Index"], "range": ["RangeIndex"], "multi": ["MultiIndex"]}
+    kinds["numeric"] = ["Int64Index", "UInt64Index", "Float64Index", "NumericIndex"]
+    for module, names in kinds.items():
+        for name in names:
+            known["pandas", name] = known[f"pandas.core.indexes.{module}", name] = name
+    return known
+
+
+def _text_stand_ins(kind: type[_Texts]) -> Known:
+    """Of pandas' strings, in Arrow's memory or as objects."""
 
     def arrow(data: Any, *_: Any) -> _ArrowStrings:
         return _ArrowStrings(data)
@@ -104,42 +148,18 @@ def _stand_ins() -> dict[tuple[str, str], Any]:
         return name
 
     def texts(*_: Any) -> _Texts:
-        return Texts()
-
-    def reconstructor(kind: Any, *_: Any) -> Any:
-        """By which protocols 0 and 1 make what has a state."""
-        if kind not in (Frame, Manager, Texts):
-            raise Refused("it makes something by copyreg._reconstructor, which is no part of an array")
         return kind()
 
-    known: dict[tuple[str, str], Any] = dict(safe_pickle.array_stand_ins(objects=True))
-    for module in ("pandas", "pandas.core.frame"):
-        known[module, "DataFrame"] = Frame
-    for module in ("pandas.core.internals.managers", "pandas.core.internals", "pandas._libs.internals"):
-        known[module, "BlockManager"] = Manager
-    known["pandas._libs.internals", "_unpickle_block"] = block
-    known["pandas.core.indexes.base", "_new_Index"] = index
-    indexes = {"base": ["Index"], "range": ["RangeIndex"], "multi": ["MultiIndex"]}
-    indexes["numeric"] = ["Int64Index", "UInt64Index", "Float64Index", "NumericIndex"]
-    for module, kinds in indexes.items():
-        for kind in kinds:
-            known["pandas", kind] = known[f"pandas.core.indexes.{module}", kind] = kind
+    known: Known = {
+        ("pandas", "StringDtype"): same,
+        ("pandas.core.arrays.string_", "StringDtype"): same,
+        ("pandas._libs.arrays", "__pyx_unpickle_NDArrayBacked"): texts,
+        ("pyarrow.lib", "_restore_array"): arrow,
+        ("pyarrow.lib", "type_for_alias"): same,
+    }
     for name in ("ArrowStringArray", "ArrowStringArrayNumpySemantics", "StringArray", "StringArrayNumpySemantics"):
         for module in ("pandas.arrays", "pandas.core.arrays.string_", "pandas.core.arrays.string_arrow"):
-            known[module, name] = Texts
-    for module in ("pandas", "pandas.core.arrays.string_"):
-        known[module, "StringDtype"] = same
-    known["pandas._libs.arrays", "__pyx_unpickle_NDArrayBacked"] = texts
-    known["pandas._libs.missing", "NA"] = None
-    known["pyarrow.lib", "_restore_array"] = arrow
-    known["pyarrow.lib", "type_for_alias"] = same
-    for module in ("builtins", "__builtin__"):
-        known[module, "slice"] = part
-        known[module, "bytearray"] = content
-        known[module, "object"] = None
-    for module in ("copyreg", "copy_reg"):
-        known[module, "_reconstructor"] = reconstructor
-    known["pyarrow.lib", "py_buffer"] = content
+            known[module, name] = kind
     return known
 
 
