@@ -14,14 +14,13 @@ from typing import Any, TypeAlias
 
 import numpy as np
 
+from featurestore.pickle_nesting import refuse_nesting
+
 StandIns: TypeAlias = Mapping[tuple[str, str], Any]
 
 NUMBERS = ("f2", "f4", "f8", "i1", "i2", "i4", "i8", "u1", "u2", "u4", "u8", "b1")
 OPERATIONS = 1 << 20  # an array takes about thirty
 _MOST_MEMOS = 1 << 20  # a memo number costs its own size in memory, and can be written in five bytes
-# A tuple that is a key is hashed through all that it holds, and a few bytes make one that holds itself twice, sixty times over.
-_DEEPEST = 8
-_MOST_NESTED = 1 << 16
 
 
 class Refused(Exception):
@@ -156,58 +155,9 @@ def load(content: bytes, known: StandIns, operations: int = OPERATIONS) -> Any:
 
 def refuse_bombs(content: bytes, operations: int = OPERATIONS) -> None:
     """ValueError for a pickle that would take far more memory or time than its own size."""
-    nesting = _Nesting()
     for count, (opcode, argument, _) in enumerate(pickletools.genops(content)):
         if count > operations:
             raise ValueError(f"more than {operations} operations")
         if opcode.name in ("LONG_BINPUT", "PUT") and int(argument or 0) > _MOST_MEMOS:
             raise ValueError(f"memo number {argument}")
-        nesting.follow(opcode, argument)
-
-
-class _Nesting:
-    """Follows a pickle's stack: of each object (depth, size) as a nested tuple; (0, 1) if it is none."""
-
-    def __init__(self) -> None:
-        self._stack: list[tuple[int, int] | None] = []  # None is a mark
-        self._memo: dict[int, tuple[int, int]] = {}
-
-    def follow(self, opcode: pickletools.OpcodeInfo, argument: Any) -> None:
-        """ValueError if the operation makes a tuple of tuples that is too deep or holds too much."""
-        name = opcode.name
-        if name in ("MEMOIZE", "PUT", "BINPUT", "LONG_BINPUT"):
-            self._memo[len(self._memo) if argument is None else int(argument)] = self._top()
-        elif name in ("GET", "BINGET", "LONG_BINGET"):
-            self._stack.append(self._memo.get(int(argument), (0, 1)))
-        elif name == "DUP":
-            self._stack.append(self._top())
-        elif name == "POP":
-            self._stack.pop()  # of a mark too
-        elif name == "MARK":
-            self._stack.append(None)
-        else:
-            taken = self._take(opcode)
-            made: tuple[int, int] = (0, 1)
-            if name.startswith("TUPLE") or name == "FROZENSET":
-                made = 1 + max((depth for depth, _ in taken), default=0), 1 + sum(size for _, size in taken)
-                if made[0] > _DEEPEST or (made[0] > 1 and made[1] > _MOST_NESTED):
-                    raise ValueError("tuples within tuples, more than any table has")
-            self._stack.extend([made] * len(opcode.stack_after))
-
-    def _top(self) -> tuple[int, int]:
-        return (self._stack[-1] if self._stack else None) or (0, 1)
-
-    def _take(self, opcode: pickletools.OpcodeInfo) -> list[tuple[int, int]]:
-        before = opcode.stack_before
-        if pickletools.markobject not in before:
-            taken = [self._stack.pop() for _ in before]
-            return [each for each in taken if each]
-        found = []
-        while self._stack:
-            each = self._stack.pop()
-            if each is None:
-                break
-            found.append(each)
-        for _ in range(before.index(pickletools.markobject)):
-            self._stack.pop()
-        return found
+    refuse_nesting(content)

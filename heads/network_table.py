@@ -7,6 +7,7 @@ import pandas as pd
 
 from featurestore import FeatureStore, identification_table
 from featurestore.intervals import accuracy_over
+from featurestore.keys import FLIPPED
 from featurestore.queries.selection import shared_items
 from featurestore.store.reader import Source
 from featurestore.text import in_natural_order
@@ -73,10 +74,15 @@ _COLUMNS = (
 
 
 def default_held_out(store: FeatureStore) -> list[str]:
-    """The last views, in natural order, three tenths of those that the first source has; one at least."""
+    """The last views, in natural order, three tenths of those that the first source has; one at least.
+
+    A mirrored view goes with the one that it mirrors: apart, each would be identified by its own mirror image.
+    """
     first = next(iter(store.sources.values()))
     views = in_natural_order(set(first.coordinate("view")))
-    return views[-max(1, round(HELD_OUT_SHARE * len(views))) :]
+    plain = in_natural_order({view.removesuffix(FLIPPED) for view in views})
+    held = set(plain[-max(1, round(HELD_OUT_SHARE * len(plain))) :])
+    return [view for view in views if view.removesuffix(FLIPPED) in held]
 
 
 def _same_person(store: FeatureStore, source: Source, layer: str, drawn: pd.DataFrame) -> dict[str, float]:

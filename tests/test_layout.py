@@ -23,6 +23,7 @@ GROUND = (
     "discovery",
     "conditions",
     "safe_pickle",
+    "pickle_nesting",
 )
 # What each folder of featurestore may import beside itself and the modules of the ground; pipelines and heads may import all.
 BELOW = {

@@ -374,6 +374,68 @@ def test_a_pth_that_is_not_what_it_seems(tmp_path: Path, state, kind: str) -> No
         open_weights(str(path), MINI).read(SHAPES)
 
 
+def _tuples_of_tuples(kind: str) -> bytes:
+    """A pickle of some hundred bytes or some hundred thousand whose key Python's own unpickler cannot hash."""
+    deep = b")" + b"\x85" * 200_000
+    wide = b"U\x01aq\x00" + b"".join(b"0(" + b"h%c" % i * 10 + b"tq%c" % (i + 1) for i in range(40))
+    return {
+        "a deep key": b"\x80\x02}" + deep + b"K\x01s.",
+        "a wide key": b"\x80\x02}" + wide + b"K\x01s.",
+        "a deep key beside a class": b"\x80\x02ca\nb\n0}" + deep + b"K\x01s.",
+        "a wide key of Python 2": b"(lp0\n0}" + wide + b"I1\ns.",
+        "a list in the place of a tensor's numbers": b"\x80\x02ca\nb\n0]]a\x85Q.",
+        "a bytearray without its name": b"\x80\x05ca\nb\n0\x96" + (4 << 30).to_bytes(8, "little") + b"x.",
+        "a key behind a mark that is not there": b"\x80\x02t.",
+    }[kind]
+
+
+@pytest.mark.parametrize("file", ["zip", "before 1.6", "pkl"])
+@pytest.mark.parametrize(
+    ("kind", "message"),
+    [
+        ("a deep key", "tuples within tuples, more than 100 deep"),
+        ("a wide key", "tuples within tuples, more than 100 deep or of more than 65536 values"),
+        ("a deep key beside a class", "tuples within tuples"),
+        ("a wide key of Python 2", "tuples within tuples"),
+        ("a list in the place of a tensor's numbers", "a list is where a tensor's numbers should be named"),
+        ("a bytearray without its name", "expected 4294967296 bytes in a bytearray8"),
+        ("a key behind a mark that is not there", "list index out of range"),
+    ],
+)
+def test_what_would_end_the_process_or_never_end(tmp_path: Path, kind: str, message: str, file: str) -> None:
+    """Hashing a tuple that is nested 200,000 deep ends Python; one of 10 ** 40 values takes for ever. Neither gets that far."""
+    content, path = _tuples_of_tuples(kind), tmp_path / "w.pth"
+    if file == "zip":
+        with zipfile.ZipFile(path, "w") as packed:
+            packed.writestr("archive/data.pkl", content)
+            packed.writestr("archive/version", "3\n")
+    elif file == "before 1.6":
+        head = pickle.dumps(0x1950A86A20F9469CFC6C, 2) + pickle.dumps(1001, 2) + pickle.dumps({}, 2)
+        path.write_bytes(head + content + pickle.dumps([], 2))
+    else:
+        path.write_bytes(content)
+    with pytest.raises(FeatureStoreError, match=rf"w\.pth is damaged or incomplete: .*{message}"):
+        open_tensors(path)
+
+
+def test_keys_and_objects_as_deep_as_a_training_scripts_are_read(tmp_path: Path, state) -> None:
+    shared = ("a", ("b", ("c", tuple(range(1000)))))
+    nested: list = []
+    for _ in range(300):  # lists have no hash: as deep as one likes
+        nested = [nested, shared]
+    torch.save({"state_dict": state, "x": {shared: nested}, "y": Meter(shared)}, tmp_path / "w.pth")
+    assert open_weights(str(tmp_path / "w.pth"), MINI).keys == SHAPES.keys()
+
+
+def test_the_names_in_an_archive_as_torch_finds_them(tmp_path: Path) -> None:
+    """In capitals too: what is looked for in ``data.pkl`` is looked for there."""
+    with zipfile.ZipFile(tmp_path / "w.pth", "w") as packed:
+        packed.writestr("archive/DATA.PKL", b"\x80\x02cbuiltins\nbytearray\nJ\x00\x00\x00\x7f\x85R.")
+        packed.writestr("archive/version", "3\n")
+    with pytest.raises(FeatureStoreError, match="it asks for bytearray"):
+        open_tensors(tmp_path / "w.pth")
+
+
 def hostile_pickles(folder: Path) -> dict[str, bytes]:
     target = str(folder / "owned").encode()
     array = np.zeros(3, np.float32)

@@ -1,6 +1,8 @@
 """Identification and same-person accuracy of every layer of several networks, against a slow loop."""
 
 from pathlib import Path
+from types import SimpleNamespace
+from typing import Any
 
 import numpy as np
 import pandas as pd
@@ -10,6 +12,7 @@ from featurestore import FeatureStore, FeatureStoreError, identification_table
 from heads.network_table import default_held_out, network_table
 from heads.trials.same_person import same_person_trials
 from heads.trials.tables import FACES, VIEWS
+from pipelines.compare_networks import _text
 from tests.commands import command
 from tests.heads.conftest import write_store
 
@@ -46,6 +49,28 @@ def test_the_last_views_are_held_out(two: Path) -> None:
     assert default_held_out(FeatureStore.open(two)) == ["up"]
     with pytest.raises(FeatureStoreError, match="no view behind"):
         network_table(FeatureStore.open(two), "behind")
+
+
+@pytest.mark.parametrize(
+    ("views", "held"),
+    [
+        (["1", "2", "3", "4", "5"], ["4", "5"]),
+        (["1", "1|flipped", "2", "2|flipped", "3", "3|flipped", "4", "4|flipped", "5", "5|flipped"], None),
+        (["a", "a|flipped", "b"], ["b"]),
+        (["a", "b|flipped"], ["b|flipped"]),
+    ],
+)
+def test_a_view_and_its_mirror_image_are_held_out_together(views: list[str], held: list[str] | None) -> None:
+    """Apart, a photograph would be identified by its own mirror image: three of ten names would be 4|flipped, 5, 5|flipped."""
+    source = SimpleNamespace(coordinate=lambda name: np.array(views, object))
+    store: Any = SimpleNamespace(sources={"s": source})
+    assert default_held_out(store) == (held or ["4", "4|flipped", "5", "5|flipped"])
+
+
+@pytest.mark.parametrize("score", [0.0, 0.5, 1.0])
+def test_the_interval_of_a_perfect_score_is_not_said_to_be_over_faces(two: Path, score: float) -> None:
+    table = network_table(FeatureStore.open(two), "up", n_trials=20).assign(identification=score, same_person=0.5)
+    assert ("at 0 and 1, where faces do not differ" in _text(table, ["up"])) == (score != 0.5)
 
 
 def test_the_command_prints_and_keeps_the_table(two: Path, tmp_path: Path) -> None:

@@ -50,7 +50,7 @@ def unwrap(path: Path, content: Any, kind: type) -> dict[str, Any]:
 
 def damaged(path: Path, reason: object) -> FeatureStoreError:
     """The error for a file that ends early or contradicts itself."""
-    first = (str(reason).splitlines() or [""])[0]
+    first = (str(reason).splitlines() or [type(reason).__name__])[0]  # MemoryError and EOFError say nothing
     return FeatureStoreError(f"{path} is damaged or incomplete: {first.rstrip('.')}. Fetch it again.")
 
 

@@ -11,9 +11,11 @@ import torch
 from featurestore.checkpoints.formats import inert
 from featurestore.checkpoints.formats.base import Stored, TensorFile, damaged, runs_code, unwrap
 from featurestore.errors import FeatureStoreError
+from featurestore.pickle_nesting import refuse_nesting
 from featurestore.text import listing
 
 LEGACY = bytes.fromhex("80028a0a6cfc9c46f9206aa85019")  # torch's magic number, pickled
+_LEGACY_PICKLES = 5  # that number, the version, the machine, the content, and the names of the numbers that follow
 
 
 def recognises(head: bytes, path: Path) -> bool:
@@ -61,21 +63,39 @@ def _load(path: Path) -> tuple[object, list[str]]:
 
 
 def _refuse_bombs(path: Path) -> None:
-    """A small file may ask for much memory: by packed entries, which torch never writes, or for a bytearray of any length."""
+    """A small file may ask for much memory: by packed entries, which torch never writes, or for a bytearray of any length.
+
+    Or for much time, or the end of the process: by tuples of tuples.
+    """
     if zipfile.is_zipfile(path):
+        _refuse_packed(path)
+        return
+    with path.open("rb") as file, mmap.mmap(file.fileno(), 0, access=mmap.ACCESS_READ) as content:
+        if content.find(b"bytearray") >= 0:
+            raise runs_code(path, "it asks for bytearray.")
         try:
-            with zipfile.ZipFile(path) as packed:
-                entries = packed.infolist()
-                if any(entry.compress_type != zipfile.ZIP_STORED for entry in entries):
-                    raise FeatureStoreError(f"{path} is a packed archive and not a PyTorch file. Unpack it first.")
-                asks = any(b"bytearray" in packed.read(entry) for entry in entries if entry.filename.endswith(".pkl"))
-        except (zipfile.BadZipFile, OSError, RuntimeError, NotImplementedError, ValueError, EOFError) as error:
+            for _ in range(_LEGACY_PICKLES):
+                refuse_nesting(content)
+        except Exception as error:  # a damaged pickle raises anything
             raise damaged(path, error) from None
-    else:
-        with path.open("rb") as file, mmap.mmap(file.fileno(), 0, access=mmap.ACCESS_READ) as content:
-            asks = content.find(b"bytearray") >= 0
-    if asks:
-        raise runs_code(path, "it asks for bytearray.")
+
+
+def _refuse_packed(path: Path) -> None:
+    try:
+        with zipfile.ZipFile(path) as packed:
+            entries = packed.infolist()
+            if any(entry.compress_type != zipfile.ZIP_STORED for entry in entries):
+                raise FeatureStoreError(f"{path} is a packed archive and not a PyTorch file. Unpack it first.")
+            for entry in entries:
+                if entry.filename.lower().endswith(".pkl"):  # torch finds DATA.PKL too
+                    content = packed.read(entry)
+                    if b"bytearray" in content:
+                        raise runs_code(path, "it asks for bytearray.")
+                    refuse_nesting(content)
+    except FeatureStoreError:
+        raise
+    except Exception as error:  # a damaged archive or pickle raises anything
+        raise damaged(path, error) from None
 
 
 def _itself(value: torch.Tensor) -> torch.Tensor:
