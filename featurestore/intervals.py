@@ -2,7 +2,7 @@
 
 import math
 from collections.abc import Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from itertools import combinations
 
 import numpy as np
@@ -94,12 +94,13 @@ def clustered_mean(values: np.ndarray, clusters: Sequence[np.ndarray], seed: int
 def accuracy_over(correct: np.ndarray, clusters: Sequence[np.ndarray]) -> Accuracy:
     """Share of right answers with the interval of ``clustered_mean``, within 0 … 1.
 
-    Wilson's where all are right or all are wrong, so that nothing is known of the spread over clusters. ``correct`` is bool, or a
-    share for each example.
+    Where all are right or all are wrong nothing is known of the spread over clusters: then Wilson's, of as many answers as the
+    smallest kind has clusters. ``correct`` is bool, or a share for each example.
     """
     mean = clustered_mean(correct, clusters)
     if len(correct) and mean.value in (0, 1):
-        return accuracy(np.asarray(correct, bool))
+        fewest = min((int(_codes(labels).max()) + 1 for labels in clusters), default=len(correct))
+        return replace(accuracy(np.full(fewest, bool(mean.value))), n=len(correct))
     low, high = (float(np.clip(end, 0, 1)) for end in (mean.low, mean.high))
     return Accuracy(mean.value, low, high, len(correct))
 

@@ -236,7 +236,7 @@ def _about_trials(request: GridRequest) -> dict[str, Any]:
 def _identities(request: GridRequest, store: FeatureStore, layers: Sequence[str]) -> list[Task]:
     source = store.source(request.source, layers)
     items = identity_items(source, request.where)
-    of, shown = items_hash(source, items), source.originals[items][:, None]
+    of, shown = items_hash(source, items), source.photographs[items][:, None]
     views = source.keys[items].get_level_values(1).to_numpy(str)[:, None]
     if request.split and request.split.endswith(".json"):
         splits = [Split.load(Path(request.split), of, len(items))]

@@ -68,7 +68,7 @@ def _text(table: "pd.DataFrame", held: list[str]) -> str:
         f"identification: the nearest neighbour, by cosine, of {first['probes']} photographs of the views {listing(held, 10)} "
         f"among {first['gallery']} of the others; chance {first['identification_chance']:.3f}.\n"
         f"same person: which of three photographs shows another person, {first['trials']} trials; "
-        f"chance {first['same_person_chance']:.3f}.\nNothing is trained here. Intervals (95 %) are over faces{_exception(table)}."
+        f"chance {first['same_person_chance']:.3f}.\nNothing is trained here. Intervals (95 %) are over faces."
     )
     left_out = {
         f"{count} photographs of {source} are not in all sources": count
@@ -78,14 +78,6 @@ def _text(table: "pd.DataFrame", held: list[str]) -> str:
     if first["set_aside"]:
         notes.append(f"{first['set_aside']} photographs are set aside: the others hold the same")
     return "\n".join([*parts, *(f"Left out: {note}." for note in notes)])
-
-
-def _exception(table: "pd.DataFrame") -> str:
-    if not table[["identification", "same_person"]].isin([0, 1]).any(axis=None):
-        return ""
-    return (
-        "; at 0 and 1, where faces do not differ, over photographs or trials as if they were independent, so too narrow"
-    )
 
 
 def _score(row: dict[str, float], name: str) -> str:

@@ -42,6 +42,11 @@ def check_capture(cut: nn.Module, spec: BackboneSpec, paths: Mapping[str, str], 
     for name in paths:
         if len(first[name]) != 2 or any(len(one[name]) != 1 for one in alone):
             raise FeatureStoreError(f"layer {name!r} of {spec.name} does not give one row per picture. Leave it out.")
+        if not torch.isfinite(first[name]).all():
+            raise FeatureStoreError(
+                f"layer {name!r} of {spec.name} gives NaN or infinite numbers for random pictures. Look at the weights, and at "
+                "divisions by what can be zero."
+            )
         if _far(first[name], again[name]) > _SAME:
             raise FeatureStoreError(
                 f"layer {name!r} of {spec.name} gives different numbers each time: something random, such as dropout, is active "
@@ -55,11 +60,27 @@ def check_capture(cut: nn.Module, spec: BackboneSpec, paths: Mapping[str, str], 
                 "Write new tensors (inplace=False, x = x + y), and keep constants in buffers."
             )
         if any(_far(one[name][0], row) > _ALONE for one, row in zip(alone, first[name], strict=True)):
-            raise FeatureStoreError(
-                f"layer {name!r} of {spec.name} gives a picture other numbers alone than among others, so its rows would "
-                "depend on the batch. A normalisation over the batch must use its running statistics, and a forward that "
-                "branches must do so for each picture by itself."
-            )
+            raise _depends_on_the_batch(spec, name)
+
+
+def check_among_others(
+    spec: BackboneSpec, batch: Mapping[str, torch.Tensor], alone: Mapping[str, torch.Tensor]
+) -> None:
+    """FeatureStoreError unless the first photograph's rows in a real ``batch`` (n, elements) are those that it has ``alone``.
+
+    A forward may branch at a number of pictures that the two above do not reach.
+    """
+    for name, rows in batch.items():
+        if _far(alone[name][0].float(), rows[0].float()) > _ALONE:
+            raise _depends_on_the_batch(spec, name)
+
+
+def _depends_on_the_batch(spec: BackboneSpec, name: str) -> FeatureStoreError:
+    return FeatureStoreError(
+        f"layer {name!r} of {spec.name} gives a picture other numbers alone than among others, so its rows would "
+        "depend on the batch. A normalisation over the batch must use its running statistics, and a forward that "
+        "branches must do so for each picture by itself."
+    )
 
 
 def _far(one: torch.Tensor, other: torch.Tensor) -> float:

@@ -48,9 +48,10 @@ def identification_table(
     Columns: source, backbone, weights (random ones called so), layer, accuracy, low and high (Wilson's 95 % interval, which
     takes probes for independent), cluster_low and cluster_high (over faces), chance (expected of a random choice from the
     gallery), probes and gallery (items compared); set_aside: probes that are not scored, because the gallery holds the same
-    photograph (see ``Source.originals``); not_shared: items of the source that are left out, because not every source compared
-    has the same photograph (sha256) under that key. Probes whose face has no other view are left out, and so are items that a
-    layer has no row of. Accuracy is NaN where no probe is left. Memory is bounded, whatever the size of a layer.
+    photograph, or its mirror image (see ``Source.photographs``); not_shared: items of the source that are left out, because not
+    every source compared has the same photograph (sha256) under that key. Probes whose face has no other view are left out, and
+    so are items that a layer has no row of. Accuracy is NaN where no probe is left. Memory is bounded, whatever the size of a
+    layer.
     Raises FeatureStoreError for views and layers that are not there, and for sources without a photograph in common.
     """
     held, wanted = set(_names(held_out)), None if layers is None else _names(layers)
@@ -102,7 +103,7 @@ def _split(source: Source, held: set[str], shared: np.ndarray) -> _Split:
         raise FeatureStoreError(
             f"no face of {source.folder} has views both held out and not, so nothing can be identified. Hold out fewer views."
         )
-    copied = np.isin(source.originals[probes], source.originals[gallery])
+    copied = np.isin(source.photographs[probes], source.photographs[gallery])
     return _Split(probes[~copied], gallery, int(copied.sum()), int((~shared).sum()))
 
 

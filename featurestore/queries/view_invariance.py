@@ -121,7 +121,7 @@ def _check_views(views: list[str], reference: str | None) -> None:
 def _differences(views: list[str]) -> tuple[list[Any], np.ndarray]:
     """The differences of all pairs of views, and (views, views) int64 which of them each pair has."""
     if sorted(views, key=natural_order) in ([str(first + i) for i in range(len(views))] for first in (0, 1)):
-        return [ANOTHER], np.zeros((len(views), len(views)), np.int64)
+        return [ANOTHER], -np.eye(len(views), dtype=np.int64)
     angles = [_angle(view) for view in views]
     if None in angles:
         one, other = np.triu_indices(len(views))

@@ -114,6 +114,14 @@ class Source:
         (``|flipped``) it is another. An item whose hash is not known (empty while it is recomputed, or zeros) is the same as
         no other.
         """
+        return self._first_of_photograph(mirrored_is_another=True)
+
+    @cached_property
+    def photographs(self) -> np.ndarray:
+        """As ``originals``, with a photograph and its mirror image taken for the same: nearly one picture, to a network."""
+        return self._first_of_photograph(mirrored_is_another=False)
+
+    def _first_of_photograph(self, mirrored_is_another: bool) -> np.ndarray:
         names = [
             name
             for name in ("image_sha256", *place_columns(self.attributes.get("recipe")))
@@ -122,7 +130,7 @@ class Source:
         table = pd.DataFrame({name: self.coordinate(name) for name in names})
         if "image_sha256" not in table:
             return np.arange(self.n_items)
-        table["flipped"] = [view.endswith(FLIPPED) for view in self.coordinate("view")]
+        table["flipped"] = [mirrored_is_another and view.endswith(FLIPPED) for view in self.coordinate("view")]
         group = table.groupby([*names, "flipped"], sort=False, dropna=False).ngroup().to_numpy()
         _, first, group = np.unique(group, return_index=True, return_inverse=True)
         unknown = table["image_sha256"].isin(["", "0" * 64])

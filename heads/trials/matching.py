@@ -185,7 +185,7 @@ def match(
     table, odd = table[good].reset_index(drop=True), odd[good]
     table[ODD] = table[list(FACES)].to_numpy(object)[np.arange(len(odd)), odd]
     table[ODD_POSITION] = odd + 1
-    originals = [store.source(each).originals + start for each, start in starts.items()]
+    originals = [store.source(each).photographs + start for each, start in starts.items()]
     return Trials(items[good], odd, table, names, faulty=faulty, photographs=np.concatenate(originals)[items[good]])
 
 

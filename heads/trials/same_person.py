@@ -19,7 +19,7 @@ def same_person_trials(source: Source, n: int, seed: int, items: np.ndarray | No
     if n < 1:
         raise FeatureStoreError(f"{n} same-person trials cannot be drawn; ask for 1 or more.")
     items = np.arange(source.n_items) if items is None else items
-    first_of_each = np.unique(source.originals[items], return_index=True)[1]
+    first_of_each = np.unique(source.photographs[items], return_index=True)[1]
     keys = source.keys[np.sort(items[first_of_each])]
     views = keys.to_frame(index=False).groupby("face_id")["view"].agg(list)
     twice = views[views.map(len) > 1]

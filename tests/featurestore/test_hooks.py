@@ -81,6 +81,9 @@ def over_the_batch():
 def by_the_batch():
     return Net(lambda self, x: self.two(self.one(x) if x.mean() > 0.1 else -self.one(x)))
 
+def by_how_many():
+    return Net(lambda self, x: self.two(self.one(x) if len(x) < 4 else -self.one(x)))
+
 def skips_some():
     return Net(lambda self, x: self.two(self.relu(self.one(x)) if x.mean() > 0.1 else self.one(x)))
 
@@ -188,6 +191,7 @@ def test_a_network_that_catches_every_exception_is_ended_too() -> None:
         ("skips_some", "norm", "'norm' of .* cannot be a layer: it runs 0 times"),
         ("over_the_batch", "two", "depend on the batch"),
         ("by_the_batch", "two", "depend on the batch"),
+        ("by_how_many", "two", "depend on the batch"),  # of four: seen in the run itself
         ("skips_some", "relu", "'relu' was not computed for these pictures|'relu' .* cannot be a layer"),
         ("noise", "two", "gives different numbers each time"),
         ("broken", "two", "cannot be run on 32 × 32 pixels: .*expected input"),
