@@ -59,7 +59,7 @@ _OPTIONS: dict[str, Callable[..., Any]] = {
         help="cosine, correlation, euclidean or cityblock.",
     ),
     "memory": click.option(
-        "--memory", default="1GiB", show_default=True, metavar="BYTES", help="Cap on the memory that is used."
+        "--memory", default="1GiB", show_default=True, metavar="BYTES", help="Cap on the memory that the command takes."
     ),
     "scheduler": click.option(
         "--scheduler",
@@ -88,9 +88,12 @@ class Asked:
     figure: Path | None = None
 
     def options(self) -> dict[str, Any]:
-        """What chooses layers and items, as queries take it."""
+        """What chooses layers and items, and the memory left to the query, as queries take them."""
+        from featurestore.queries.blocks import beside_this_program
+
         layers = self.layers[0] if len(self.layers) == 1 else self.layers or None
-        return {"layers": layers, "sources": self.sources or None, "where": list(self.where)}
+        memory = beside_this_program(self.memory)
+        return {"layers": layers, "sources": self.sources or None, "where": list(self.where), "memory": memory}
 
 
 def _query(name: str, epilog: str, *but: str) -> Callable[[Callable[..., None]], click.Command]:
@@ -170,13 +173,12 @@ def _check(asked: Asked, several: bool = False) -> None:
 def rdm(asked: Asked, by: str | None, pca: float | None) -> None:
     """How different each pair of items is: a representational dissimilarity matrix."""
     from featurestore.queries import dissimilarity
-    from featurestore.queries.blocks import parsed_bytes
 
     with _asking(asked, "RDM") as opened:
         given = asked.options()
-        matrix = dissimilarity.rdm(opened, metric=asked.metric, by=by, pca=pca, memory=asked.memory, **given)
+        matrix = dissimilarity.rdm(opened, metric=asked.metric, by=by, pca=pca, **given)
         _check(asked, several="layer" in matrix.dims)
-        if matrix.nbytes <= parsed_bytes(asked.memory) // 8:
+        if matrix.nbytes <= given["memory"] // 8:
             matrix = matrix.compute()
         elif not asked.out:
             raise click.UsageError(f"the matrix has {matrix.nbytes:,} bytes: write it, --out rdm.zarr.")
@@ -236,7 +238,6 @@ def rsa(
             by=None if by == "none" else by,
             permutations=permutations,
             seed=seed,
-            memory=asked.memory,
             **asked.options(),
         )
     notes = list(table.attrs["left_out"])
@@ -275,7 +276,6 @@ def neighbours(asked: Asked, of: tuple[str, ...], k: int, other_faces: bool) -> 
             k=k,
             metric=asked.metric,
             other_faces=other_faces,
-            memory=asked.memory,
             **given,
         )
         _show(table, asked.out)
@@ -323,9 +323,7 @@ def verify_faces(asked: Asked, pairs: Path | None, n_pairs: int, seed: int) -> N
     _check(asked)
     with _asking(asked, "pairs") as opened:
         given = asked.options()
-        found = verify(
-            opened, pairs=pairs, metric=asked.metric, n_pairs=n_pairs, seed=seed, memory=asked.memory, **given
-        )
+        found = verify(opened, pairs=pairs, metric=asked.metric, n_pairs=n_pairs, seed=seed, **given)
     _show(found.table.set_index("layer").T.rename_axis(None), None)
     if asked.out:
         from featurestore.queries.output import write_result
@@ -359,9 +357,9 @@ def statistics(asked: Asked, by: str | None, trait: str | None) -> None:
     with _asking(asked, "statistics") as opened:
         given = asked.options()
         if trait:
-            table = statistical.units_with_trait(opened, given.pop("layers"), trait, memory=asked.memory, **given)
+            table = statistical.units_with_trait(opened, given.pop("layers"), trait, **given)
         else:
-            table = statistical.statistics(opened, by=by, memory=asked.memory, **given)
+            table = statistical.statistics(opened, by=by, **given)
     _show(table, asked.out)
 
 
@@ -383,7 +381,7 @@ def mean(asked: Asked, by: str | None) -> None:
     _check(asked)
     with _asking(asked, "mean") as opened:
         given = asked.options()
-        array = statistical.mean(opened, given.pop("layers"), by=by, memory=asked.memory, **given)
+        array = statistical.mean(opened, given.pop("layers"), by=by, **given)
     click.echo(f"{array.name or 'mean'}: {' × '.join(f'{size:,} {name}' for name, size in array.sizes.items())}")
     if asked.out:
         _wrote(write_result(array, asked.out))
@@ -402,7 +400,7 @@ def invariance(asked: Asked, reference: str | None) -> None:
 
     _check(asked)
     with _asking(asked, "pairs of views") as opened:
-        table = profile(opened, metric=asked.metric, reference=reference, memory=asked.memory, **asked.options())
+        table = profile(opened, metric=asked.metric, reference=reference, **asked.options())
     _show(table, asked.out)
     if asked.figure:
         from featurestore.queries.figures import draw_invariance
@@ -431,7 +429,7 @@ def compare_layers(asked: Asked, measure: str, by: str | None) -> None:
     _check(asked)
     with _asking(asked, "pairs of items") as opened:
         given = asked.options()
-        table = compare(opened, measure=measure, metric=asked.metric, by=by, memory=asked.memory, **given)
+        table = compare(opened, measure=measure, metric=asked.metric, by=by, **given)
     _show(table, asked.out, table.attrs["left_out"])
     if asked.figure:
         from featurestore.queries.figures import draw_layer_matrix

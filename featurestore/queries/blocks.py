@@ -20,39 +20,51 @@ from threadpoolctl import ThreadpoolController
 from featurestore.errors import FeatureStoreError
 from featurestore.text import human_bytes
 
-MEMORY = "1GiB"  # of a query, if no cap is given
+MEMORY = "1GiB"  # that a query may add to what the process holds, if no cap is given
 _MOST_ROWS = 2048  # of a block: larger ones make products no faster
 _FEWEST_BLOCKS = 4  # for each worker, so that they end at about the same time
 _FEWEST_ROWS = 256  # unless the cap asks for less
 _OVERHEAD = 48 << 20  # bytes of a query beside its blocks: Dask's graph, buffers of BLAS and of the result's file
 _FAN_IN = 8
 _TRIMMED_FROM = 0.75  # of the cap
-_last_cap = 1 << 30  # bytes; a cluster's workers have the default one
+_last_limit = 1 << 30  # bytes; a cluster's workers are not told of another
 _ONE_AT_A_TIME = ("sync", "synchronous", "single-threaded")
 LOCAL_SCHEDULERS = ("threads", "processes", "synchronous")
 
 
 def block_rows(n: int, memory: str | int, per_row: float, per_pair: float = 0.0, fixed: float = 0.0) -> int:
-    """Rows to a block, so that all that is held at once stays below ``memory`` bytes (text such as ``"1GiB"``).
+    """Rows to a block, so that a query adds no more than ``memory`` bytes (text such as ``"1GiB"``) to what the process holds.
 
     A task holds ``per_row`` bytes for each row of its blocks, ``per_pair`` for each pair of two blocks' rows, and ``fixed``
-    beside; there are as many tasks at once as the scheduler has workers. The cap counts anonymous memory (what is not a mapped
-    file), this program's own included. FeatureStoreError if one row is too much, with what would fit.
+    beside; there are as many tasks at once as the scheduler has workers. Anonymous memory counts (what is not a mapped file);
+    workers that are processes count whole. FeatureStoreError if one row is too much, with what would fit.
     """
+    global _last_limit  # which the tasks of this query have to keep to
     n_workers, processes = workers()
-    taken = (n_workers if processes else 1) * (_anonymous_bytes() + _OVERHEAD)
-    global _last_cap  # what the tasks of this query have to keep to
-    cap = _last_cap = parsed_bytes(memory)
+    own, cap = anonymous_bytes(), parsed_bytes(memory)
+    _last_limit = own + cap
+    taken = n_workers * (own + _OVERHEAD) if processes else _OVERHEAD
     room = (cap - taken) / n_workers - fixed
     if room < per_row + per_pair:
         least = taken + n_workers * (per_row + per_pair + fixed)
         raise FeatureStoreError(
-            f"`memory` {human_bytes(cap)} is too little: the program alone takes {human_bytes(taken)}, and a block of one row in "
-            f"each of {n_workers} workers {human_bytes(least - taken)} more. Give at least {human_bytes(least * 1.1)}."
+            f"`memory` {human_bytes(cap)} is too little: a block of one row in each of {n_workers} workers, and what they need "
+            f"beside, take {human_bytes(least)}. Give at least {human_bytes(1.1 * least)}, or ask for smaller layers."
         )
     k = room / per_row if not per_pair else (math.sqrt(per_row**2 + 4 * per_pair * room) - per_row) / (2 * per_pair)
     spread = max(_FEWEST_ROWS, math.ceil(n / (_FEWEST_BLOCKS * n_workers)))
     return max(1, min(int(k), _MOST_ROWS, spread, n))
+
+
+def beside_this_program(memory: str | int) -> int:
+    """What is left of a cap on the whole process; FeatureStoreError if that is nothing."""
+    left = parsed_bytes(memory) - anonymous_bytes()
+    if left <= 0:
+        raise FeatureStoreError(
+            f"`memory` {human_bytes(parsed_bytes(memory))} is too little: the program alone takes "
+            f"{human_bytes(anonymous_bytes())}. Give at least {human_bytes(anonymous_bytes() + 2 * _OVERHEAD)}."
+        )
+    return left
 
 
 def parsed_bytes(memory: str | int) -> int:
@@ -77,7 +89,7 @@ def workers() -> tuple[int, bool]:
     return int(n), scheduler in ("processes", "multiprocessing")
 
 
-def _anonymous_bytes() -> int:
+def anonymous_bytes() -> int:
     """Anonymous memory of this process; a guess where the system does not say."""
     if sys.platform == "linux":
         return int(Path("/proc/self/status").read_text().split("RssAnon:")[1].split()[0]) * 1024
@@ -166,7 +178,7 @@ def _trim() -> Callable[[int], Any]:
 
 def _give_back() -> None:
     """Return freed memory to the system as the cap comes near: glibc keeps it, for each thread apart."""
-    if _anonymous_bytes() > _TRIMMED_FROM * _last_cap:
+    if anonymous_bytes() > _TRIMMED_FROM * _last_limit:
         _trim()(0)
 
 

@@ -126,7 +126,7 @@ def test_items_without_a_row_are_left_out_and_counted(tmp_path: Path) -> None:
         (lambda d: rdm(d, "early", where="face_id == 'f1' and view != '0'"), r"2 items are left, and an RDM needs at least 3"),
         (lambda d: rdm(d, "early", pca=1.5), r"`pca` 1.5 is no share"),
         (lambda d: rdm(d, "early", memory="some"), r"`memory` 'some' is no number of bytes"),
-        (lambda d: rdm(d, "early", memory="10MB"), r"`memory` 9.5 MiB is too little: the program alone takes .* Give at least"),
+        (lambda d: rdm(d, "early", memory="10MB"), r"`memory` 9.5 MiB is too little: a block of one row .* Give at least"),
         (lambda d: neighbours(d, "early", ["f7", ("f8", "9")]), r"`of` \('f8', '9'\) is not among .* It is one of: 0, 1, 2"),
         (lambda d: neighbours(d, "early", "f77x"), r"`of` 'f77x' .* Did you mean f77"),
         (lambda d: neighbours(d), r"neighbours are those in one layer; this would be early, late, other"),
@@ -384,9 +384,11 @@ CAPPED = """
 import json, sys, numpy as np
 from tests.benchmarks.measure import peak_anonymous
 from featurestore import FeatureStore
+from featurestore.queries.blocks import beside_this_program
 from featurestore.queries.dissimilarity import rdm
 store = FeatureStore.open(sys.argv[1])
-peak = peak_anonymous(lambda: rdm(store, "maxp_5_3", memory="700MiB").to_zarr(sys.argv[2]))
+memory = beside_this_program("700MiB")
+peak = peak_anonymous(lambda: rdm(store, "maxp_5_3", memory=memory).to_zarr(sys.argv[2]))
 print(json.dumps(peak))
 """
 
