@@ -150,7 +150,7 @@ def _wrote(paths: list[Path]) -> None:
 
 def _check(asked: Asked, several: bool = False) -> None:
     """Before anything is computed: whether the results can be written."""
-    from featurestore.queries.figures import check_ending as check_figure
+    from featurestore.figures import check_ending as check_figure
     from featurestore.queries.output import check_ending
 
     if asked.out:
@@ -189,7 +189,7 @@ def rdm(asked: Asked, by: str | None, pca: float | None) -> None:
         if matrix.chunks is None:
             _show(dissimilarity.summary(matrix), None, matrix.attrs["left_out"])
         if asked.figure:
-            from featurestore.queries.figures import draw_rdm
+            from featurestore.figures import draw_rdm
 
             _wrote([draw_rdm(matrix, asked.figure, _photographs(opened, asked.sources) if by is None else None)])
 
@@ -247,7 +247,7 @@ def rsa(
         notes.append(f"pairs that {pairs} does not hold: {listing(table.attrs['missing'], 3)}")
     _show(table, asked.out, notes)
     if asked.figure:
-        from featurestore.queries.figures import draw_rsa
+        from featurestore.figures import draw_rsa
 
         _wrote([draw_rsa(table, asked.figure, f"Spearman's correlation with {table.attrs['value']}")])
 
@@ -280,7 +280,7 @@ def neighbours(asked: Asked, of: tuple[str, ...], k: int, other_faces: bool) -> 
         )
         _show(table, asked.out)
         if asked.figure:
-            from featurestore.queries.figures import draw_neighbours
+            from featurestore.figures import draw_neighbours
 
             _wrote([draw_neighbours(table, _photographs(opened, asked.sources), asked.figure)])
 
@@ -330,7 +330,7 @@ def verify_faces(asked: Asked, pairs: Path | None, n_pairs: int, seed: int) -> N
 
         _wrote(write_result(found.table, asked.out))
     if asked.figure:
-        from featurestore.queries.figures import draw_roc
+        from featurestore.figures import draw_roc
 
         areas = {
             row.layer: f"{row.area:.3f} [{row.area_low:.3f}, {row.area_high:.3f}]" for row in found.table.itertuples()
@@ -403,7 +403,7 @@ def invariance(asked: Asked, reference: str | None) -> None:
         table = profile(opened, metric=asked.metric, reference=reference, **asked.options())
     _show(table, asked.out)
     if asked.figure:
-        from featurestore.queries.figures import draw_invariance
+        from featurestore.figures import draw_invariance
 
         _wrote([draw_invariance(table, asked.figure)])
 
@@ -432,7 +432,7 @@ def compare_layers(asked: Asked, measure: str, by: str | None) -> None:
         table = compare(opened, measure=measure, metric=asked.metric, by=by, **given)
     _show(table, asked.out, table.attrs["left_out"])
     if asked.figure:
-        from featurestore.queries.figures import draw_layer_matrix
+        from featurestore.figures import draw_layer_matrix
 
         label = {"rdm": "correlation of RDMs", "rbf-cka": "CKA (Gaussian)"}.get(measure, "CKA (linear)")
         _wrote([draw_layer_matrix(table, asked.figure, label)])

@@ -33,6 +33,7 @@ BELOW = {
     "checkpoints": ("networks", "photos"),
     "caching": ("checkpoints", "networks", "photos", "store"),
     "queries": ("photos", "store"),
+    "figures": ("photos", "queries", "store"),
     "demo": (),
 }
 

@@ -15,9 +15,7 @@ import xarray as xr
 from PIL import Image
 
 from featurestore.errors import FeatureStoreError
-from featurestore.queries import figures as module
-from featurestore.queries.dissimilarity import rdm
-from featurestore.queries.figures import (
+from featurestore.figures import (
     clustered_order,
     draw_invariance,
     draw_layer_matrix,
@@ -25,7 +23,9 @@ from featurestore.queries.figures import (
     draw_rdm,
     draw_roc,
     draw_rsa,
+    matrices,
 )
+from featurestore.queries.dissimilarity import rdm
 from featurestore.queries.nearest import neighbours
 from tests.commands import ROOT
 from tests.conftest import write_photographs
@@ -41,7 +41,7 @@ def rows(faces: int, views: int) -> tuple[np.ndarray, list[tuple[str, str]]]:
 
 def an_rdm(faces: int, views: int, layers: int = 0, metric: str = "cosine") -> xr.DataArray:
     values, items = rows(faces, views)
-    one = rdm(values, items=items, metric=metric).squeeze("layer", drop=True)
+    one = rdm(values, items=items, metric=metric).drop_vars("layer")
     return xr.concat([one + 0.1 * i for i in range(layers)], pd.Index(LAYERS[:layers], name="layer")) if layers else one
 
 
@@ -152,7 +152,7 @@ def test_clusters_stand_together() -> None:
 def test_panels_share_one_order_in_which_no_unit_outweighs_another() -> None:
     one, other = an_rdm(4, 3), an_rdm(4, 3).isel(item=slice(None, None, -1), other=slice(None, None, -1)).values
     both = xr.concat([one, one.copy(data=other * 1e6)], pd.Index(LAYERS, name="layer"))
-    order, images = module._ordered(both)
+    order, images = matrices._ordered(both)
     expected = clustered_order(one.values / one.values.mean() + other / other.mean())
     assert list(order) in (list(expected), list(expected[::-1]))
     for image, values in zip(images, both.values, strict=True):
@@ -161,12 +161,12 @@ def test_panels_share_one_order_in_which_no_unit_outweighs_another() -> None:
 
 @pytest.mark.parametrize("chunks", [None, {"item": 7, "other": 7}, {"item": 10, "other": 4}])
 def test_many_items_are_means_of_blocks(chunks: dict | None, monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
-    monkeypatch.setattr(module, "_WHOLE", 20)
-    monkeypatch.setattr(module, "_PIXELS", 10)
+    monkeypatch.setattr(matrices, "_WHOLE", 20)
+    monkeypatch.setattr(matrices, "_PIXELS", 10)
     given = an_rdm(9, 3).compute()
     mixed = np.random.default_rng(2).permutation(27)
     given = given.isel(item=mixed, other=mixed)
-    order, (image,) = module._ordered((given.chunk(chunks) if chunks else given).expand_dims("layer"))
+    order, (image,) = matrices._ordered((given.chunk(chunks) if chunks else given).expand_dims("layer"))
     names = given["item"].values[order].tolist()
     assert names == [f"f{i}|{j}" for i in range(1, 10) for j in range(1, 4)]
     values = given.values[order][:, order]
@@ -295,7 +295,7 @@ def test_a_layer_matrix_may_be_an_array(tmp_path: Path) -> None:
 def test_without_matplotlib_the_extra_is_named() -> None:
     code = (
         "import sys; sys.modules['matplotlib'] = None\n"
-        "import pandas as pd; from featurestore.queries.figures import draw_rsa\n"
+        "import pandas as pd; from featurestore.figures import draw_rsa\n"
         "draw_rsa(pd.DataFrame({'layer': ['a'], 'spearman': 0, 'spearman_low': 0, 'spearman_high': 0}), 'a.svg')"
     )
     done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, cwd=ROOT)
@@ -305,7 +305,7 @@ def test_without_matplotlib_the_extra_is_named() -> None:
 
 def test_pyplot_is_not_loaded(tmp_path: Path) -> None:
     code = (
-        "import sys, pandas as pd; from featurestore.queries.figures import draw_rsa\n"
+        "import sys, pandas as pd; from featurestore.figures import draw_rsa\n"
         "assert 'matplotlib' not in sys.modules\n"
         "draw_rsa(pd.DataFrame({'layer': ['a'], 'spearman': 0, 'spearman_low': 0, 'spearman_high': 0}), sys.argv[1])\n"
         "print('matplotlib.pyplot' in sys.modules)"

@@ -1,0 +1,38 @@
+"""Figures of results for papers: matrices, sheets of photographs, curves."""
+
+from importlib import import_module
+from typing import TYPE_CHECKING, Any
+
+if TYPE_CHECKING:
+    from featurestore.figures.canvas import check_ending
+    from featurestore.figures.curves import draw_invariance, draw_roc, draw_rsa
+    from featurestore.figures.matrices import clustered_order, draw_layer_matrix, draw_rdm
+    from featurestore.figures.sheets import draw_neighbours
+
+_WHERE = {
+    "check_ending": "canvas",
+    "clustered_order": "matrices",
+    "draw_invariance": "curves",
+    "draw_layer_matrix": "matrices",
+    "draw_neighbours": "sheets",
+    "draw_rdm": "matrices",
+    "draw_roc": "curves",
+    "draw_rsa": "curves",
+}
+__all__ = [
+    "check_ending",
+    "clustered_order",
+    "draw_invariance",
+    "draw_layer_matrix",
+    "draw_neighbours",
+    "draw_rdm",
+    "draw_roc",
+    "draw_rsa",
+]
+
+
+def __getattr__(name: str) -> Any:
+    """Load Dask, xarray and pandas only for those who draw."""
+    if name in _WHERE:
+        return getattr(import_module(f"featurestore.figures.{_WHERE[name]}"), name)
+    raise AttributeError(f"module {__name__!r} has no attribute {name!r}")
