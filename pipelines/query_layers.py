@@ -351,15 +351,15 @@ def verify_faces(asked: Asked, pairs: Path | None, n_pairs: int, seed: int) -> N
 @click.option("--trait", metavar="COLUMN", help="Instead: the units of one layer that go with this column of numbers.")
 def statistics(asked: Asked, by: str | None, trait: str | None) -> None:
     """Mean, spread, sparsity, dead units and effective dimension of each layer."""
-    from featurestore.queries import layer_statistics as statistical
+    from featurestore.queries import layer_statistics, units
 
     _check(asked)
     with _asking(asked, "statistics") as opened:
         given = asked.options()
         if trait:
-            table = statistical.units_with_trait(opened, given.pop("layers"), trait, **given)
+            table = units.units_with_trait(opened, given.pop("layers"), trait, **given)
         else:
-            table = statistical.statistics(opened, by=by, **given)
+            table = layer_statistics.statistics(opened, by=by, **given)
     _show(table, asked.out)
 
 

@@ -8,9 +8,10 @@ if TYPE_CHECKING:
     from featurestore.queries.dissimilarity import rdm
     from featurestore.queries.identification import identification_table
     from featurestore.queries.layer_comparison import compare_layers
-    from featurestore.queries.layer_statistics import mean, statistics, unit_statistics, units_with_trait
+    from featurestore.queries.layer_statistics import mean, statistics
     from featurestore.queries.nearest import neighbours
     from featurestore.queries.similarity_analysis import rsa
+    from featurestore.queries.units import unit_statistics, units_with_trait
     from featurestore.queries.verification import verify_faces
     from featurestore.queries.view_invariance import invariance
 
@@ -24,8 +25,8 @@ _WHERE = {
     "rdm": "dissimilarity",
     "rsa": "similarity_analysis",
     "statistics": "layer_statistics",
-    "unit_statistics": "layer_statistics",
-    "units_with_trait": "layer_statistics",
+    "unit_statistics": "units",
+    "units_with_trait": "units",
     "verify_faces": "verification",
 }
 __all__ = [

@@ -25,6 +25,7 @@ _MOST_ROWS = 2048  # of a block: larger ones make products no faster
 _FEWEST_BLOCKS = 4  # for each worker, so that they end at about the same time
 _FEWEST_ROWS = 256  # unless the cap asks for less
 _OVERHEAD = 48 << 20  # bytes of a query beside its blocks: Dask's graph, buffers of BLAS and of the result's file
+_PROCESS = 350 << 20  # bytes of a worker process that does nothing yet: torch, NumPy, Dask
 _FAN_IN = 8
 _TRIMMED_FROM = 0.75  # of the cap
 _last_limit = 1 << 30  # bytes; a cluster's workers are not told of another
@@ -43,7 +44,7 @@ def block_rows(n: int, memory: str | int, per_row: float, per_pair: float = 0.0,
     n_workers, processes = workers()
     own, cap = anonymous_bytes(), parsed_bytes(memory)
     _last_limit = own + cap
-    taken = n_workers * (own + _OVERHEAD) if processes else _OVERHEAD
+    taken = n_workers * (_PROCESS + _OVERHEAD) if processes else _OVERHEAD
     room = (cap - taken) / n_workers - fixed
     if room < per_row + per_pair:
         least = taken + n_workers * (per_row + per_pair + fixed)

@@ -12,16 +12,10 @@ from scipy import stats
 
 from featurestore import FeatureStore
 from featurestore.errors import FeatureStoreError
-from featurestore.queries import layer_statistics as module
-from featurestore.queries.layer_statistics import (
-    mean,
-    statistics,
-    unit_dimensions,
-    unit_name,
-    unit_statistics,
-    units_with_trait,
-)
-from featurestore.queries.selection import ArrayReader
+from featurestore.queries import layer_statistics, moments, units
+from featurestore.queries.layer_statistics import mean, statistics
+from featurestore.queries.selection import ArrayReader, select
+from featurestore.queries.units import one_layer, unit_dimensions, unit_name, unit_statistics, units_with_trait
 from featurestore.store.zarr_format import Layer
 from tests.conftest import LAYERS
 
@@ -36,10 +30,12 @@ ROOMY = "8GiB"  # the tests' own process has run a network, and holds what it ne
 def blocks(request: pytest.FixtureRequest, monkeypatch: pytest.MonkeyPatch) -> str:
     """Everything in one block, or 4 rows (and 4 units) to a block, so that a face of 5 is split."""
     if request.param == "blocks":
-        monkeypatch.setattr(module, "block_rows", lambda *arguments, **options: 4)
-        monkeypatch.setattr(module, "_MOST_TASKS", 3)
-        monkeypatch.setattr(module, "_RANKED_AT_ONCE", 3)
-        monkeypatch.setattr(module, "_READ_AT_ONCE", 12 * 24 * 5)
+        for module in (layer_statistics, moments, units):
+            monkeypatch.setattr(module, "block_rows", lambda *arguments, **options: 4)
+        for module in (layer_statistics, moments):
+            monkeypatch.setattr(module, "MOST_TASKS", 3)
+        monkeypatch.setattr(units, "_RANKED_AT_ONCE", 3)
+        monkeypatch.setattr(units, "_READ_AT_ONCE", 12 * 24 * 5)
     return request.param
 
 
@@ -180,14 +176,14 @@ def test_the_mean_of_all_reads_each_row_once(blocks: str, monkeypatch: pytest.Mo
 
 def test_sums_of_many_groups_make_fewer_spans() -> None:
     values, items = made()
-    chosen, rows = module._one_layer(module.select(values, items=items), "a mean")
+    chosen, rows = one_layer(select(values, items=items), "a mean")
     codes = np.arange(len(chosen)) % 3
-    spans, held = module._group_spans(rows, codes, 3, "1GiB")
+    spans, held = layer_statistics._group_spans(rows, codes, 3, "1GiB")
     assert (len(spans), held) == (19, 8 * 24 * (3 + 19))
-    spans, held = module._group_spans(rows, codes, 3, 4 * 8 * 24 * (3 + 3 * 4))
+    spans, held = layer_statistics._group_spans(rows, codes, 3, 4 * 8 * 24 * (3 + 3 * 4))
     assert (len(spans), held) == (4, 8 * 24 * (3 + 3 * 4))
     assert [start for start, _ in spans[1:]] == [stop for _, stop in spans[:-1]]
-    assert module._group_spans(rows, codes, 3, 1)[0] == [(0, 19)]
+    assert layer_statistics._group_spans(rows, codes, 3, 1)[0] == [(0, 19)]
     with pytest.raises(FeatureStoreError, match=r"`memory` 1.0 KiB is too little.*Give at least"):
         mean(values, items=items, by="view", memory=1024)
 

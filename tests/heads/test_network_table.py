@@ -12,7 +12,6 @@ from featurestore import FeatureStore, FeatureStoreError, identification_table
 from heads.network_table import default_held_out, network_table
 from heads.trials.same_person import same_person_trials
 from heads.trials.tables import FACES, VIEWS
-from pipelines.compare_networks import _text
 from tests.commands import command
 from tests.heads.conftest import write_store
 
@@ -65,12 +64,6 @@ def test_a_view_and_its_mirror_image_are_held_out_together(views: list[str], hel
     source = SimpleNamespace(coordinate=lambda name: np.array(views, object))
     store: Any = SimpleNamespace(sources={"s": source})
     assert default_held_out(store) == (held or ["4", "4|flipped", "5", "5|flipped"])
-
-
-@pytest.mark.parametrize("score", [0.0, 0.5, 1.0])
-def test_the_interval_of_a_perfect_score_is_not_said_to_be_over_faces(two: Path, score: float) -> None:
-    table = network_table(FeatureStore.open(two), "up", n_trials=20).assign(identification=score, same_person=0.5)
-    assert ("at 0 and 1, where faces do not differ" in _text(table, ["up"])) == (score != 0.5)
 
 
 def test_the_command_prints_and_keeps_the_table(two: Path, tmp_path: Path) -> None:
