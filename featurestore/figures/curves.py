@@ -178,7 +178,7 @@ def draw_rsa(table: pd.DataFrame, path: FilePath, ylabel: str = "Spearman correl
 def _name_ticks(axes: "Axes", names: list[str], room: float) -> float:
     """Names along x, upright where they do not fit side by side in ``room`` inches. Returns the inches that they take below."""
     step = math.ceil(len(names) * PITCH / room)
-    shown = shortened(names, 1.2)[::step]
+    shown = shortened(names[::step], 1.2)
     upright = widest(shown) + 0.08 > room / len(shown)
     axes.set_xticks(range(0, len(names), step), shown, rotation=90 if upright else 0)
     return widest(shown) if upright else LINE

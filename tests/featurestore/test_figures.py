@@ -3,7 +3,9 @@
 import subprocess
 import sys
 from collections.abc import Callable
+from functools import cache
 from pathlib import Path
+from runpy import run_path
 from xml.etree import ElementTree
 
 import cv2
@@ -16,6 +18,7 @@ from PIL import Image
 
 from featurestore.errors import FeatureStoreError
 from featurestore.figures import (
+    check_ending,
     clustered_order,
     draw_invariance,
     draw_layer_matrix,
@@ -76,17 +79,21 @@ def matrix(low: float = 0.25) -> pd.DataFrame:
 
 def near(k: int = 3) -> pd.DataFrame:
     values, items = rows(4, 3)
-    return neighbours(values, None, ["f1", ("f2", "3")], k=k, items=items)
+    return neighbours(values, None, [("f1", "1"), ("f1", "2"), ("f2", "3")], k=k, items=items)
 
 
 Draw = Callable[[Path, dict], Path]
+Drawn = Callable[[str], dict[str, Path]]
 FIGURES: dict[str, tuple[Draw, list[str]]] = {
     "named": (lambda p, _: draw_rdm(an_rdm(4, 3), p), ["f1|1", "f4|3", "cosine distance"]),
     "runs": (lambda p, _: draw_rdm(an_rdm(24, 3, metric="euclidean"), p), ["face", "f7", "Euclidean distance"]),
     "panels": (lambda p, _: draw_rdm(an_rdm(4, 3, 2, "correlation"), p), [*LAYERS, "correlation distance (1 − r)"]),
     "pictured": (lambda p, files: draw_rdm(an_rdm(4, 3), p, files), ["cosine distance"]),
     "groups": (lambda p, _: draw_rdm(rdm(*rows(5, 2)[:1], items=rows(5, 2)[1], by="face"), p), ["f1", "f5"]),
-    "neighbours": (lambda p, files: draw_neighbours(near(), files, p), ["f1|1", "same face", "another face"]),
+    "neighbours": (
+        lambda p, files: draw_neighbours(near(), {"|".join(key): file for key, file in files.items()}, p),
+        ["f1|1", "same face", "another face"],
+    ),
     "roc": (
         lambda p, _: draw_roc(roc(), p, {LAYERS[0]: "0.900 [0.8, 1]"}),
         [f"{LAYERS[0]}  0.900 [0.8, 1]", LAYERS[1], "equal error", "false accept rate", "0.01"],
@@ -111,11 +118,22 @@ def texts(path: Path) -> list[str]:
     ]
 
 
+@pytest.fixture(scope="module")
+def drawn(tmp_path_factory: pytest.TempPathFactory, files: dict) -> Drawn:
+    """The files of one of ``FIGURES`` by their endings, drawn once for all tests that look at it."""
+
+    @cache
+    def made(name: str) -> dict[str, Path]:
+        folder, draw = tmp_path_factory.mktemp(name), FIGURES[name][0]
+        return {"svg": draw(folder / "deep" / "a.svg", files), "png": draw(folder / "a.PNG", files)}
+
+    return made
+
+
 @pytest.mark.parametrize("name", FIGURES)
-def test_a_figure_is_text_in_svg_and_a_picture_in_png(name: str, tmp_path: Path, files: dict) -> None:
-    draw, labels = FIGURES[name]
-    svg, png = draw(tmp_path / "deep" / "a.svg", files), draw(tmp_path / "a.PNG", files)
-    assert set(labels) <= set(texts(svg))
+def test_a_figure_is_text_in_svg_and_a_picture_in_png(name: str, drawn: Drawn) -> None:
+    svg, png = drawn(name)["svg"], drawn(name)["png"]
+    assert set(FIGURES[name][1]) <= set(texts(svg))
     image = cv2.imread(str(png), cv2.IMREAD_GRAYSCALE)
     assert image.std() > 10
     width = ElementTree.parse(svg).getroot().attrib["width"]
@@ -123,16 +141,20 @@ def test_a_figure_is_text_in_svg_and_a_picture_in_png(name: str, tmp_path: Path,
     assert image.shape[1] == round(float(width[:-2]) / 72 * 300)
     for edge in (image[0], image[:, 0], image[:, -1]):
         assert (edge == 255).all() or name == "pictured"  # no text is cut off
-    assert sorted(path.name for path in tmp_path.rglob("*.*")) == ["a.PNG", "a.svg"]
+    assert sorted(path.name for path in png.parent.rglob("*.*")) == ["a.PNG", "a.svg"]
+    assert svg == png.parent / "deep" / "a.svg"
 
 
-@pytest.mark.parametrize("name", FIGURES)
-@pytest.mark.parametrize("ending", ["svg", "png"])
+# All as text, and of each function, and each way that it draws, one as a picture.
+PAINTED = ("runs", "pictured", "neighbours", "roc", "degrees", "pairs", "matrix", "rsa")
+AGAIN = [*((name, "svg") for name in FIGURES), *((name, "png") for name in PAINTED)]
+
+
+@pytest.mark.parametrize(("name", "ending"), AGAIN)
 def test_the_same_gives_the_same_bytes_whatever_the_settings(
-    name: str, ending: str, tmp_path: Path, files: dict
+    name: str, ending: str, tmp_path: Path, files: dict, drawn: Drawn
 ) -> None:
-    draw, _ = FIGURES[name]
-    first = draw(tmp_path / f"a.{ending}", files).read_bytes()
+    draw, first = FIGURES[name][0], drawn(name)[ending].read_bytes()
     with matplotlib.rc_context({"font.size": 20, "axes.facecolor": "black", "svg.fonttype": "path"}):
         assert draw(tmp_path / f"b.{ending}", files).read_bytes() == first
         assert matplotlib.rcParams["font.size"] == 20
@@ -160,7 +182,7 @@ def test_panels_share_one_order_in_which_no_unit_outweighs_another() -> None:
 
 
 @pytest.mark.parametrize("chunks", [None, {"item": 7, "other": 7}, {"item": 10, "other": 4}])
-def test_many_items_are_means_of_blocks(chunks: dict | None, monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
+def test_many_items_are_means_of_blocks(chunks: dict | None, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(matrices, "_WHOLE", 20)
     monkeypatch.setattr(matrices, "_PIXELS", 10)
     given = an_rdm(9, 3).compute()
@@ -172,28 +194,37 @@ def test_many_items_are_means_of_blocks(chunks: dict | None, monkeypatch: pytest
     values = given.values[order][:, order]
     slow = [[values[i : i + 3, j : j + 3].mean() for j in range(0, 27, 3)] for i in range(0, 27, 3)]
     np.testing.assert_allclose(image, slow, rtol=1e-6)
-    draw_rdm(given, tmp_path / "a.png")
 
 
-def test_frames_tell_whether_the_face_is_the_same(tmp_path: Path, files: dict) -> None:
-    table = near()
-    svg = draw_neighbours(table, {"|".join(key): path for key, path in files.items()}, tmp_path / "a.svg").read_text()
+def test_a_picture_of_means_is_in_the_order_of_faces(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
+    monkeypatch.setattr(matrices, "_WHOLE", 20)
+    monkeypatch.setattr(matrices, "_PIXELS", 10)
+    names = [text for text in texts(draw_rdm(an_rdm(9, 3), tmp_path / "a.svg")) if "|" in text]
+    assert names == [f"f{i}|{j}" for i in range(1, 10) for j in range(1, 4)] * 2
+
+
+def test_frames_tell_whether_the_face_is_the_same(drawn: Drawn) -> None:
+    table, path = near(), drawn("neighbours")["svg"]
+    svg = path.read_text()
     same = int((table["face_id"] == table["neighbour_face_id"]).sum())
     assert 0 < same < len(table)
     assert svg.lower().count("stroke: #0072b2") == same + 1  # and in the legend
     assert svg.lower().count("stroke-dasharray") == svg.lower().count("stroke: #d55e00") == len(table) - same + 1
-    beneath = " ".join(texts(tmp_path / "a.svg"))
+    beneath = " ".join(texts(path))
     for row in table.itertuples():
         assert f"{row.rank}. {row.neighbour_face_id}|{row.neighbour_view}" in beneath
         assert f"d = {row.dissimilarity:#.3g}" in beneath
-    one = Image.open(draw_neighbours(table, files, tmp_path / "one.png", most=1)).height
-    assert one < Image.open(draw_neighbours(table, files, tmp_path / "all.png")).height / 3
+
+
+def test_only_the_first_items_are_shown(tmp_path: Path, files: dict, drawn: Drawn) -> None:
+    one = Image.open(draw_neighbours(near(), files, tmp_path / "one.png", most=1)).height
+    assert one < Image.open(drawn("neighbours")["png"]).height / 2
 
 
 def test_neighbours_of_groups_have_no_frames(tmp_path: Path, files: dict) -> None:
     values, items = rows(4, 3)
     table = neighbours(values, None, by="face", k=2, items=items)
-    path = draw_neighbours(table, {face: path for (face, _), path in files.items()}, tmp_path / "a.svg")
+    path = draw_neighbours(table, {face: path for (face, _), path in files.items()}, tmp_path / "a.svg", most=2)
     assert "same face" not in texts(path)
 
 
@@ -286,21 +317,34 @@ def test_what_can_be_wrong(name: str, tmp_path: Path, files: dict) -> None:
     assert not list(tmp_path.iterdir())
 
 
-def test_a_layer_matrix_may_be_an_array(tmp_path: Path) -> None:
+def test_a_layer_matrix_may_be_an_array(tmp_path: Path, drawn: Drawn) -> None:
     array = xr.DataArray(matrix().to_numpy(), {"layer": LAYERS, "other_layer": LAYERS}, ("layer", "other_layer"))
-    drawn = [draw_layer_matrix(each, tmp_path / f"{i}.svg", "r") for i, each in enumerate((array, matrix()))]
-    assert drawn[0].read_bytes() == drawn[1].read_bytes()
+    path = draw_layer_matrix(array, tmp_path / "a.svg", "linear CKA")
+    assert path.read_bytes() == drawn("matrix")["svg"].read_bytes()
 
 
-def test_without_matplotlib_the_extra_is_named() -> None:
-    code = (
-        "import sys; sys.modules['matplotlib'] = None\n"
-        "import pandas as pd; from featurestore.figures import draw_rsa\n"
-        "draw_rsa(pd.DataFrame({'layer': ['a'], 'spearman': 0, 'spearman_low': 0, 'spearman_high': 0}), 'a.svg')"
-    )
-    done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, cwd=ROOT)
-    assert "FeatureStoreError: drawing figures needs Matplotlib" in done.stderr
-    assert done.stderr.strip().endswith("pip install 'face-featurestore[figures]'.")
+@pytest.mark.parametrize("ask", [check_ending, lambda path: draw_rsa(correlations(), path)])
+def test_without_matplotlib_the_extra_is_named(
+    ask: Callable[[Path], object], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    for name in [name for name in sys.modules if name.partition(".")[0] == "matplotlib"]:
+        monkeypatch.delitem(sys.modules, name)
+    monkeypatch.setitem(sys.modules, "matplotlib", None)
+    message = r"drawing figures needs Matplotlib .*: pip install 'face-featurestore\[figures\]'\.$"
+    with pytest.raises(FeatureStoreError, match=message):
+        ask(tmp_path / "a.svg")
+    assert not list(tmp_path.iterdir())
+    for module in (ROOT / "featurestore" / "figures").glob("*.py"):
+        run_path(str(module))  # none needs it to be imported
+
+
+@pytest.mark.parametrize("name", ["a.svg", "a.png", "a.PNG", "deep/a.SVG"])
+def test_an_ending_can_be_asked_for_first(name: str, tmp_path: Path) -> None:
+    check_ending(tmp_path / name)
+    check_ending(str(tmp_path / name))
+    assert not list(tmp_path.iterdir())
+    with pytest.raises(FeatureStoreError, match=r"drawn as \.svg or \.png, not as 'a\.pdf'"):
+        check_ending((tmp_path / name).with_suffix(".pdf"))
 
 
 def test_pyplot_is_not_loaded(tmp_path: Path) -> None:
