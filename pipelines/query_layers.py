@@ -1,20 +1,14 @@
 """Ask a store: RDMs, neighbours, verification, statistics, invariance, comparison of layers, export and import."""
 
-from collections.abc import Callable, Iterator
-from contextlib import contextmanager
-from dataclasses import dataclass
-from functools import wraps
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 import click
 
-from pipelines._cli import DEMO_STORE, Command, progress_bar
-from pipelines._params import Expression
+from pipelines._cli import Command, progress_bar
+from pipelines._query import SHOWN, Asked, asking, check, query, show, wrote
 
 if TYPE_CHECKING:
-    import pandas as pd
-
     from featurestore import FeatureStore
 
 EPILOG = r"""
@@ -26,7 +20,6 @@ Examples:
 
 Each command has --help with examples of its own.
 """
-_SHOWN = 20  # rows of a table on the screen
 
 
 @click.group(epilog=EPILOG)
@@ -37,129 +30,9 @@ def main() -> None:
 # click's own formatting of an epilog wraps examples.
 main.format_epilog = Command.format_epilog.__get__(main)  # type: ignore[method-assign]
 
-_OPTIONS: dict[str, Callable[..., Any]] = {
-    "store": click.option(
-        "--store", type=click.Path(path_type=Path), default=DEMO_STORE, show_default=True, help="The store to ask."
-    ),
-    "layers": click.option("--layers", multiple=True, metavar="NAME …", help="These layers. [default: all]"),
-    "sources": click.option(
-        "--sources",
-        multiple=True,
-        metavar="NAME …",
-        help="These sources; the beginning of a name is enough. [default: all that hold the layers]",
-    ),
-    "where": click.option(
-        "--where", multiple=True, type=Expression(), help="Only items that meet this, such as \"view == 'frontal'\"."
-    ),
-    "metric": click.option(
-        "--metric",
-        default="cosine",
-        show_default=True,
-        metavar="NAME",
-        help="cosine, correlation, euclidean or cityblock.",
-    ),
-    "memory": click.option(
-        "--memory", default="1GiB", show_default=True, metavar="BYTES", help="Cap on the memory that the command takes."
-    ),
-    "scheduler": click.option(
-        "--scheduler",
-        metavar="threads|processes|ADDRESS",
-        help="What runs the query: threads, processes, or a Dask cluster such as tcp://127.0.0.1:8786. [default: threads]",
-    ),
-    "out": click.option(
-        "--out", type=click.Path(path_type=Path), metavar="FILE", help="Write it all: .csv, .parquet, .zarr or .npy."
-    ),
-    "figure": click.option("--figure", type=click.Path(path_type=Path), metavar="FILE", help="Draw it: .png or .svg."),
-}
 
-
-@dataclass(frozen=True)
-class Asked:
-    """The options that all commands share, as they were typed."""
-
-    store: Path
-    layers: tuple[str, ...]
-    sources: tuple[str, ...]
-    out: Path | None
-    where: tuple[str, ...] = ()
-    metric: str = "cosine"
-    memory: str = "1GiB"
-    scheduler: str | None = None
-    figure: Path | None = None
-
-    def options(self) -> dict[str, Any]:
-        """What chooses layers and items, and the memory left to the query, as queries take them."""
-        from featurestore.queries.blocks import beside_this_program
-
-        layers = self.layers[0] if len(self.layers) == 1 else self.layers or None
-        memory = beside_this_program(self.memory)
-        return {"layers": layers, "sources": self.sources or None, "where": list(self.where), "memory": memory}
-
-
-def _query(name: str, epilog: str, *but: str) -> Callable[[Callable[..., None]], click.Command]:
-    """A command of the group: a function of ``Asked`` and of its own options. It has the shared ones ``but`` some."""
-
-    def made(function: Callable[..., None]) -> click.Command:
-        @wraps(function)
-        def run(**values: Any) -> None:
-            shared = {key: values.pop(key) for key in _OPTIONS if key in values}
-            function(Asked(**shared), **values)
-
-        for key, option in reversed(_OPTIONS.items()):
-            if key not in but:
-                run = option(run)
-        command: click.Command = main.command(name, cls=Command, epilog=f"Examples:\n\n{epilog}")(run)
-        return command
-
-    return made
-
-
-@contextmanager
-def _asking(asked: Asked, doing: str) -> "Iterator[FeatureStore]":
-    """The opened store, with what runs the tasks, their progress, and the time that it took."""
-    from featurestore import FeatureStore
-    from featurestore.queries.blocks import scheduler as running
-    from pipelines._progress import TaskProgress
-
-    opened = FeatureStore.open(asked.store)
-    with running(asked.scheduler) as where:
-        if where:
-            click.echo(where, err=True)
-        with TaskProgress(lambda n: progress_bar(n, doing, " blocks")):
-            yield opened
-
-
-def _show(table: "pd.DataFrame", out: Path | None, notes: list[str] | tuple[str, ...] = ()) -> None:
-    """The first rows on the screen, all of them into ``out``, and what was left out."""
-    from featurestore.queries.output import write_result
-
-    shown = table.head(_SHOWN)
-    index = bool(table.index.names[0])
-    click.echo(shown.to_string(index=index, float_format=lambda value: f"{value:.3f}"))
-    if len(table) > len(shown):
-        click.echo(f"and {len(table) - len(shown):,} more rows" + ("" if out else "; --out FILE writes all"))
-    for note in notes:
-        click.echo(f"Left out: {note}.", err=True)
-    if out:
-        _wrote(write_result(table, out))
-
-
-def _wrote(paths: list[Path]) -> None:
-    click.echo("Kept: " + ", ".join(map(str, paths)))
-
-
-def _check(asked: Asked, several: bool = False) -> None:
-    """Before anything is computed: whether the results can be written."""
-    from featurestore.figures import check_ending as check_figure
-    from featurestore.queries.output import check_ending
-
-    if asked.out:
-        check_ending(asked.out, several)
-    if asked.figure:
-        check_figure(asked.figure)
-
-
-@_query(
+@query(
+    main,
     "rdm",
     r"""  python pipelines/query_layers.py rdm --layers fc7-relu --metric cosine --out rdm.csv
   python pipelines/query_layers.py rdm --layers fc7-relu --where "view == 'frontal'" --figure rdm.svg
@@ -174,10 +47,11 @@ def rdm(asked: Asked, by: str | None, pca: float | None) -> None:
     """How different each pair of items is: a representational dissimilarity matrix."""
     from featurestore.queries import dissimilarity
 
-    with _asking(asked, "RDM") as opened:
+    check(asked)
+    with asking(asked, "RDM") as opened:
         given = asked.options()
         matrix = dissimilarity.rdm(opened, metric=asked.metric, by=by, pca=pca, **given)
-        _check(asked, several="layer" in matrix.dims)
+        check(asked, several="layer" in matrix.dims)
         if matrix.nbytes <= given["memory"] // 8:
             matrix = matrix.compute()
         elif not asked.out:
@@ -185,13 +59,13 @@ def rdm(asked: Asked, by: str | None, pca: float | None) -> None:
         if asked.out:
             from featurestore.queries.output import write_result
 
-            _wrote(write_result(matrix, asked.out))
+            wrote(write_result(matrix, asked.out))
         if matrix.chunks is None:
-            _show(dissimilarity.summary(matrix), None, matrix.attrs["left_out"])
+            show(dissimilarity.summary(matrix), None, matrix.attrs["left_out"])
         if asked.figure:
             from featurestore.figures import draw_rdm
 
-            _wrote([draw_rdm(matrix, asked.figure, _photographs(opened, asked.sources) if by is None else None)])
+            wrote([draw_rdm(matrix, asked.figure, _photographs(opened, asked.sources) if by is None else None)])
 
 
 def _photographs(store: "FeatureStore", sources: tuple[str, ...]) -> dict[str, Path]:
@@ -200,7 +74,8 @@ def _photographs(store: "FeatureStore", sources: tuple[str, ...]) -> dict[str, P
     return {"|".join(key): Path(path) for key, path in zip(found.keys, found.coordinate("path"), strict=True)}
 
 
-@_query(
+@query(
+    main,
     "rsa",
     r"""  # pairs with a column of similarity: "(0, 1)" by place, or columns face_1, face_2
   python pipelines/query_layers.py rsa --pairs similarity.csv --where "view == 'frontal'" --figure rsa.svg
@@ -227,8 +102,8 @@ def rsa(
     from featurestore.queries.similarity_analysis import rsa as agreement
     from featurestore.text import listing
 
-    _check(asked)
-    with _asking(asked, "RDM") as opened:
+    check(asked)
+    with asking(asked, "RDM") as opened:
         table = agreement(
             opened,
             pairs,
@@ -245,14 +120,15 @@ def rsa(
         notes.append(f"faces of {pairs} that the store does not hold: {listing(table.attrs['unknown'])}")
     if table.attrs["missing"]:
         notes.append(f"pairs that {pairs} does not hold: {listing(table.attrs['missing'], 3)}")
-    _show(table, asked.out, notes)
+    show(table, asked.out, notes)
     if asked.figure:
         from featurestore.figures import draw_rsa
 
-        _wrote([draw_rsa(table, asked.figure, f"Spearman's correlation with {table.attrs['value']}")])
+        wrote([draw_rsa(table, asked.figure, f"Spearman's correlation with {table.attrs['value']}")])
 
 
-@_query(
+@query(
+    main,
     "neighbours",
     r"""  python pipelines/query_layers.py neighbours --layers fc7-relu --of head-007 -k 3 --figure neighbours.png
   python pipelines/query_layers.py neighbours --layers fc7-relu --of "head-007|yaw+30" --other-faces
@@ -266,9 +142,9 @@ def neighbours(asked: Asked, of: tuple[str, ...], k: int, other_faces: bool) -> 
     """The most similar items of each item."""
     from featurestore.queries.nearest import neighbours as nearest
 
-    _check(asked)
+    check(asked)
     given = asked.options()
-    with _asking(asked, "neighbours") as opened:
+    with asking(asked, "neighbours") as opened:
         table = nearest(
             opened,
             given.pop("layers"),
@@ -278,14 +154,15 @@ def neighbours(asked: Asked, of: tuple[str, ...], k: int, other_faces: bool) -> 
             other_faces=other_faces,
             **given,
         )
-        _show(table, asked.out)
+        show(table, asked.out)
         if asked.figure:
             from featurestore.figures import draw_neighbours
 
-            _wrote([draw_neighbours(table, _photographs(opened, asked.sources), asked.figure)])
+            wrote([draw_neighbours(table, _photographs(opened, asked.sources), asked.figure)])
 
 
-@_query(
+@query(
+    main,
     "identify",
     r"""  python pipelines/query_layers.py identify --held-out yaw+30 yaw-30
 """,
@@ -300,12 +177,13 @@ def identify(asked: Asked, held_out: tuple[str, ...]) -> None:
     """Who is it? The nearest neighbour, by cosine, of views that were held out."""
     from featurestore import FeatureStore, identification_table
 
-    _check(asked)
+    check(asked)
     opened = FeatureStore.open(asked.store)
-    _show(identification_table(opened, held_out, asked.layers or None, asked.sources or None), asked.out)
+    show(identification_table(opened, held_out, asked.layers or None, asked.sources or None), asked.out)
 
 
-@_query(
+@query(
+    main,
     "verify-faces",
     r"""  python pipelines/query_layers.py verify-faces --layers fc7-relu --figure roc.svg
   python pipelines/query_layers.py verify-faces --store store/lfw.zarr --pairs pairs.txt --metric euclidean
@@ -320,25 +198,26 @@ def verify_faces(asked: Asked, pairs: Path | None, n_pairs: int, seed: int) -> N
     """The same person or not? ROC, equal error rate and accuracy of pairs."""
     from featurestore.queries.verification import verify_faces as verify
 
-    _check(asked)
-    with _asking(asked, "pairs") as opened:
+    check(asked)
+    with asking(asked, "pairs") as opened:
         given = asked.options()
         found = verify(opened, pairs=pairs, metric=asked.metric, n_pairs=n_pairs, seed=seed, **given)
-    _show(found.table.set_index("layer").T.rename_axis(None), None)
+    show(found.table.set_index("layer").T.rename_axis(None), None)
     if asked.out:
         from featurestore.queries.output import write_result
 
-        _wrote(write_result(found.table, asked.out))
+        wrote(write_result(found.table, asked.out))
     if asked.figure:
         from featurestore.figures import draw_roc
 
         areas = {
             row.layer: f"{row.area:.3f} [{row.area_low:.3f}, {row.area_high:.3f}]" for row in found.table.itertuples()
         }
-        _wrote([draw_roc(found.roc, asked.figure, areas)])
+        wrote([draw_roc(found.roc, asked.figure, areas)])
 
 
-@_query(
+@query(
+    main,
     "statistics",
     r"""  python pipelines/query_layers.py statistics
   python pipelines/query_layers.py statistics --by view --out statistics.csv
@@ -353,17 +232,18 @@ def statistics(asked: Asked, by: str | None, trait: str | None) -> None:
     """Mean, spread, sparsity, dead units and effective dimension of each layer."""
     from featurestore.queries import layer_statistics, units
 
-    _check(asked)
-    with _asking(asked, "statistics") as opened:
+    check(asked)
+    with asking(asked, "statistics") as opened:
         given = asked.options()
         if trait:
             table = units.units_with_trait(opened, given.pop("layers"), trait, **given)
         else:
             table = layer_statistics.statistics(opened, by=by, **given)
-    _show(table, asked.out)
+    show(table, asked.out)
 
 
-@_query(
+@query(
+    main,
     "mean",
     r"""  python pipelines/query_layers.py mean --layers maxp_5_3 --by view --out mean.zarr
 """,
@@ -378,16 +258,17 @@ def mean(asked: Asked, by: str | None) -> None:
     from featurestore.queries import layer_statistics as statistical
     from featurestore.queries.output import write_result
 
-    _check(asked)
-    with _asking(asked, "mean") as opened:
+    check(asked)
+    with asking(asked, "mean") as opened:
         given = asked.options()
         array = statistical.mean(opened, given.pop("layers"), by=by, **given)
     click.echo(f"{array.name or 'mean'}: {' × '.join(f'{size:,} {name}' for name, size in array.sizes.items())}")
     if asked.out:
-        _wrote(write_result(array, asked.out))
+        wrote(write_result(array, asked.out))
 
 
-@_query(
+@query(
+    main,
     "invariance",
     r"""  python pipelines/query_layers.py invariance --figure invariance.svg
   python pipelines/query_layers.py invariance --layers maxp_5_3 fc7-relu --reference frontal --out invariance.csv
@@ -398,17 +279,18 @@ def invariance(asked: Asked, reference: str | None) -> None:
     """How alike a face stays across views, and how alike others are: the view-generalisation profile of each layer."""
     from featurestore.queries.view_invariance import invariance as profile
 
-    _check(asked)
-    with _asking(asked, "pairs of views") as opened:
+    check(asked)
+    with asking(asked, "pairs of views") as opened:
         table = profile(opened, metric=asked.metric, reference=reference, **asked.options())
-    _show(table, asked.out)
+    show(table, asked.out)
     if asked.figure:
         from featurestore.figures import draw_invariance
 
-        _wrote([draw_invariance(table, asked.figure)])
+        wrote([draw_invariance(table, asked.figure)])
 
 
-@_query(
+@query(
+    main,
     "compare-layers",
     r"""  python pipelines/query_layers.py compare-layers --figure layers.svg
   python pipelines/query_layers.py compare-layers --sources vggface dlib --measure rdm --out layers.csv
@@ -426,16 +308,112 @@ def compare_layers(asked: Asked, measure: str, by: str | None) -> None:
     """How alike layers are, of one network or of several."""
     from featurestore.queries.layer_comparison import compare_layers as compare
 
-    _check(asked)
-    with _asking(asked, "pairs of items") as opened:
+    check(asked)
+    with asking(asked, "pairs of items") as opened:
         given = asked.options()
         table = compare(opened, measure=measure, metric=asked.metric, by=by, **given)
-    _show(table, asked.out, table.attrs["left_out"])
+    show(table, asked.out, table.attrs["left_out"])
     if asked.figure:
         from featurestore.figures import draw_layer_matrix
 
         label = {"rdm": "correlation of RDMs", "rbf-cka": "CKA (Gaussian)"}.get(measure, "CKA (linear)")
-        _wrote([draw_layer_matrix(table, asked.figure, label)])
+        wrote([draw_layer_matrix(table, asked.figure, label)])
+
+
+@query(
+    main,
+    "export",
+    r"""  python pipelines/query_layers.py export --layers fc7-relu --format numpy --to exported
+  python pipelines/query_layers.py export --layers fc7-relu --format rsatoolbox --to exported --by face
+  python pipelines/query_layers.py export --format hdf5 --to demo.h5
+""",
+    "metric",
+    "scheduler",
+    "out",
+    "figure",
+)
+@click.option(
+    "--format",
+    "form",
+    type=click.Choice(["numpy", "files", "hdf5", "rsatoolbox"]),
+    required=True,
+    help="An array and a table of names; an .npy for each photograph; one HDF5 file; datasets for rsatoolbox.",
+)
+@click.option("--to", required=True, type=click.Path(path_type=Path), metavar="PATH", help="Folder, or file for hdf5.")
+@click.option("--by", metavar="face|COLUMN", help="Average the items of each face, view or value of a column first.")
+def export(asked: Asked, form: str, to: Path, by: str | None) -> None:
+    """Write layers for other programs."""
+    from featurestore import FeatureStore
+    from featurestore.queries.exporting import export as write
+    from featurestore.queries.selection import select
+
+    opened, given = FeatureStore.open(asked.store), asked.options()
+    chosen = select(opened, given["layers"], sources=given["sources"], where=given["where"], by=by)
+    with progress_bar(len(chosen) * len(chosen.layers), "exporting", " rows") as bar:
+        written = write(opened, to, format=form, by=by, progress=bar.update, **given)
+    wrote(written if len(written) <= SHOWN else [*written[:3], Path(f"and {len(written) - 3:,} more")])
+
+
+@main.command(
+    "import",
+    cls=Command,
+    epilog=r"""
+Examples:
+
+  # what thingsvision wrote: keys from the names of the photographs
+  python pipelines/query_layers.py import features.npy --kind numpy --layer fc7 --store store/old.zarr --names file_names.txt
+
+  # a pickled pandas table of an earlier extractor: read without running anything in it
+  python pipelines/query_layers.py import features.pkl --kind pickle --layer maxp_5_3 --store store/old.zarr
+""",
+)
+@click.argument("path", type=click.Path(path_type=Path))
+@click.option(
+    "--store", type=click.Path(path_type=Path), required=True, help="The store that gets a source of its own."
+)
+@click.option("--kind", type=click.Choice(["numpy", "files", "hdf5", "pickle"]), required=True, help="What PATH is.")
+@click.option("--layer", metavar="NAME", help="What the layer is called in the store. [needed but for hdf5]")
+@click.option(
+    "--items", type=click.Path(path_type=Path), metavar="CSV", help="Keys of the rows: face_id, view, metadata."
+)
+@click.option(
+    "--names", type=click.Path(path_type=Path), metavar="FILE", help="Names of the rows' photographs, one a line."
+)
+@click.option("--pattern", metavar="REGEX", help="How keys are read from such names; see cache_layers.py --help.")
+@click.option("--name", metavar="NAME", help="What the source is called. [default: imported-HASH]")
+@click.option("--dry-run", is_flag=True, help="Say what would be imported, and stop.")
+def import_(
+    path: Path,
+    store: Path,
+    kind: str,
+    layer: str | None,
+    items: Path | None,
+    names: Path | None,
+    pattern: str | None,
+    name: str | None,
+    dry_run: bool,
+) -> None:
+    """Take in activations that another program computed, marked as such: how they were made is not known."""
+    from featurestore.photos.csv_files import read_csv
+    from featurestore.photos.keys import keys_of
+    from featurestore.store.importing import import_activations, row_names
+
+    if items and names:
+        raise click.UsageError("give --items or --names, not both.")
+    table: Any = read_csv(items, dtype={"face_id": str, "view": str}) if items else None
+    if table is None:
+        listed = names.read_text("utf-8-sig").splitlines() if names else row_names(path, kind=kind, layer=layer)
+        table = keys_of([line for line in listed if line.strip()], pattern) if listed else None
+    if dry_run:
+        click.echo(
+            f"{path}: {'its own keys' if table is None else f'{len(table)} rows, first {tuple(table.iloc[0][:2])}'}"
+        )
+        return
+    with progress_bar(None if table is None else len(table), "importing", " rows") as bar:
+        done = import_activations(path, store, kind=kind, layer=layer, name=name, items=table, progress=bar.update)
+    for note in done.notes:
+        click.echo(f"Note: {note}.")
+    click.echo(f"Imported {done.n_items:,} items of {', '.join(done.layers)} into {store}, source {done.source}.")
 
 
 if __name__ == "__main__":

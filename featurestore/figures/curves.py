@@ -58,8 +58,8 @@ def draw_roc(roc: pd.DataFrame, path: FilePath, areas: Mapping[str, str] | None 
     if not len(positive) or not positive.min() < 1:
         raise FeatureStoreError("`roc` has no rate of false_accepts between 0 and 1, so there is no curve to draw.")
     texts = [f"{name}  {areas[name]}" if areas and name in areas else name for name in curves] + ["equal error"]
-    lines = math.ceil(len(texts) / 2) if len(texts) > 6 and max(map(text_width, texts)) < 1.2 else len(texts)
     with canvas(path, ONE_COLUMN) as figure:
+        lines = math.ceil(len(texts) / 2) if len(texts) > 6 and max(map(text_width, texts)) < 1.2 else len(texts)
         figure.set_size_inches(ONE_COLUMN, 2.6 + LINE * lines)
         axes = constrained(figure).subplots()
         _draw_curves(axes, curves, float(positive.min()))

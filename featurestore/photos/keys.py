@@ -5,7 +5,7 @@ Keys are strings, never positions: a wrong face is then a look-up error instead 
 
 import os
 import re
-from collections.abc import Iterator
+from collections.abc import Iterable, Iterator
 from dataclasses import dataclass, replace
 from pathlib import Path
 
@@ -155,6 +155,19 @@ def _read_list(path: Path, root: Path, pattern: str | None) -> FoundFaces:
         )
     found = _keyed(files, root, pattern, path)
     return replace(found, layout=f"{found.layout} in list {path.name}")
+
+
+def keys_of(names: Iterable[str], pattern: str | None = None) -> pd.DataFrame:
+    """Keys (face_id, view) of photographs by their names alone, in their order: the rules of ``find_faces``.
+
+    FeatureStoreError for names without a key.
+    """
+    found = _keyed([Path(name).as_posix() for name in names], Path(), pattern, Path("the list of names"))
+    if found.left_out:
+        raise FeatureStoreError(
+            f"{len(found.left_out)} names have no key by `pattern`: {listing(found.left_out, 3)}. Every row needs one."
+        )
+    return found.table[list(KEY)]
 
 
 def _keyed(files: list[str], root: Path, pattern: str | None, where: Path) -> FoundFaces:

@@ -12,9 +12,9 @@ from scipy.spatial.distance import pdist
 
 from featurestore import FeatureStore
 from featurestore.errors import FeatureStoreError
-from featurestore.queries import export as module
+from featurestore.queries import exporting as module
 from featurestore.queries.dissimilarity import rdm
-from featurestore.queries.export import export, export_rdm
+from featurestore.queries.exporting import export, export_rdm
 from featurestore.store.file_names import file_name, file_names, original_name
 from tests.conftest import LAYERS
 

@@ -13,7 +13,7 @@ from featurestore import FeatureStore
 from featurestore.errors import FeatureStoreError
 from featurestore.files import sha256_of
 from featurestore.queries.dissimilarity import rdm
-from featurestore.queries.export import export
+from featurestore.queries.exporting import export
 from featurestore.queries.selection import shared_items
 from featurestore.store import importing as module
 from featurestore.store.importing import Imported, import_activations, row_names
