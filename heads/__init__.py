@@ -14,6 +14,7 @@ _WHERE = {
     "load_trials": "trials.matching",
     "best_run": "runs_table",
     "compare": "comparison",
+    "zero_shot_choices": "zero_shot",
     "Features": "features",
 }
 __all__ = list(_WHERE)

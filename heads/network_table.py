@@ -11,12 +11,10 @@ from featurestore.keys import FLIPPED
 from featurestore.queries.selection import shared_items
 from featurestore.store.reader import Source
 from featurestore.text import in_natural_order
-from heads.evaluation import evaluate
-from heads.features import Features
-from heads.registry import draw_head
 from heads.scores import CHANCE, clusters_of
 from heads.trials.matching import match
 from heads.trials.same_person import same_person_trials
+from heads.zero_shot import zero_shot_choices
 
 HELD_OUT_SHARE = 0.3  # of the views, where none are named
 
@@ -87,9 +85,7 @@ def default_held_out(store: FeatureStore) -> list[str]:
 
 def _same_person(store: FeatureStore, source: Source, layer: str, drawn: pd.DataFrame) -> dict[str, float]:
     trials = match(drawn, store, source.name)
-    rows = source.rows(layer)
-    head = draw_head("zero-shot", rows.shape[1:], seed=0, measure="cosine").eval()
-    right = evaluate(head, Features([rows]), trials.items).argmax(axis=1) == trials.odd
+    right = zero_shot_choices(store, layer, trials, source.name)["right"].to_numpy()
     score = accuracy_over(right, list(clusters_of(trials.table).values()))
     return {
         "same_person": score.value,

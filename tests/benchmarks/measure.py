@@ -59,23 +59,36 @@ def compare(
     return Line(what, f"{a:,.2f} {unit}", f"{b:,.2f} {unit}", ratio, f"{wanted:g}", ratio >= wanted)
 
 
-def fill_store(path: Path, n_items: int, shape: tuple[int, ...], slots: int, layer: str = "maxp_5_3") -> np.ndarray:
-    """A store with one layer of random rows, written by our own writer; returns the shard's worth of rows repeated in it."""
+def fill_store(
+    path: Path,
+    n_items: int,
+    shape: tuple[int, ...],
+    slots: int,
+    layer: str = "maxp_5_3",
+    fresh: bool = False,
+    source: str = "bench",
+) -> np.ndarray:
+    """A store with one layer of random rows, written by our own writer; returns a shard's worth of rows.
+
+    The same rows are in every shard, or ``fresh`` ones, not below zero as after a ReLU.
+    """
     rng = np.random.default_rng(0)
     rows = rng.standard_normal((slots, int(np.prod(shape))), np.float32)
     with store_lock(path, "benchmark"):
         writer = SourceWriter(
-            path, "bench", {"backbone": "none", "weights": "seed:0", "recipe": {}, "precision": "fp32"}
+            path, source, {"backbone": "none", "weights": "seed:0", "recipe": {}, "precision": "fp32"}
         )
         writer.add_layer(layer, shape, "float32", "none", slots)
         for shard in range(n_items // slots):
+            if fresh:
+                rows = np.maximum(rng.standard_normal(rows.shape, np.float32), 0)
             shard_writer = writer.open_shard(layer, shard, end=slots)
             shard_writer.write(range(slots), rows)
             shard_writer.commit()
         numbers = np.arange(n_items)
         faces = np.array([f"n{i:06d}" for i in numbers // 100], object)
         views = np.array([f"{i:04d}_01" for i in numbers % 100], object)
-        hashes = np.full(n_items, "0" * 64, object)
+        hashes = np.array([f"{i:064x}" for i in numbers], object) if fresh else np.full(n_items, "0" * 64, object)
         writer.append(
             pd.DataFrame(
                 {"face_id": faces, "view": views, "path": faces + "/" + views + ".jpg", "image_sha256": hashes}
