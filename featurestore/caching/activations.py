@@ -16,7 +16,9 @@ from featurestore.caching.extractor import load_extractor
 from featurestore.caching.job import CachingRequest, prepare_job
 from featurestore.devices import PRECISIONS, reproducible
 from featurestore.errors import FeatureStoreError
+from featurestore.keys import BOX, LANDMARKS
 from featurestore.photos.decode import ImageError, decode, to_rgb
+from featurestore.photos.detection import Detector
 from featurestore.photos.keys import FoundFaces
 from featurestore.store.zarr_format import Layer
 
@@ -31,6 +33,7 @@ def activations(
     backbone: str = "vggface",
     weights: str,
     recipe: str | None = None,
+    find_faces: bool = False,
     device: str = "auto",
 ) -> xr.Dataset:
     """The named layers of some pictures: a float32 variable (item, *shape) for each, dimensions named as in a store.
@@ -38,16 +41,23 @@ def activations(
     ``images`` are paths, PIL images or arrays (uint8 RGB of shape (height, width, 3), or grey (height, width)), one or
     several, or a mapping that names them. The coordinate ``item`` is the name, else the path as given, else the place in
     ``images``. ``layers``, ``backbone``, ``weights``, ``recipe`` and ``device`` are those of pipelines/cache_layers.py, and
-    the numbers are those that it stores; NaN and infinity are given as they are. Everything is held in memory.
+    the numbers are those that it stores; NaN and infinity are given as they are. With ``find_faces`` the largest face of each
+    picture is cut out, or turned upright, as its recipe has it. Everything is held in memory.
 
-    FeatureStoreError for a picture that cannot be read (it is named), and for names and weights as in a caching run.
+    FeatureStoreError for a picture that cannot be read, or that shows no face (it is named), and for names and weights as in a
+    caching run.
     """
     pictures = _named(images)
     asked = [layers] if isinstance(layers, str) else list(layers)
+    decoded = {name: _rgb(name, picture) for name, picture in pictures.items()}
     table = pd.DataFrame({"face_id": list(pictures), "view": "", "path": ""})
-    faces = FoundFaces(table, "activations")
+    if find_faces:
+        detector = Detector()
+        table[[*BOX, *LANDMARKS]] = [_face_in(name, rgb, detector) for name, rgb in decoded.items()]
+    faces = FoundFaces(table, "activations", boxed=find_faces)
     job = prepare_job(CachingRequest(Path(), faces, asked, weights, backbone=backbone, recipe=recipe, device=device))
-    pixels = [job.recipe.pixels(_rgb(name, picture)) for name, picture in pictures.items()]
+    places = job.request.faces.table[list(job.recipe.place)].to_numpy(np.float64).tolist()
+    pixels = [job.recipe.pixels(rgb, tuple(place) or None) for rgb, place in zip(decoded.values(), places, strict=True)]
     dtypes = dict.fromkeys(job.layers, _FLOAT32)
     precision = PRECISIONS[job.request.precision]
     parts: dict[str, list[np.ndarray]] = {name: [] for name in job.layers}
@@ -83,6 +93,14 @@ def _named(images: Picture | Iterable[Picture] | Mapping[str, Picture]) -> dict[
     if not named:
         raise FeatureStoreError("`images` holds no picture.")
     return named
+
+
+def _face_in(name: str, rgb: np.ndarray, detector: Detector) -> tuple[float, ...]:
+    """``BOX`` and ``LANDMARKS`` of the largest face; FeatureStoreError if there is none."""
+    faces = detector.faces(rgb)
+    if not faces:
+        raise FeatureStoreError(f"{name}: no face found. Leave the picture out, or cut it to the face.")
+    return (*faces[0].box, *faces[0].landmarks)
 
 
 def _rgb(name: str, picture: Picture) -> np.ndarray:

@@ -1,5 +1,6 @@
 """The layers of a handful of pictures without a store: the numbers of the store's rows."""
 
+import importlib.util
 from pathlib import Path
 
 import numpy as np
@@ -90,3 +91,16 @@ def test_what_a_caching_run_refuses(paths: list[str]) -> None:
         activations(paths[0], ["conv"], weights="random:0")
     with pytest.raises(FeatureStoreError, match=r"there is no weights file nowhere\.pth"):
         activations(paths[0], LAYERS, weights="nowhere.pth")
+
+
+def test_faces_are_found_first(orl: Path) -> None:
+    """Two photographs of one person are near to a trained network, turned upright; another's is not."""
+    pytest.importorskip("dlib", reason="dlib-bin is not installed")
+    if importlib.util.find_spec("face_recognition_models") is None:
+        pytest.skip("face_recognition_models is not installed")
+    network = {"backbone": "dlib_resnet_v1", "weights": "packaged", "device": "cpu", "find_faces": True}
+    paths = [orl / "s1" / "1.pgm", orl / "s1" / "2.pgm", orl / "s2" / "1.pgm"]
+    mine, again, other = activations(paths, "descriptor", **network)["descriptor"].values
+    assert np.linalg.norm(mine - again) < 0.6 < np.linalg.norm(mine - other)
+    with pytest.raises(FeatureStoreError, match="empty: no face found"):
+        activations({"empty": np.zeros((80, 80, 3), np.uint8)}, "descriptor", **network)
