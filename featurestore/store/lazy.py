@@ -2,6 +2,7 @@
 
 from collections.abc import Mapping
 from dataclasses import replace
+from itertools import pairwise
 from typing import Any
 
 import dask.array as da
@@ -55,7 +56,7 @@ def block_bounds(n_items: int, slots: int, row_bytes: int) -> list[tuple[int, in
         starts = [
             start for shard in range(0, n_items, slots) for start in range(shard, min(shard + slots, n_items), most)
         ]
-    return list(zip(starts, [*starts[1:], n_items], strict=True))
+    return [(start, stop) for start, stop in pairwise([*starts, n_items])]
 
 
 def _read_block(

@@ -11,6 +11,7 @@ import numpy as np
 import pandas as pd
 import pytest
 import xarray as xr
+from distributed import LocalCluster
 from scipy import stats
 from scipy.spatial.distance import pdist, squareform
 
@@ -153,8 +154,13 @@ def test_an_rdm_is_scipys(dataset: xr.Dataset, values: np.ndarray, metric: str) 
     assert np.array_equal(found, found.T)
     assert not found.diagonal().any()
     assert float(lazy.sel(item="f3|1", other="f20|2")) == found[10, 62]
-    with dask.config.set(scheduler="processes", num_workers=2):
-        assert np.array_equal(rdm(dataset["late"], metric=metric).values, rdm(dataset, "late", metric=metric).values)
+
+
+def test_processes_give_the_same(small_store: Path) -> None:
+    store = FeatureStore.open(small_store)
+    here = rdm(store, LAYERS[1], metric="correlation").values
+    with scheduler("processes"), dask.config.set(num_workers=2):
+        assert np.array_equal(rdm(store, LAYERS[1], metric="correlation").values, here)
 
 
 def test_an_rdm_of_half_precision_rows(tmp_path: Path) -> None:
@@ -378,6 +384,18 @@ def test_blocks_shrink_with_the_cap() -> None:
     assert sizes[-1] >= 1
     with dask.config.set(num_workers=4):
         assert block_rows(100_000, 2 << 30, 1 << 22) < sizes[-1]
+
+
+def test_a_cluster_gives_the_same(small_store: Path) -> None:
+    store = FeatureStore.open(small_store)
+    here = rdm(store, LAYERS[1]).values
+    cluster = LocalCluster(n_workers=2, threads_per_worker=1, dashboard_address=None)
+    with cluster, scheduler(cluster.scheduler_address) as where:
+        assert where.startswith(f"2 workers at {cluster.scheduler_address}")
+        assert np.array_equal(rdm(store, LAYERS[1]).values, here)
+        assert compare_layers(store).shape == (2, 2)
+    with pytest.raises(FeatureStoreError, match=r"no Dask scheduler answers at tcp://127.0.0.1:9"):
+        scheduler("tcp://127.0.0.1:9").__enter__()
 
 
 CAPPED = """

@@ -9,6 +9,7 @@ import pytest
 import torch
 
 from featurestore import FeatureStore, FeatureStoreError
+from featurestore.store.rows import Rows
 from featurestore.store.shards import DamagedShard
 from tests.conftest import LAYERS, run_pass, write_photographs
 
@@ -118,6 +119,30 @@ def test_old_rows_outlive_a_rewritten_shard(tmp_path: Path) -> None:
     assert torch.equal(FeatureStore.open(tmp_path / "s.zarr").rows("maxp_2_2").gather([0, 1, 2]), before)
 
 
+def test_rows_by_number_and_by_key(small_store: Path, small_rows: dict[str, np.ndarray]) -> None:
+    store = FeatureStore.open(small_store)
+    rows, wanted = store.rows("maxp_2_2"), store.rows("maxp_2_2").gather(range(10))
+    assert np.allclose(wanted, small_rows["maxp_2_2"], atol=1e-2)
+    assert torch.equal(rows["f2", "1"], wanted[2])
+    assert torch.equal(rows["f2"], wanted[2:4])
+    assert torch.equal(rows[3], wanted[3])
+    assert torch.equal(rows[np.int64(3)], wanted[3])
+    assert torch.equal(rows[2:9:3], wanted[2:9:3])
+    assert torch.equal(rows[[4, 4, 1]], wanted[[4, 4, 1]])
+    assert np.array_equal(np.asarray(rows), wanted.numpy())
+    assert np.asarray(rows, np.float16).dtype == np.float16
+    assert store.find(face="f2").tolist() == store.find("f2").tolist() == [2, 3]
+    assert store.find(face=["f5", "f1"]).tolist() == [8, 9, 0, 1]
+    with pytest.raises(FeatureStoreError, match="has no view '7'"):
+        rows["f2", "7"]
+    with pytest.raises(IndexError, match="row 10 is outside"):
+        rows[10]
+    with pytest.raises(FeatureStoreError, match=r"by `keys`, .* or by `face`; give one of the two"):
+        store.find([("f1", "1")], face="f1")
+    with pytest.raises(FeatureStoreError, match="these rows know no keys"):
+        Rows(store.layers["maxp_2_2"])["f2"]
+
+
 def test_maps_and_files_are_given_back(small_store: Path) -> None:
     def used() -> tuple[int, int]:
         maps = Path("/proc/self/maps")
@@ -126,10 +151,10 @@ def test_maps_and_files_are_given_back(small_store: Path) -> None:
         return maps.read_text().count(str(small_store)), len(os.listdir("/proc/self/fd"))
 
     gc.collect()
-    files = used()[1]
+    before = used()[1]
     rows = FeatureStore.open(small_store).rows("maxp_2_2")
     rows.gather([0])
-    assert used() == (3, files)  # a mapped file need not stay open
+    assert used() == (3, before + 1)  # a mapped file need not stay open, the source's folder does
     del rows
     gc.collect()
-    assert used() == (0, files)
+    assert used() == (0, before)

@@ -11,8 +11,11 @@ import pytest
 import tensorstore
 import xarray as xr
 import zarr
+from dask.system import CPU_COUNT
 
 from featurestore import FeatureStore, FeatureStoreError
+from featurestore.store import lazy
+from featurestore.store.lazy import block_bounds
 from tests.conftest import LAYERS, run_pass, write_photographs
 
 KEPT = Path(__file__).parent / "data" / "version-1.zarr"
@@ -300,6 +303,28 @@ def test_what_others_put_beside_our_arrays_stays(tmp_path: Path) -> None:
     run_pass(write_photographs(tmp_path / "p", 5, 1), tmp_path / "s.zarr", ["maxp_2_2"])
     assert FeatureStore.open(tmp_path / "s.zarr").source().n_items == 5
     assert np.array_equal(zarr.open_group(tmp_path / "s.zarr" / source.name, mode="r")["rdm"][:], np.eye(3))
+
+
+@pytest.mark.parametrize(
+    ("n", "slots", "row_bytes"), [(500, 500, 16_384), (500, 64, 16_384), (7, 4, 10), (9_999, 256, 100_352), (0, 4, 8)]
+)
+def test_dask_blocks(n: int, slots: int, row_bytes: int) -> None:
+    """All items, in order, at least as many blocks as cores; none within two shards in part, none above 64 MiB."""
+    bounds = block_bounds(n, slots, row_bytes)
+    assert [item for start, stop in bounds for item in range(start, stop)] == list(range(n))
+    assert len(bounds) >= min(n, CPU_COUNT)
+    for start, stop in bounds:
+        whole = start % slots == 0 and (stop % slots == 0 or stop == n)
+        assert whole or start // slots == (stop - 1) // slots
+        assert (stop - start) * row_bytes <= 1 << 26
+
+
+def test_dask_reads_parts_of_shards(small_store: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    source = FeatureStore.open(small_store).source()
+    monkeypatch.setattr(lazy, "BLOCK_BYTES", 3 * source.layers["maxp_2_2"].row_bytes)
+    array = source.dask("maxp_2_2")
+    assert array.chunks[0] == (3, 1, 3, 1, 2)
+    assert np.array_equal(array.compute(), np.asarray(source.rows("maxp_2_2")))
 
 
 def test_other_rows_have_another_dask_name(tmp_path: Path) -> None:
