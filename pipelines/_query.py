@@ -16,8 +16,10 @@ if TYPE_CHECKING:
     import pandas as pd
 
     from featurestore import FeatureStore
+    from featurestore.store.reader import Source
 
 SHOWN = 20  # rows of a table on the screen
+_WIDTH = 100  # of the screen, in characters
 
 _OPTIONS: dict[str, Callable[..., Any]] = {
     "store": click.option(
@@ -62,7 +64,7 @@ class Asked:
     store: Path
     layers: tuple[str, ...]
     sources: tuple[str, ...]
-    out: Path | None
+    out: Path | None = None
     where: tuple[str, ...] = ()
     metric: str = "cosine"
     memory: str = "1GiB"
@@ -104,9 +106,7 @@ def asking(asked: Asked, doing: str) -> "Iterator[FeatureStore]":
     from pipelines._progress import TaskProgress
 
     opened = FeatureStore.open(asked.store)
-    for source in [opened.source(name) for name in asked.sources] or opened.sources.values():
-        if not asked.layers or source.layers.keys() & set(asked.layers):
-            click.echo(f"{source.attributes['backbone']}, weights {source.weights}")
+    name_networks(opened, asked)
     with running(asked.scheduler) as where:
         if where:
             click.echo(where, err=True)
@@ -114,19 +114,56 @@ def asking(asked: Asked, doing: str) -> "Iterator[FeatureStore]":
             yield opened
 
 
-def show(table: "pd.DataFrame", out: Path | None, notes: list[str] | tuple[str, ...] = ()) -> None:
-    """The first rows on the screen, all of them into ``out``, and what was left out."""
+def sources_asked(opened: "FeatureStore", asked: Asked) -> "list[Source]":
+    """Those named, or all, that hold any of the layers asked for."""
+    named = [opened.source(name) for name in asked.sources] or list(opened.sources.values())
+    return [source for source in named if not asked.layers or source.layers.keys() & set(asked.layers)]
+
+
+def name_networks(opened: "FeatureStore", asked: Asked) -> None:
+    """Say which networks the answer is about, and with which weights: random ones are called so."""
+    for source in sources_asked(opened, asked):
+        click.echo(f"{source.attributes['backbone']}, weights {source.weights}")
+
+
+def show(
+    table: "pd.DataFrame",
+    out: Path | None,
+    notes: list[str] | tuple[str, ...] = (),
+    seen: "pd.DataFrame | None" = None,
+) -> None:
+    """The first rows on the screen, all of them into ``out``, and what was left out. ``seen`` is shown instead, if given."""
     from featurestore.queries.output import write_result
 
-    shown = table.head(SHOWN)
-    index = bool(table.index.names[0])
-    click.echo(shown.to_string(index=index, float_format=lambda value: f"{value:.3f}"))
-    if len(table) > len(shown):
-        click.echo(f"and {len(table) - len(shown):,} more rows" + ("" if out else "; --out FILE writes all"))
+    seen = table if seen is None else seen
+    click.echo(_on_the_screen(seen.head(SHOWN)))
+    if len(seen) > SHOWN:
+        click.echo(f"and {len(seen) - SHOWN:,} more rows" + ("" if out else "; --out FILE writes all"))
     for note in notes:
         click.echo(f"Left out: {note}.", err=True)
     if out:
         wrote(write_result(table, out))
+
+
+def _on_the_screen(table: "pd.DataFrame") -> str:
+    """As text. Where it is too wide, columns of a named index are wrapped, and other tables have headings of two lines."""
+    import pandas as pd
+
+    style: dict[str, Any] = {"float_format": lambda value: f"{value:.3f}"}
+    if table.index.names[0]:
+        return table.to_string(line_width=_WIDTH, **style)
+    text = table.to_string(index=False, **style)
+    if len(text.partition("\n")[0]) <= _WIDTH:
+        return text
+    headings = pd.MultiIndex.from_tuples([_in_two(str(name)) for name in table.columns])
+    return table.set_axis(headings, axis=1).to_string(index=False, sparsify=False, **style)
+
+
+def _in_two(name: str) -> tuple[str, str]:
+    """``effective_dimension`` as two lines, about as long as each other; a single word is the lower one."""
+    words = name.split("_")
+    halves = [("_".join(words[:i]), "_".join(words[i:])) for i in range(len(words))]
+    return min(halves, key=lambda half: max(map(len, half)))
 
 
 def wrote(paths: list[Path]) -> None:

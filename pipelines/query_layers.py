@@ -6,7 +6,7 @@ from typing import TYPE_CHECKING, Any
 import click
 
 from pipelines._cli import Command, progress_bar
-from pipelines._query import SHOWN, Asked, asking, check, query, show, wrote
+from pipelines._query import SHOWN, Asked, asking, check, name_networks, query, show, sources_asked, wrote
 
 if TYPE_CHECKING:
     from featurestore import FeatureStore
@@ -65,12 +65,14 @@ def rdm(asked: Asked, by: str | None, pca: float | None) -> None:
         if asked.figure:
             from featurestore.figures import draw_rdm
 
-            wrote([draw_rdm(matrix, asked.figure, _photographs(opened, asked.sources) if by is None else None)])
+            wrote([draw_rdm(matrix, asked.figure, _photographs(opened, asked) if by is None else None)])
 
 
-def _photographs(store: "FeatureStore", sources: tuple[str, ...]) -> dict[str, Path]:
-    """Where each item's photograph lies, by ``face|view``."""
-    found = store.source(sources[0]) if sources else next(iter(store.sources.values()))
+def _photographs(store: "FeatureStore", asked: Asked) -> dict[str, Path] | None:
+    """Where each item's photograph lies, by ``face|view``; None for activations that were imported without them."""
+    found = next((source for source in sources_asked(store, asked) if "path" in source.items), None)
+    if found is None:
+        return None
     return {"|".join(key): Path(path) for key, path in zip(found.keys, found.coordinate("path"), strict=True)}
 
 
@@ -148,7 +150,7 @@ def neighbours(asked: Asked, of: tuple[str, ...], k: int, other_faces: bool) -> 
         table = nearest(
             opened,
             given.pop("layers"),
-            of or None,
+            list(of) or None,
             k=k,
             metric=asked.metric,
             other_faces=other_faces,
@@ -156,9 +158,15 @@ def neighbours(asked: Asked, of: tuple[str, ...], k: int, other_faces: bool) -> 
         )
         show(table, asked.out)
         if asked.figure:
+            from featurestore.errors import FeatureStoreError
             from featurestore.figures import draw_neighbours
 
-            wrote([draw_neighbours(table, _photographs(opened, asked.sources), asked.figure)])
+            photographs = _photographs(opened, asked)
+            if photographs is None:
+                raise FeatureStoreError(
+                    "these activations were imported without their photographs, so there is no sheet to draw. Leave `figure` out."
+                )
+            wrote([draw_neighbours(table, photographs, asked.figure)])
 
 
 @query(
@@ -179,7 +187,10 @@ def identify(asked: Asked, held_out: tuple[str, ...]) -> None:
 
     check(asked)
     opened = FeatureStore.open(asked.store)
-    show(identification_table(opened, held_out, asked.layers or None, asked.sources or None), asked.out)
+    name_networks(opened, asked)
+    table = identification_table(opened, held_out, asked.layers or None, asked.sources or None)
+    known = ["backbone", "weights", *(["source"] if table["layer"].is_unique else [])]
+    show(table, asked.out, seen=table.drop(columns=known))
 
 
 @query(
@@ -202,16 +213,14 @@ def verify_faces(asked: Asked, pairs: Path | None, n_pairs: int, seed: int) -> N
     with asking(asked, "pairs") as opened:
         given = asked.options()
         found = verify(opened, pairs=pairs, metric=asked.metric, n_pairs=n_pairs, seed=seed, **given)
-    show(found.table.set_index("layer").T.rename_axis(None), None)
-    if asked.out:
-        from featurestore.queries.output import write_result
-
-        wrote(write_result(found.table, asked.out))
+    upright = found.table.set_index("layer").astype(object).T.rename_axis(index="score", columns=None)
+    show(found.table, asked.out, seen=upright)
     if asked.figure:
         from featurestore.figures import draw_roc
 
         areas = {
-            row.layer: f"{row.area:.3f} [{row.area_low:.3f}, {row.area_high:.3f}]" for row in found.table.itertuples()
+            row.layer: f"area {row.area:.3f} [{row.area_low:.3f}, {row.area_high:.3f}]"
+            for row in found.table.itertuples()
         }
         wrote([draw_roc(found.roc, asked.figure, areas)])
 
@@ -286,7 +295,7 @@ def invariance(asked: Asked, reference: str | None) -> None:
     if asked.figure:
         from featurestore.figures import draw_invariance
 
-        wrote([draw_invariance(table, asked.figure)])
+        wrote([draw_invariance(table, asked.figure, f"mean {asked.metric} distance")])
 
 
 @query(
@@ -348,6 +357,7 @@ def export(asked: Asked, form: str, to: Path, by: str | None) -> None:
     from featurestore.queries.selection import select
 
     opened, given = FeatureStore.open(asked.store), asked.options()
+    name_networks(opened, asked)
     chosen = select(opened, given["layers"], sources=given["sources"], where=given["where"], by=by)
     with progress_bar(len(chosen) * len(chosen.layers), "exporting", " rows") as bar:
         written = write(opened, to, format=form, by=by, progress=bar.update, **given)

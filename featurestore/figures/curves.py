@@ -137,6 +137,7 @@ def _finish_profiles(figure: "Figure", grid: Any, count: int, columns: int, name
         if names:
             room = (figure.get_figwidth() - 0.6) / columns - 0.15
             _name_ticks(axes, names, room)
+            axes.set_xlim(-0.5, len(names) - 0.5)
         else:
             axes.xaxis.set_major_locator(MaxNLocator(6, steps=[1, 1.5, 3, 4.5, 6, 9, 10]))
     figure.supxlabel("views" if names else "difference of views (degrees)", fontsize=8)

@@ -70,7 +70,7 @@ def mean(
     Each row is read once. Computing holds ``memory`` bytes at most beside the result. Options are those of ``rdm``, and so are
     the errors; FeatureStoreError for more than one layer.
     """
-    chosen, rows = one_layer(select(data, layer, sources=sources, where=where, items=items), "a mean")
+    chosen, rows = one_layer(select(data, layer, sources=sources, where=where, items=items), "means")
     parts = groups(chosen.labels, by) if by else {"": np.arange(len(chosen))}
     codes = np.empty(len(chosen), np.int64)
     for code, places in enumerate(parts.values()):

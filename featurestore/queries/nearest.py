@@ -56,7 +56,8 @@ def neighbours(
 
 def _places(of: Keys, index: pd.Index) -> np.ndarray:
     """Places of the keys, of all views of the faces, or of the groups, that are asked for."""
-    given: list[Any] = [of] if isinstance(of, str) or (isinstance(of, tuple) and of in index) else list(of)
+    one_key = isinstance(of, str) or (isinstance(of, tuple) and len(of) == index.nlevels and of in index)
+    given: list[Any] = [of] if one_key else list(of)
     by_face = pd.Series(0, index).groupby(level=0, sort=False).indices
     places: list[int] = []
     for named in given:
@@ -76,8 +77,11 @@ def _as_key(named: Any, index: pd.Index, faces: Collection[str]) -> str | tuple[
     """A face or group, or a (face, view) pair, which may be written ``face|view``."""
     if not isinstance(named, str):
         return str(named) if index.nlevels == 1 else (str(named[0]), str(named[1]))
-    face, bar, view = named.rpartition("|")
-    return (face, view) if bar and index.nlevels > 1 and named not in faces else named
+    if index.nlevels == 1 or named in faces or "|" not in named:
+        return named
+    pieces = named.split("|")  # a mirrored view's own name has a bar
+    keys = [("|".join(pieces[:i]), "|".join(pieces[i:])) for i in range(1, len(pieces))]
+    return next((key for key in keys if key in index), keys[-1])
 
 
 def _nearest(

@@ -186,9 +186,8 @@ def _differences(items: pd.DataFrame, column: str, by: str | None, names: np.nda
     """A square table of the absolute differences of a metadata column between the means of groups, or between items."""
     numeric = list(items.select_dtypes("number").columns)
     if column not in numeric:
-        raise FeatureStoreError(
-            f"`pairs` {column!r} is neither a file nor a metadata column of numbers. {near_matches(column, map(str, numeric))}"
-        )
+        near = near_matches(column, map(str, numeric)) if numeric else "There is no such column: give a CSV of pairs."
+        raise FeatureStoreError(f"`pairs` {column!r} is neither a file nor a metadata column of numbers. {near}")
     key = {"face": "face_id"}.get(by or "", by)
     means = items.reset_index().groupby(key)[column].mean() if key else items[column]
     if key:
