@@ -15,7 +15,7 @@ EPILOG = r"""
 Examples:
 
   python pipelines/query_layers.py rdm --layers fc7-relu --by face --out rdm.csv --figure rdm.png
-  python pipelines/query_layers.py neighbours --layers fc7-relu --of head-007 -k 3 --figure neighbours.png
+  python pipelines/query_layers.py neighbours --layers fc7-relu --of face-007 -k 3 --figure neighbours.png
   python pipelines/query_layers.py rsa --pairs similarity.csv --figure rsa.svg
 
 Each command has --help with examples of its own.
@@ -70,7 +70,7 @@ def rdm(asked: Asked, by: str | None, pca: float | None) -> None:
 
 def _photographs(store: "FeatureStore", asked: Asked) -> dict[str, Path] | None:
     """Where each item's photograph lies, by ``face|view``; None for activations that were imported without them."""
-    found = next((source for source in sources_asked(store, asked) if "path" in source.items), None)
+    found = next((source for source in sources_asked(store, asked) if source.items["path"].astype(bool).all()), None)
     if found is None:
         return None
     return {"|".join(key): Path(path) for key, path in zip(found.keys, found.coordinate("path"), strict=True)}
@@ -132,8 +132,8 @@ def rsa(
 @query(
     main,
     "neighbours",
-    r"""  python pipelines/query_layers.py neighbours --layers fc7-relu --of head-007 -k 3 --figure neighbours.png
-  python pipelines/query_layers.py neighbours --layers fc7-relu --of "head-007|yaw+30" --other-faces
+    r"""  python pipelines/query_layers.py neighbours --layers fc7-relu --of face-007 -k 3 --figure neighbours.png
+  python pipelines/query_layers.py neighbours --layers fc7-relu --of "face-007|yaw+30" --other-faces
   python pipelines/query_layers.py neighbours --layers fc7-relu -k 10 --out neighbours.parquet
 """,
 )

@@ -34,7 +34,7 @@ def write_result(result: pd.DataFrame | xr.DataArray | xr.Dataset, path: Path) -
     """Write a table or array, computing it if it is lazy, and put it in place when it is complete; returns what was written.
 
     Two-dimensional arrays become a square table in CSV and Parquet, names along both sides. NumPy has a CSV of the names of
-    its first axis, or the table's columns, beside. Raises FeatureStoreError for another ending, and for more dimensions than
+    its axes, if they have any, or the table's columns, beside. Raises FeatureStoreError for another ending, and for more dimensions than
     a table has.
     """
     several = isinstance(result, xr.Dataset) or (isinstance(result, xr.DataArray) and result.ndim != 2)
@@ -106,6 +106,8 @@ def _write_numpy(result: Any, path: Path) -> list[Path]:
             with partial.open("wb") as file:
                 np.save(file, made)
     along = [dim for dim in result.dims if dim in result.coords]
+    if not along:
+        return [path]
     write_atomically(
         names, pd.concat([pd.Series(result[dim].values, name=dim) for dim in along], axis=1).to_csv(index=False)
     )
