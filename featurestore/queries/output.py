@@ -33,9 +33,9 @@ def check_ending(path: Path, several: bool = False) -> None:
 def write_result(result: pd.DataFrame | xr.DataArray | xr.Dataset, path: Path) -> list[Path]:
     """Write a table or array, computing it if it is lazy, and put it in place when it is complete; returns what was written.
 
-    Two-dimensional arrays become a square table in CSV and Parquet, names along both sides. NumPy has a CSV of the names of
-    its axes, if they have any, or the table's columns, beside. Raises FeatureStoreError for another ending, and for more dimensions than
-    a table has.
+    Two-dimensional arrays become a square table in CSV and Parquet, names along both sides. NumPy has a CSV of the names along
+    its axes, if there are any, or the table's columns, beside. Raises FeatureStoreError for another ending, and for more
+    dimensions than a table has.
     """
     several = isinstance(result, xr.Dataset) or (isinstance(result, xr.DataArray) and result.ndim != 2)
     check_ending(path, several)

@@ -14,12 +14,14 @@ import numpy as np
 import pandas as pd
 import pytest
 import xarray as xr
+from matplotlib.figure import Figure
 from PIL import Image
 
 from featurestore.errors import FeatureStoreError
 from featurestore.figures import (
     check_ending,
     clustered_order,
+    curves,
     draw_invariance,
     draw_layer_matrix,
     draw_neighbours,
@@ -226,6 +228,19 @@ def test_neighbours_of_groups_have_no_frames(tmp_path: Path, files: dict) -> Non
     table = neighbours(values, None, by="face", k=2, items=items)
     path = draw_neighbours(table, {face: path for (face, _), path in files.items()}, tmp_path / "a.svg", most=2)
     assert "same face" not in texts(path)
+
+
+def test_a_single_pair_of_views_stands_in_the_middle(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    limits = []
+    finish = curves._finish_profiles
+
+    def finished(figure: Figure, grid: np.ndarray, *rest: object) -> None:
+        finish(figure, grid, *rest)
+        limits.extend(axes.get_xlim() for axes in grid)
+
+    monkeypatch.setattr(curves, "_finish_profiles", finished)
+    draw_invariance(profiles(["another photograph"]), tmp_path / "a.svg")
+    assert limits == [(-0.5, 0.5)] * 2
 
 
 def test_many_names_are_shortened_or_left_out(tmp_path: Path) -> None:

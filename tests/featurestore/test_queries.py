@@ -228,6 +228,29 @@ def test_neighbours_are_those_of_the_whole_matrix(values: np.ndarray, other_face
     assert some["neighbour_face_id"].tolist()[:4] == table["neighbour_face_id"].tolist()[84:88]
 
 
+def test_of_one_face_in_a_tuple_and_of_a_mirrored_view(values: np.ndarray) -> None:
+    items = [(face, view) for face in ("a", "b|c") for view in ("frontal", "frontal|flipped")]
+    for of, asked in (
+        (("a",), items[:2]),
+        (("a", "b|c"), items),
+        (("a", "frontal"), items[:1]),
+        (["a|frontal|flipped"], items[1:2]),
+        (["b|c|frontal|flipped", "b|c|frontal"], items[:1:-1]),
+    ):
+        table = neighbours(values[:4], "x", of, items=items, k=1)
+        assert list(zip(table["face_id"], table["view"], strict=True)) == asked
+
+
+def test_a_column_of_differences_is_missing(values: np.ndarray) -> None:
+    with pytest.raises(FeatureStoreError, match=r"`pairs` 'age' is neither .* no such column: give a CSV of pairs\.$"):
+        rsa(values[:9], "age", items=ITEMS[:9])
+
+
+def test_an_array_without_names_is_written_alone(tmp_path: Path) -> None:
+    assert write_result(xr.DataArray(np.eye(3)[0], dims="feature"), tmp_path / "a.npy") == [tmp_path / "a.npy"]
+    assert np.load(tmp_path / "a.npy").tolist() == [1, 0, 0]
+
+
 def test_fewer_items_than_neighbours_asked_for(values: np.ndarray) -> None:
     table = neighbours(values[:4], "x", ("f0", "1"), items=ITEMS[:4], k=9)
     assert len(table) == 3
