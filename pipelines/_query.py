@@ -151,12 +151,12 @@ def _on_the_screen(table: "pd.DataFrame") -> str:
 
     style: dict[str, Any] = {"float_format": lambda value: f"{value:.3f}"}
     if table.index.names[0]:
-        return table.to_string(line_width=_WIDTH, **style)
-    text = table.to_string(index=False, **style)
+        return str(table.to_string(line_width=_WIDTH, **style))
+    text = str(table.to_string(index=False, **style))
     if len(text.partition("\n")[0]) <= _WIDTH:
         return text
     headings = pd.MultiIndex.from_tuples([_in_two(str(name)) for name in table.columns])
-    return table.set_axis(headings, axis=1).to_string(index=False, sparsify=False, **style)
+    return str(table.set_axis(headings, axis=1).to_string(index=False, sparsify=False, **style))
 
 
 def _in_two(name: str) -> tuple[str, str]:
