@@ -80,6 +80,9 @@ def as_typed(message: str) -> str:
     options = {
         param.name: param.opts[0] if isinstance(param, click.Option) else param.human_readable_name for param in params
     }
+    for one, several in (("layer", "layers"), ("source", "sources")):
+        if several in options:
+            options.setdefault(one, options[several])
     return re.sub(r"(?<![\w'\"=<>(])`(\w+)`", lambda match: options.get(match[1], match[0]), message)
 
 

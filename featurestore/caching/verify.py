@@ -121,7 +121,7 @@ def _suspicious_keys(source: Source) -> Iterator[str]:
         yield "an item has an empty face or view"
     hashes = source.coordinate("image_sha256") if "image_sha256" in source.items.columns else np.empty(0, object)
     unknown = int(sum(len(digest) != 64 for digest in hashes))
-    if unknown:
+    if unknown and "imported" not in source.attributes:  # whose photographs were never seen
         yield (
             f"{unknown} items have no photograph hash: a recompute was interrupted; run pipelines/cache_layers.py "
             "again with --recompute-changed"

@@ -27,7 +27,9 @@ def check_ending(path: Path, several: bool = False) -> None:
     if path.suffix == ".zarr" and path.exists():
         raise FeatureStoreError(f"`out` {path} is there already. Choose another name, or remove it.")
     if several and path.suffix in (".csv", ".parquet"):
-        raise FeatureStoreError(f"`out` {path} takes the matrix of one layer. Name one, or write all to .zarr or .npy.")
+        raise FeatureStoreError(
+            f"`out` {path} takes one matrix: name one layer, or write what has more dimensions to .zarr or .npy."
+        )
 
 
 def write_result(result: pd.DataFrame | xr.DataArray | xr.Dataset, path: Path) -> list[Path]:

@@ -12,6 +12,7 @@ import pandas as pd
 from scipy import stats
 
 from featurestore.errors import FeatureStoreError
+from featurestore.keys import BOX, LANDMARKS
 from featurestore.photos.csv_files import read_csv
 from featurestore.queries.blocks import MEMORY
 from featurestore.queries.dissimilarity import rdm
@@ -64,7 +65,7 @@ def rsa(
     names = _short_names(dissimilarities["item"].to_numpy(), dissimilarities.coords.get("face_id"))
     if isinstance(pairs, str) and not Path(pairs).exists():
         chosen_items = select(data, layers, sources=sources, where=where, items=items).labels
-        pairs = _differences(chosen_items, pairs, by, names)
+        value, pairs = None, _differences(chosen_items, pairs, by, names)
     given = _read_pairs(pairs, value, similarity, names)
     chosen = _Pairs.of(given, names)
     rng = np.random.default_rng(seed)
@@ -184,7 +185,7 @@ def tau_a(one: np.ndarray, other: np.ndarray) -> float:
 
 def _differences(items: pd.DataFrame, column: str, by: str | None, names: np.ndarray) -> pd.DataFrame:
     """A square table of the absolute differences of a metadata column between the means of groups, or between items."""
-    numeric = list(items.select_dtypes("number").columns)
+    numeric = [name for name in items.select_dtypes("number").columns if name not in (*BOX, *LANDMARKS)]
     if column not in numeric:
         near = near_matches(column, map(str, numeric)) if numeric else "There is no such column: give a CSV of pairs."
         raise FeatureStoreError(f"`pairs` {column!r} is neither a file nor a metadata column of numbers. {near}")

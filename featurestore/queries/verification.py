@@ -39,7 +39,7 @@ class Verification:
     ``table`` has a row for each layer: layer, n_same and n_different (pairs), area (under the ROC, 0 … 1: the probability that
     a same pair is less dissimilar than a different one, ties counted half), equal_error_rate (0 … 1: where the ROC, straight
     between its points, has as many false accepts as false rejects), accuracy (share of pairs, each by the threshold that is
-    best for the other folds), threshold (their mean over folds), and true_accepts_at_0.1, _0.01 and _0.001: the largest true
+    best for the other folds), chance (the larger kind's share, which the same answer to all pairs gets), threshold (the mean over folds), and true_accepts_at_0.1, _0.01 and _0.001: the largest true
     accept rate of a threshold with at most this false accept rate, NaN with fewer different pairs than its inverse.
 
     The columns _low and _high are 95 % intervals. Those of accuracy are ``intervals.accuracy_over`` with the pairs' faces as
@@ -354,6 +354,7 @@ def _scores(distance: np.ndarray, table: pd.DataFrame) -> tuple[dict[str, Any], 
         "accuracy": score.value,
         "accuracy_low": score.low,
         "accuracy_high": score.high,
+        "chance": max(float(same.mean()), float((~same).mean())),
         "threshold": float(thresholds.mean()),
     }
     row |= {f"true_accepts_at_{rate}": _true_accepts(false, true, rate, n_different) for rate in FALSE_ACCEPTS}

@@ -43,7 +43,7 @@ def invariance(
     Where each view's name holds one number (``yaw+30``, ``-30``, ``348.75``; ``frontal`` is 0, and a mirrored view,
     ``…|flipped``, has the opposite one), the difference is that of the numbers, taken for degrees, on the circle if one is
     above 180. Views that number photographs (1, 2, … or 0, 1, …) say nothing of angles: all differences are then one, ``another
-    photograph``. Otherwise it is the pair of views, ``a – b``. With ``reference``, a view, only pairs with an item of this view
+    photograph`` (of another number, also of other faces). Otherwise it is the pair of views, ``a – b``. With ``reference``, a view, only pairs with an item of this view
     count. All pairs of items are compared, but for those known to show the same photograph (see ``verify_faces``). Other
     options are those of ``rdm``.
 

@@ -397,7 +397,7 @@ def test_results_are_written_whole(dataset: xr.Dataset, tmp_path: Path) -> None:
         write_result(matrix, tmp_path / "r.zarr")
     with pytest.raises(FeatureStoreError, match=r"ends in none of .csv, .parquet, .zarr, .npy"):
         write_result(matrix, tmp_path / "r.txt")
-    with pytest.raises(FeatureStoreError, match=r"takes the matrix of one layer"):
+    with pytest.raises(FeatureStoreError, match=r"takes one matrix: name one layer"):
         write_result(rdm(dataset), tmp_path / "all.csv")
 
 
