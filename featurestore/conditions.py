@@ -32,6 +32,8 @@ def rows_that_meet(condition: str, table: pd.DataFrame) -> np.ndarray:
             f"`where` {condition!r} cannot be evaluated: {type(error).__name__}: {error}. {hint}"
             'It is a comparison such as "gender == \'female\'" or "yaw <= 30".'
         ) from None
+    if isinstance(held, pd.Series) and isinstance(held.dtype, pd.BooleanDtype):
+        held = held.to_numpy(bool, na_value=False)  # what is missing meets no condition
     held = np.asarray(held)
     if held.dtype != bool or held.shape != (len(frame),):
         raise FeatureStoreError(

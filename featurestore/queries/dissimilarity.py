@@ -1,8 +1,10 @@
 """Representational dissimilarity matrices (RDMs): how different each pair of items, or of faces, is to a layer."""
 
 import uuid
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterable, Sequence
 from dataclasses import dataclass, replace
+from functools import reduce
+from itertools import pairwise
 from typing import Any
 
 import dask.array as da
@@ -14,7 +16,7 @@ from scipy.linalg import eigh
 from scipy.spatial.distance import cdist
 
 from featurestore.errors import FeatureStoreError
-from featurestore.queries.blocks import MEMORY, added_up, block_rows, computed, parsed_bytes, run_task, task
+from featurestore.queries.blocks import MEMORY, added_up, block_rows, computed, parsed_bytes, run_task, task, workers
 from featurestore.queries.selection import ArrayReader, Block, Data, Items, LayerRows, Names, Selection, select
 from featurestore.text import human_bytes, listing, near_matches
 
@@ -82,7 +84,8 @@ def unit_rows(values: np.ndarray, block: Block) -> np.ndarray:
 
 def _centred_unit_rows(values: np.ndarray, block: Block) -> np.ndarray:
     lengths = np.sqrt(np.einsum("ij,ij->i", values, values, dtype=np.float64))
-    values -= values.mean(axis=1, dtype=np.float64, keepdims=True).astype(np.float32)
+    # in float64, rounded once: a rounded mean is far off where rows vary little about it
+    np.subtract(values, values.mean(axis=1, dtype=np.float64, keepdims=True), out=values, casting="same_kind")
     centred = np.sqrt(np.einsum("ij,ij->i", values, values, dtype=np.float64))
     _refuse(centred <= _CONSTANT * lengths, block, "do not vary over features, so they cannot be correlated")
     values /= centred[:, None].astype(np.float32)
@@ -207,8 +210,9 @@ def principal_components(layer: LayerRows, share: float, memory: str | int) -> L
         values, vectors = _largest(gram, share)
         scores = vectors * np.sqrt(values)
     else:
-        covariance = added_up([task(_covariance, block, mean) for block in blocks], sum)
-        _, vectors = _largest(covariance, share)
+        edges = np.linspace(0, len(blocks), min(workers()[0], len(blocks)) + 1).astype(int).tolist()
+        tasks = [task(_covariance, blocks[start:stop], mean) for start, stop in pairwise(edges)]
+        _, vectors = _largest(_sum(computed(tasks)), share)
         scores = np.concatenate(computed([task(_projected, block, mean, vectors) for block in blocks]))
     scores = scores.astype(np.float32)
     return LayerRows(layer.name, scores.shape[1:], ArrayReader(scores), np.arange(n), layer.names)
@@ -245,10 +249,20 @@ def _centred_product(one: Block, other: Block, mean: np.ndarray) -> np.ndarray:
     return product
 
 
-def _covariance(block: Block, mean: np.ndarray) -> np.ndarray:
+def _covariance(blocks: Sequence[Block], mean: np.ndarray) -> np.ndarray:
+    """Times the number of rows. Of several blocks: a result for each would be too many squares of the features at once."""
+    return _sum(_centred_square(block, mean) for block in blocks)
+
+
+def _centred_square(block: Block, mean: np.ndarray) -> np.ndarray:
     centred = block.load() - mean
     product: np.ndarray = centred.T @ centred
     return product
+
+
+def _sum(parts: Iterable[np.ndarray]) -> np.ndarray:
+    """Added to the first of them."""
+    return reduce(np.ndarray.__iadd__, parts)
 
 
 def _projected(block: Block, mean: np.ndarray, vectors: np.ndarray) -> np.ndarray:

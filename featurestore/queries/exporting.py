@@ -18,7 +18,7 @@ from featurestore.queries.blocks import MEMORY, block_rows
 from featurestore.queries.selection import Data, Items, LayerRows, Names, Selection, StoredReader, select
 from featurestore.store.file_names import FILE_COLUMN, TABLE, file_names
 from featurestore.store.zarr_format import read_document
-from featurestore.text import near_matches
+from featurestore.text import listing, near_matches
 
 CountRows: TypeAlias = Callable[[int], None]
 
@@ -179,6 +179,12 @@ def _as_numpy(chosen: Selection, attributes: Any, path: Path, memory: str | int,
 
 
 def _as_files(chosen: Selection, attributes: Any, path: Path, memory: str | int, progress: CountRows) -> Iterator[Path]:
+    index = chosen.labels.index
+    if not index.is_unique:
+        raise FeatureStoreError(
+            f"`items` holds {listing(index[index.duplicated()], 3)} twice, which would be one file. Give each its own view, or "
+            "choose `format` numpy."
+        )
     names = file_names(layer.name for layer in chosen.layers)
     files = _files_of(chosen.labels.index)
     for layer in chosen.layers:

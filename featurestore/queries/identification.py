@@ -142,5 +142,13 @@ def nearest(rows: Rows, probes: np.ndarray, gallery: np.ndarray) -> np.ndarray:
 
 
 def _unit(rows: Rows, items: np.ndarray) -> torch.Tensor:
-    """Rows (n, features) of length 1, float32."""
-    return torch.nn.functional.normalize(rows.gather(items).flatten(1).float(), dim=1)
+    """Rows (n, features) of length 1 (those of zeros stay so), float32; FeatureStoreError if one holds NaN or infinity."""
+    values = rows.gather(items).flatten(1).float()
+    largest = values.abs().amax(dim=1, keepdim=True)
+    if not largest.isfinite().all():
+        raise FeatureStoreError(
+            f"layer {rows.layer.name!r} holds NaN or infinite numbers for {int((~largest.isfinite()).sum())} of {len(items)} "
+            "items. Find out why with pipelines/verify_store.py, or choose other `layers`."
+        )
+    values /= largest.masked_fill(largest == 0, 1)  # so that squares neither vanish nor overflow
+    return torch.nn.functional.normalize(values, dim=1)

@@ -9,6 +9,7 @@ import pandas as pd
 from featurestore.errors import FeatureStoreError
 from featurestore.queries.blocks import MEMORY, added_up, block_rows, computed, task
 from featurestore.queries.dissimilarity import column_means, get_metric
+from featurestore.queries.moments import subset
 from featurestore.queries.selection import Block, Data, Items, LayerRows, Names, select
 from featurestore.text import near_matches
 
@@ -86,6 +87,8 @@ class _Kernel:
             product: np.ndarray = a @ b.T
             return product
         distance: np.ndarray = get_metric("euclidean").compare(a.astype(np.float64), b.astype(np.float64))
+        if self.kind == "euclidean":
+            return distance
         kernel: np.ndarray = np.exp(-((distance / self.width) ** 2) / 2)
         return kernel
 
@@ -103,15 +106,23 @@ def _kernels(layers: Sequence[LayerRows], measure: str, metric: str, bandwidth: 
     means = [column_means(layer, size).astype(np.float32) for layer in layers]
     if measure != "rbf-cka":
         return [_Kernel("linear", mean) for mean in means]
-    medians = computed([task(_median_distance, layer) for layer in layers])
+    medians = [_median_distance(layer, mean, size) for layer, mean in zip(layers, means, strict=True)]
     return [_Kernel("rbf", mean, bandwidth * median) for mean, median in zip(means, medians, strict=True)]
 
 
-def _median_distance(layer: LayerRows) -> float:
+def _median_distance(layer: LayerRows, mean: np.ndarray, size: int) -> float:
+    """Of the pairs of at most ``_SAMPLE`` items, ``size`` at once."""
     places = np.unique(np.linspace(0, len(layer) - 1, min(len(layer), _SAMPLE)).astype(int))
-    values = layer.block(places).load().astype(np.float64)
-    distance = get_metric("euclidean").compare(values, values)
-    return float(np.median(distance[np.triu_indices(len(values), 1)])) or 1.0
+    blocks = subset(layer, places).blocks(size)
+    kernel = _Kernel("euclidean", mean)
+    tasks = [task(_distances, kernel, one, other) for i, one in enumerate(blocks) for other in blocks[i:]]
+    return float(np.median(np.concatenate(computed(tasks)))) or 1.0
+
+
+def _distances(kernel: _Kernel, one: Block, other: Block) -> np.ndarray:
+    """Of all pairs of different items, (pairs,) float32."""
+    distance = kernel.of(one, other)
+    return distance[np.triu_indices(len(distance), 1)] if one is other else distance.ravel()
 
 
 @dataclass(frozen=True)

@@ -95,29 +95,35 @@ def _descriptions(parts: Sequence[LayerRows], memory: str | int) -> list[dict[st
 def _described_block(block: Block) -> dict[str, Any]:
     values = block.load()
     moments = block_moments(values)
+    values /= _scale(moments)
     return _described(moments, _square(values, values))
 
 
 def _described_blocks(layer: LayerRows, size: int, memory: str | int) -> dict[str, Any]:
     moments = all_moments(layer, size, memory)
     starts = range(0, len(layer), size)
-    return _described(
-        moments, sum(computed([task(_gram_squares, layer, start, size, moments.mean) for start in starts]))
-    )
+    tasks = [task(_gram_squares, layer, start, size, moments.mean, _scale(moments)) for start in starts]
+    return _described(moments, sum(computed(tasks)))
 
 
-def _gram_squares(layer: LayerRows, start: int, size: int, centre: np.ndarray) -> float:
+def _scale(moments: Moments) -> float:
+    """The largest difference to the mean, 1 if there is none: squares of numbers divided by it fit into float32."""
+    return float(max((moments.most - moments.mean).max(), (moments.mean - moments.least).max())) or 1.0
+
+
+def _gram_squares(layer: LayerRows, start: int, size: int, centre: np.ndarray, scale: float) -> float:
     """Sum of the squared products of the rows of the block at ``start`` with these and, twice, with all that come later."""
-    mine = _centred(layer.block(slice(start, start + size)), centre)
+    mine = _centred(layer.block(slice(start, start + size)), centre, scale)
     total = _square(mine, mine)
     for first in range(start + size, len(layer), size):
-        total += 2 * _square(mine, _centred(layer.block(slice(first, first + size)), centre))
+        total += 2 * _square(mine, _centred(layer.block(slice(first, first + size)), centre, scale))
     return total
 
 
-def _centred(block: Block, centre: np.ndarray) -> np.ndarray:
+def _centred(block: Block, centre: np.ndarray, scale: float) -> np.ndarray:
     values = block.load()
     np.subtract(values, centre, out=values, casting="same_kind")
+    values /= scale
     return values
 
 
@@ -127,10 +133,11 @@ def _square(one: np.ndarray, other: np.ndarray) -> float:
 
 
 def _described(moments: Moments, gram_squares: float) -> dict[str, Any]:
+    """A row of the table; ``gram_squares`` of rows divided by ``_scale``."""
     n, units = moments.n, len(moments.mean)
     variance = moments.within / n
     several = n > 1
-    trace = float(moments.within.sum())
+    trace = float(moments.within.sum()) / _scale(moments) ** 2
     return {
         "items": n,
         "units": units,

@@ -42,6 +42,9 @@ def neighbours(
             f"neighbours are those in one layer; this would be {listing(each.name for each in chosen.layers)}. Name one `layer`."
         )
     (rows,) = chosen.layers
+    if k < 1:
+        raise FeatureStoreError(f"`k` {k} is no number of neighbours: give 1 or more.")
+    k = min(k, len(rows))
     asked = np.arange(len(rows)) if of is None else _places(of, chosen.labels.index)
     faces = chosen.labels.index.get_level_values(0).to_numpy(object)
     groups = pd.factorize(faces)[0] if other_faces and by is None else np.arange(len(rows))
@@ -62,8 +65,8 @@ def _places(of: Keys, index: pd.Index) -> np.ndarray:
     places: list[int] = []
     for named in given:
         key = _as_key(named, index, by_face)
-        found = by_face.get(key) if isinstance(key, str) else index.get_indexer([key])
-        if found is None or found[0] < 0:
+        found = by_face.get(key) if isinstance(key, str) else np.flatnonzero(index.isin([key]))
+        if found is None or not len(found):
             known = by_face if isinstance(key, str) else [view for face, view in index if face == key[0]] or by_face
             near = near_matches(
                 key if isinstance(key, str) else key[1 if key[0] in by_face else 0], list(map(str, known))[:10_000]
@@ -110,17 +113,25 @@ def _merged(places: np.ndarray, nearest: np.ndarray, distance: np.ndarray, start
         return places, nearest
     width = min(k, int(counts.max()))
     part = distance[changed] if len(changed) < len(distance) else distance
-    best = (
-        np.argpartition(part, width - 1, axis=1)[:, :width]
-        if width < part.shape[1]
-        else np.tile(np.arange(width), (len(part), 1))
-    )
+    best = _least(part, width)
     values = np.concatenate([nearest[changed], np.take_along_axis(part, best, 1)], axis=1)
     which = np.concatenate([places[changed], best + start], axis=1)
     order = np.lexsort((which, values), axis=1)[:, :k]
     nearest[changed] = np.take_along_axis(values, order, 1)
     places[changed] = np.take_along_axis(which, order, 1)
     return places, nearest
+
+
+def _least(values: np.ndarray, width: int) -> np.ndarray:
+    """(n, width) places of the least of each row, in ascending order of place; of equals the earlier ones."""
+    if width == values.shape[1]:
+        return np.tile(np.arange(width), (len(values), 1))
+    last = np.partition(values, width - 1, axis=1)[:, width - 1 : width]
+    chosen = values < last
+    equal = values == last
+    equal &= equal.cumsum(axis=1, dtype=np.int32) <= width - chosen.sum(axis=1, keepdims=True)
+    chosen |= equal
+    return np.nonzero(chosen)[1].reshape(-1, width)
 
 
 def _table(index: pd.Index, asked: np.ndarray, near: np.ndarray, distance: np.ndarray) -> pd.DataFrame:

@@ -209,7 +209,10 @@ def select(
     Raises FeatureStoreError for names that are not there (with those near them), conditions that cannot be evaluated, sources
     without a photograph in common, and if nothing is left.
     """
-    chosen, labels, notes = _found(data, _listed(layers), _listed(sources), items)
+    names = _listed(layers)
+    if names == []:
+        raise FeatureStoreError("`layers` is empty. Name one or more, or leave it out for all.")
+    chosen, labels, notes = _found(data, names, _listed(sources), items)
     conditions = [where] if isinstance(where, str) else list(where)
     meets = np.ones(len(labels), bool)
     for condition in conditions:
@@ -234,13 +237,13 @@ def select(
     if parts:
         index = pd.Index(list(parts), name=by)
         labels = pd.DataFrame({"items": [len(rows) for rows in parts.values()]}, index=index)
-    names = _names_of(labels.index)
+    row_names = _names_of(labels.index)
     made = []
     for layer in chosen:
         rows: Any = np.asarray(layer.rows)[kept]
         if parts:
             rows = tuple(rows[part] for part in parts.values())
-        made.append(LayerRows(layer.name, layer.shape, layer.reader, rows, names))
+        made.append(LayerRows(layer.name, layer.shape, layer.reader, rows, row_names))
     return Selection(labels, tuple(made), tuple(notes))
 
 
@@ -296,6 +299,11 @@ def _found(
         return [_array_rows(name, arrays[name].data, len(labels)) for name in names], labels, []
     if hasattr(data, "dims"):
         array: Any = data  # of xarray
+        if array.dims[:1] != ("item",):
+            raise FeatureStoreError(
+                f"the xarray array has the dimensions {', '.join(map(str, array.dims))}; the first has to be item: "
+                '`data.transpose("item", ...)`.'
+            )
         labels = _labels_of(data)
         name = str(array.name or "activations")
         return (
@@ -303,7 +311,7 @@ def _found(
             labels,
             [],
         )
-    if not hasattr(data, "shape") or items is None:
+    if not hasattr(data, "shape") or hasattr(data, "iloc") or items is None:
         raise FeatureStoreError(
             f"a query is asked of a store, of an xarray dataset, or of an array with its `items` (face, view); got "
             f"{type(data).__name__}{'' if items is None else ' with items'}."
@@ -326,8 +334,14 @@ def _labels_of(items: Any) -> pd.DataFrame:
         table = pd.DataFrame({str(name): values for name, values in columns.items()})
     elif isinstance(items, pd.DataFrame):
         table = items.reset_index() if items.index.names[0] else items
+    elif isinstance(items, pd.MultiIndex) and set(KEY) <= set(items.names):
+        table = items.to_frame(index=False)
     else:
-        table = pd.MultiIndex.from_tuples(list(items), names=KEY).to_frame(index=False)
+        pairs = list(items)
+        wrong = [pair for pair in pairs if not (isinstance(pair, tuple | list) and len(pair) == 2)]
+        if wrong:
+            raise FeatureStoreError(f"`items` are (face, view) pairs or a table; got {listing(map(repr, wrong), 2)}.")
+        table = pd.DataFrame([tuple(pair) for pair in pairs], columns=list(KEY))
     absent = [name for name in KEY if name not in table]
     if absent:
         raise FeatureStoreError(f"`items` has no column {absent[0]}; it has {listing(table.columns, 12)}.")
@@ -350,6 +364,7 @@ def _stored(
     store: FeatureStore, layers: list[str] | None, sources: list[str] | None
 ) -> tuple[list[LayerRows], pd.DataFrame, list[str]]:
     chosen = [store.source(name) for name in sources] if sources else [store.source(name) for name in store.sources]
+    chosen = list({source.name: source for source in chosen}.values())
     if not chosen:
         store.source()  # says that it is empty
     there = dict.fromkeys(name for source in chosen for name in source.layers)

@@ -63,10 +63,14 @@ def rsa(
     if "layer" not in dissimilarities.dims:
         dissimilarities = dissimilarities.expand_dims("layer")
     names = _short_names(dissimilarities["item"].to_numpy(), dissimilarities.coords.get("face_id"))
+    label = None
     if isinstance(pairs, str) and not Path(pairs).exists():
         chosen_items = select(data, layers, sources=sources, where=where, items=items).labels
-        value, pairs = None, _differences(chosen_items, pairs, by, names)
-    given = _read_pairs(pairs, value, similarity, names)
+        label, value, pairs = f"difference of {pairs}", None, _differences(chosen_items, pairs, by, names)
+    given_table = pairs if isinstance(pairs, pd.DataFrame) else _read_table(Path(pairs))
+    if set(_VIEWS) <= set(given_table.columns):
+        names = dissimilarities["item"].to_numpy()
+    given = _read_pairs(given_table, value, similarity, names)
     chosen = _Pairs.of(given, names)
     rng = np.random.default_rng(seed)
     shuffles = [rng.permutation(len(chosen.faces)) for _ in range(permutations)]
@@ -81,7 +85,7 @@ def rsa(
     table = pd.DataFrame(rows)
     table.attrs = {
         "metric": metric,
-        "value": given.value,
+        "value": label or given.value,
         "unknown": given.unknown,
         "missing": [f"{names[a]}, {names[b]}" for a, b in chosen.missing],
         "left_out": dissimilarities.attrs["left_out"],
@@ -164,9 +168,10 @@ def _agreement(
 
 
 def _pearson(one: np.ndarray, other: np.ndarray) -> float:
+    if np.ptp(one) == 0 or np.ptp(other) == 0:  # their mean is rounded, so that differences to it need not be zero
+        return np.nan
     a, b = one - one.mean(), other - other.mean()
-    scale = np.sqrt((a @ a) * (b @ b))
-    return float(a @ b / scale) if scale > 0 else np.nan
+    return float(a @ b / np.sqrt((a @ a) * (b @ b)))
 
 
 def _resampled(values: np.ndarray, wanted: np.ndarray, counts: np.ndarray, ranked: Any) -> float:
@@ -205,10 +210,7 @@ def _short_names(names: np.ndarray, faces: Any) -> np.ndarray:
     return np.asarray(faces.to_numpy(), object)
 
 
-def _read_pairs(
-    pairs: str | os.PathLike[str] | pd.DataFrame, value: str | None, similarity: bool | None, names: np.ndarray
-) -> _Given:
-    table = pairs if isinstance(pairs, pd.DataFrame) else _read_table(Path(pairs))
+def _read_pairs(table: pd.DataFrame, value: str | None, similarity: bool | None, names: np.ndarray) -> _Given:
     long = _long(table)
     columns = [name for name in long.columns if name not in ("one", "other")]
     numeric = [name for name in columns if pd.api.types.is_numeric_dtype(long[name])]
@@ -234,9 +236,9 @@ def _read_pairs(
 def _read_table(path: Path) -> pd.DataFrame:
     if not path.is_file():
         raise FeatureStoreError(f"there is no file {path} (or it is a folder). Check the path given with `pairs`.")
-    table = read_csv(path, dtype=dict.fromkeys((*_PAIR, *_VIEWS), str))
+    table = read_csv(path, converters=dict.fromkeys((0, *_PAIR, *_VIEWS), str))  # faces may be called 007, or NA
     first = table.columns[0]
-    return table if first in _PAIR else table.astype({first: str}).set_index(first)
+    return table if first in (*_PAIR, *_VIEWS) else table.set_index(first)
 
 
 def _long(table: pd.DataFrame) -> pd.DataFrame:
@@ -281,4 +283,6 @@ def _places_named(long: pd.DataFrame, ordered: Sequence[str], names: set[str]) -
     used = set(long["one"]) | set(long["other"])
     if used & names or not all(name.isdecimal() and int(name) < len(ordered) for name in used):
         return long
+    if {int(name) for name in used} <= {int(name) for name in names if name.isdecimal()}:
+        return long  # 1 and 2 are more likely the faces 01 and 02 than the second and the third
     return long.assign(**{side: [ordered[int(name)] for name in long[side]] for side in ("one", "other")})

@@ -15,7 +15,7 @@ from featurestore.queries.blocks import MEMORY, added_up, block_rows, task
 from featurestore.queries.dissimilarity import Metric, get_metric, prepared
 from featurestore.queries.selection import Block, Data, Items, LayerRows, Names, Selection, select
 from featurestore.queries.verification import few_faces, photograph_numbers
-from featurestore.text import in_natural_order, natural_order, near_matches
+from featurestore.text import in_natural_order, near_matches
 
 ANOTHER = "another photograph"
 _NUMBER = re.compile(r"[-+]?\d+(?:\.\d+)?")
@@ -120,7 +120,8 @@ def _check_views(views: list[str], reference: str | None) -> None:
 
 def _differences(views: list[str]) -> tuple[list[Any], np.ndarray]:
     """The differences of all pairs of views, and (views, views) int64 which of them each pair has."""
-    if sorted(views, key=natural_order) in ([str(first + i) for i in range(len(views))] for first in (0, 1)):
+    numbers = sorted(int(view) for view in views if view.isdecimal())
+    if numbers in ([first + i for i in range(len(views))] for first in (0, 1)):  # also 01, 02 …
         return [ANOTHER], -np.eye(len(views), dtype=np.int64)
     angles = [_angle(view) for view in views]
     if None in angles:
