@@ -208,13 +208,12 @@ def principal_components(layer: LayerRows, share: float, memory: str | int) -> L
                 gram[starts[i] : starts[i + 1], starts[j] : starts[j + 1]] = product
                 gram[starts[j] : starts[j + 1], starts[i] : starts[i + 1]] = product.T
         values, vectors = _largest(gram, share)
-        scores = vectors * np.sqrt(values)
+        scores = (vectors * np.sqrt(values)).astype(np.float32)
     else:
         edges = np.linspace(0, len(blocks), min(workers()[0], len(blocks)) + 1).astype(int).tolist()
         tasks = [task(_covariance, blocks[start:stop], mean) for start, stop in pairwise(edges)]
         _, vectors = _largest(_sum(computed(tasks)), share)
         scores = np.concatenate(computed([task(_projected, block, mean, vectors) for block in blocks]))
-    scores = scores.astype(np.float32)
     return LayerRows(layer.name, scores.shape[1:], ArrayReader(scores), np.arange(n), layer.names)
 
 
@@ -267,7 +266,7 @@ def _sum(parts: Iterable[np.ndarray]) -> np.ndarray:
 
 def _projected(block: Block, mean: np.ndarray, vectors: np.ndarray) -> np.ndarray:
     scores: np.ndarray = (block.load() - mean) @ vectors
-    return scores
+    return scores.astype(np.float32)
 
 
 def summary(matrix: xr.DataArray) -> pd.DataFrame:

@@ -2,6 +2,7 @@
 
 from collections.abc import Sequence
 from dataclasses import dataclass
+from functools import reduce
 
 import numpy as np
 import pandas as pd
@@ -51,13 +52,7 @@ def compare_layers(
     widest = max(layer.features for layer in chosen.layers)
     size = block_rows(n, memory, per_row=24 * widest + 32 * count, per_pair=8 * count + 16, fixed=8 * widest)
     kernels = _kernels(chosen.layers, measure, metric, bandwidth, size)
-    starts = range(0, n, size)
-    tasks = [
-        task(_sums_of_blocks, chosen.layers, kernels, slice(i, i + size), slice(j, j + size))
-        for i in starts
-        for j in starts
-        if i <= j
-    ]
+    tasks = [task(_sums_from, chosen.layers, kernels, start, size) for start in range(0, n, size)]
     sums: _Sums = added_up(tasks, _add)
     alike = _correlations(sums, n) if measure == "rdm" else _alignments(sums, n, biased=measure == "cka-biased")
     names = [layer.name for layer in chosen.layers]
@@ -115,8 +110,12 @@ def _median_distance(layer: LayerRows, mean: np.ndarray, size: int) -> float:
     places = np.unique(np.linspace(0, len(layer) - 1, min(len(layer), _SAMPLE)).astype(int))
     blocks = subset(layer, places).blocks(size)
     kernel = _Kernel("euclidean", mean)
-    tasks = [task(_distances, kernel, one, other) for i, one in enumerate(blocks) for other in blocks[i:]]
+    tasks = [task(_distances_from, kernel, blocks[i:]) for i in range(len(blocks))]
     return float(np.median(np.concatenate(computed(tasks)))) or 1.0
+
+
+def _distances_from(kernel: _Kernel, blocks: Sequence[Block]) -> np.ndarray:
+    return np.concatenate([_distances(kernel, blocks[0], other) for other in blocks])
 
 
 def _distances(kernel: _Kernel, one: Block, other: Block) -> np.ndarray:
@@ -133,6 +132,14 @@ class _Sums:
     products: np.ndarray
     rows: np.ndarray
     diagonal: np.ndarray
+
+
+def _sums_from(layers: Sequence[LayerRows], kernels: Sequence[_Kernel], start: int, size: int) -> _Sums:
+    """Of the block at ``start`` with itself and all that come later: a task for each pair would make Dask's graph too large."""
+    mine = slice(start, start + size)
+    others = (slice(first, first + size) for first in range(start, len(layers[0]), size))
+    found = (_sums_of_blocks(layers, kernels, mine, other) for other in others)
+    return reduce(lambda one, other: _add([one, other]), found)
 
 
 def _sums_of_blocks(layers: Sequence[LayerRows], kernels: Sequence[_Kernel], one: slice, other: slice) -> _Sums:

@@ -236,8 +236,11 @@ def _read_pairs(table: pd.DataFrame, value: str | None, similarity: bool | None,
 def _read_table(path: Path) -> pd.DataFrame:
     if not path.is_file():
         raise FeatureStoreError(f"there is no file {path} (or it is a folder). Check the path given with `pairs`.")
-    table = read_csv(path, converters=dict.fromkeys((0, *_PAIR, *_VIEWS), str))  # faces may be called 007, or NA
+    table = read_csv(path)
+    texts = read_csv(path, dtype=str, keep_default_na=False)  # faces may be called 007, or NA
     first = table.columns[0]
+    for name in {first, *_PAIR, *_VIEWS} & set(table.columns):
+        table[name] = texts[name]
     return table if first in (*_PAIR, *_VIEWS) else table.set_index(first)
 
 

@@ -4,6 +4,7 @@ import math
 import re
 from collections.abc import Sequence
 from dataclasses import dataclass
+from functools import reduce
 from typing import Any
 
 import numpy as np
@@ -164,13 +165,22 @@ def _profile(layer: LayerRows, kinds: _Kinds, measure: Metric, metric: str, size
     numbers = np.stack([kinds.faces, kinds.views, kinds.photographs])
     parts = [numbers[:, start : start + size] for start in range(0, len(layer), size)]
     shape = (len(kinds.differences), int(kinds.faces.max()) + 1)
-    pairs = [(i, j) for i in range(len(blocks)) for j in range(i, len(blocks))]
-    tasks = [task(_summed, blocks[i], blocks[j], parts[i], parts[j], kinds.of, shape, metric) for i, j in pairs]
+    tasks = [task(_summed_from, blocks[i:], parts[i:], kinds.of, shape, metric) for i in range(len(blocks))]
     sums, squares = added_up(tasks, _added)
     return pd.DataFrame([
         {"layer": layer.name, "difference": difference, **_row(sums[:, i], squares[:, i])}
         for i, difference in enumerate(kinds.differences)
     ])  # fmt: skip
+
+
+def _summed_from(
+    blocks: Sequence[Block], parts: Sequence[np.ndarray], of: np.ndarray, shape: tuple[int, int], metric: str
+) -> tuple[np.ndarray, np.ndarray]:
+    """Of the first block with itself and all others: a task for each pair would make Dask's graph too large."""
+    found = (
+        _summed(blocks[0], other, parts[0], part, of, shape, metric) for other, part in zip(blocks, parts, strict=True)
+    )
+    return reduce(lambda one, other: _added([one, other]), found)
 
 
 def _added(parts: Sequence[tuple[np.ndarray, np.ndarray]]) -> tuple[np.ndarray, np.ndarray]:

@@ -207,3 +207,8 @@ def test_what_can_be_wrong(array: np.ndarray, tmp_path: Path) -> None:
         export(array[:1], tmp_path / "e", "l", format="files", items=[("x" * 300, "1")])
     with pytest.raises(FeatureStoreError, match="`rdm` has the dimensions a, b; give what"):
         export_rdm(xr.DataArray(np.zeros((3, 3)), dims=("a", "b")), tmp_path / "r.h5")
+
+
+def test_two_items_of_one_key_are_not_one_file(tmp_path: Path) -> None:
+    with pytest.raises(FeatureStoreError, match=r"`items` holds \('a', '1'\) twice, which would be one file"):
+        export(np.ones((2, 3)), tmp_path / "x", items=[("a", "1"), ("a", "1")], format="files")

@@ -4,10 +4,12 @@ from pathlib import Path
 
 import numpy as np
 import pytest
+import torch
 
 from featurestore import FeatureStore, identification_table
 from featurestore.errors import FeatureStoreError
 from featurestore.queries import identification as module
+from featurestore.store.importing import import_activations
 from tests.conftest import run_pass, write_photographs
 
 RANDOM = "(random numbers, not a trained network)"
@@ -125,3 +127,31 @@ def test_layers_and_sources_can_be_chosen(store: FeatureStore) -> None:
 def test_what_can_be_wrong(store: FeatureStore, held_out: list[str], layers, message: str) -> None:
     with pytest.raises(FeatureStoreError, match=message):
         identification_table(store, held_out, layers)
+
+
+def test_tiny_and_huge_rows_have_a_direction(tmp_path: Path) -> None:
+    rng = np.random.default_rng(0)
+    data = rng.standard_normal((24, 3)).astype(np.float32)
+    items = [(f"f{i // 4}", str(i % 4)) for i in range(24)]
+    for name, values in (
+        ("plain", data),
+        ("scaled", data * np.float32(10.0) ** rng.integers(-30, 31, (24, 1)).astype(np.float32)),
+    ):
+        np.save(tmp_path / "rows.npy", values)
+        import_activations(
+            tmp_path / "rows.npy", tmp_path / f"{name}.zarr", kind="numpy", layer="x", name=name, items=items
+        )
+    plain, scaled = (
+        identification_table(FeatureStore.open(tmp_path / f"{name}.zarr"), "3") for name in ("plain", "scaled")
+    )
+    assert plain["accuracy"][0] == scaled["accuracy"][0] > 0
+
+
+def test_rows_that_are_not_finite_are_refused(tmp_path: Path) -> None:
+    np.save(tmp_path / "rows.npy", np.ones((4, 3), np.float32))
+    items = [("a", "1"), ("a", "2"), ("b", "1"), ("b", "2")]
+    import_activations(tmp_path / "rows.npy", tmp_path / "x.zarr", kind="numpy", layer="x", items=items)
+    opened = FeatureStore.open(tmp_path / "x.zarr").source().rows("x")
+    opened.gather = lambda rows: torch.full((len(rows), 3), torch.nan)  # type: ignore[method-assign]
+    with pytest.raises(FeatureStoreError, match=r"layer 'x' holds NaN or infinite numbers for 2 of 2 items"):
+        module.nearest(opened, np.array([0, 2]), np.array([1, 3]))

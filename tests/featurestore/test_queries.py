@@ -19,6 +19,7 @@ from featurestore import FeatureStore, FeatureStoreError
 from featurestore.queries.blocks import block_rows, scheduler
 from featurestore.queries.dissimilarity import rdm, summary
 from featurestore.queries.layer_comparison import compare_layers
+from featurestore.queries.layer_statistics import mean
 from featurestore.queries.nearest import neighbours
 from featurestore.queries.output import write_result
 from featurestore.queries.selection import select
@@ -135,6 +136,11 @@ def test_items_without_a_row_are_left_out_and_counted(tmp_path: Path) -> None:
         (lambda d: compare_layers(d, where="age < 3"), r"3 items are left, and comparing layers needs at least 4"),
         (lambda d: select(d["early"].values), r"an array with its `items` \(face, view\); got ndarray"),
         (lambda d: select(d["early"].values, items=ITEMS[1:]), r"`items` has 299 rows, and the array 300"),
+        (lambda d: select(d, []), r"`layers` is empty"),
+        (lambda d: select(d["late"].T), r"has the dimensions feature_40, item; the first has to be item"),
+        (lambda d: select(pd.DataFrame(d["late"].values), items=ITEMS), r"got DataFrame with items"),
+        (lambda d: select(d["late"].values, items=["f1|1"] * 300), r"`items` are \(face, view\) pairs or a table; got 'f1\|1'"),
+        (lambda d: neighbours(d, "late", k=0), r"`k` 0 is no number of neighbours"),
         (lambda d: scheduler("thread").__enter__(), r"`scheduler` 'thread' is neither an address"),
     ],
 )  # fmt: skip
@@ -251,6 +257,45 @@ def test_an_array_without_names_is_written_alone(tmp_path: Path) -> None:
     assert np.load(tmp_path / "a.npy").tolist() == [1, 0, 0]
 
 
+@pytest.mark.parametrize("metric", ["euclidean", "cityblock"])
+def test_of_equal_neighbours_the_earlier_comes_first(metric: str) -> None:
+    data = np.repeat(np.arange(12.0, dtype=np.float32).reshape(6, 2), 6, axis=0)
+    table = neighbours(data, items=ITEMS[:36], k=2, metric=metric)
+    distances = squareform(pdist(data, metric))
+    np.fill_diagonal(distances, np.inf)
+    wanted = np.argsort(distances, axis=1, kind="stable")[:, :2].ravel()
+    found = zip(table["neighbour_face_id"], table["neighbour_view"], strict=True)
+    assert [ITEMS.index(key) for key in found] == wanted.tolist()
+
+
+def test_neighbours_of_a_key_that_is_there_twice(values: np.ndarray) -> None:
+    table = neighbours(values[:4], of=[("a", "1")], items=[("a", "1"), ("a", "1"), ("b", "1"), ("c", "1")], k=1)
+    assert len(table) == 2
+
+
+def test_the_correlation_of_rows_that_vary_little_about_their_mean() -> None:
+    data = (1000 + 0.003 * np.random.default_rng(0).standard_normal((10, 500))).astype(np.float32)
+    found = rdm(data, items=ITEMS[:10], metric="correlation").values
+    np.testing.assert_allclose(found, squareform(pdist(data.astype(np.float64), "correlation")), atol=1e-6)
+
+
+def test_the_levels_of_a_multiindex_are_found_by_name(values: np.ndarray) -> None:
+    turned = pd.MultiIndex.from_tuples([(view, face) for face, view in ITEMS], names=["view", "face_id"])
+    assert list(select(values, items=turned).labels.index) == ITEMS
+
+
+def test_missing_truth_meets_no_condition(values: np.ndarray) -> None:
+    table = pd.DataFrame(ITEMS, columns=["face_id", "view"]).assign(
+        smiles=pd.array([True, None, False] * 100, "boolean")
+    )
+    assert len(select(values, items=table, where="smiles")) == 100
+
+
+def test_a_source_named_twice_is_one(small_store: Path) -> None:
+    store = FeatureStore.open(small_store)
+    assert [layer.name for layer in select(store, sources=[*store.sources, *store.sources]).layers] == LAYERS
+
+
 def test_fewer_items_than_neighbours_asked_for(values: np.ndarray) -> None:
     table = neighbours(values[:4], "x", ("f0", "1"), items=ITEMS[:4], k=9)
     assert len(table) == 3
@@ -292,6 +337,12 @@ def test_layers_compared_as_by_the_definition(dataset: xr.Dataset, measure: str)
         wanted = np.array([[_alignment(one, other, measure == "cka-biased") for other in kernels] for one in kernels])
     np.testing.assert_allclose(table.to_numpy(), wanted, atol=2e-6)
     assert list(table.index) == list(table.columns) == ["early", "late", "other"]
+
+
+def test_blocks_of_any_size_compare_alike(dataset: xr.Dataset, monkeypatch: pytest.MonkeyPatch) -> None:
+    whole = compare_layers(dataset, measure="rbf-cka")
+    monkeypatch.setattr("featurestore.queries.layer_comparison.block_rows", lambda *args, **options: 37)
+    np.testing.assert_allclose(compare_layers(dataset, measure="rbf-cka"), whole, rtol=1e-6)
 
 
 def test_a_layer_that_does_not_vary_is_not_compared(dataset: xr.Dataset) -> None:
@@ -344,6 +395,30 @@ def test_rsa_with_the_judgments_of_faces() -> None:
     assert found["spearman"][0] == pytest.approx(
         stats.spearmanr(pdist(data, "cosine"), -given["similarity"]).statistic, abs=1e-6
     )
+
+
+def test_rsa_of_constant_judgments_is_missing(values: np.ndarray) -> None:
+    pairs = pd.DataFrame(
+        {"face_1": ["f0", "f0", "f1"], "face_2": ["f1", "f2", "f2"], "r": [0.1] * 3}
+    )  # not 0.1 in the mean
+    found = rsa(values, pairs, items=ITEMS, permutations=10, resamples=10).iloc[0]
+    assert found[["spearman", "spearman_p", "pearson", "pearson_low", "pearson_high", "pearson_p"]].isna().all()
+
+
+def test_rsa_with_names_that_look_like_numbers(values: np.ndarray, tmp_path: Path) -> None:
+    names = ["01", "02", "03", "NA"]
+    items = [(name, "1") for name in names]
+    square = pd.DataFrame(squareform(pdist(values[:4], "cosine")), names, names)
+    square.to_csv(tmp_path / "square.csv")
+    found = rsa(values[:4], tmp_path / "square.csv", items=items, permutations=10, resamples=10)
+    assert found["n_faces"][0] == 4
+    assert found["pearson"][0] == pytest.approx(1)
+    pairs = pd.DataFrame({"face_1": ["1", "1", "2"], "face_2": ["2", "3", "3"], "r": [1.0, 2, 3]})
+    with pytest.raises(FeatureStoreError, match=r"0 faces in common.* names 1, 2; the store holds 01, 02, 03"):
+        rsa(values[:4], pairs, items=items)
+    views = pairs.assign(face_1=["01", "01", "02"], face_2=["02", "NA", "NA"], view_1="1", view_2="1")
+    found = rsa(values[:4], views, items=items, by=None, permutations=10, resamples=10)
+    assert found["n_pairs"][0] == 3
 
 
 def test_rsa_with_differences_of_a_trait(dataset: xr.Dataset) -> None:
@@ -399,6 +474,11 @@ def test_results_are_written_whole(dataset: xr.Dataset, tmp_path: Path) -> None:
         write_result(matrix, tmp_path / "r.txt")
     with pytest.raises(FeatureStoreError, match=r"takes one matrix: name one layer"):
         write_result(rdm(dataset), tmp_path / "all.csv")
+
+
+def test_an_array_without_names_is_written(tmp_path: Path, values: np.ndarray) -> None:
+    assert write_result(mean(values, items=ITEMS), tmp_path / "mean.npy") == [tmp_path / "mean.npy"]
+    np.testing.assert_allclose(np.load(tmp_path / "mean.npy"), values.mean(axis=0), rtol=1e-4)
 
 
 def test_blocks_shrink_with_the_cap() -> None:

@@ -339,3 +339,15 @@ def test_what_else_can_be_wrong() -> None:
     plain = items[["face_id", "view", "sex"]]
     with pytest.raises(FeatureStoreError, match=r"They have no numeric column: give a Series of numbers"):
         units_with_trait(values, None, "age", items=plain)
+
+
+@pytest.mark.parametrize("scale", [1e-30, 1e25])
+@pytest.mark.parametrize("rows", [7, 100])
+def test_the_effective_dimension_of_tiny_and_of_huge_numbers(
+    scale: float, rows: int, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    data = np.random.default_rng(0).standard_normal((40, 12)).astype(np.float32)
+    monkeypatch.setattr("featurestore.queries.layer_statistics.moment_rows", lambda *args, **options: rows)
+    found = statistics(data * np.float32(scale), items=[("f", str(i)) for i in range(40)])
+    values = np.linalg.eigvalsh(np.cov(data.T))
+    assert found["effective_dimension"][0] == pytest.approx(values.sum() ** 2 / (values**2).sum(), rel=1e-4)

@@ -200,3 +200,14 @@ def test_nan_is_refused_by_name() -> None:
     x[3, 2] = math.nan
     with pytest.raises(FeatureStoreError, match=r"'activations' holds NaN or infinite numbers for 1 items: f0\|60"):
         invariance(x, items=ITEMS)
+
+
+def test_photographs_numbered_with_zeros_have_no_angles() -> None:
+    items = [(f"f{face}", f"{view:04d}") for face in range(4) for view in range(1, 4)]
+    assert invariance(activations(12), items=items)["difference"].tolist() == [module.ANOTHER]
+
+
+def test_blocks_of_any_size_sum_alike(monkeypatch: pytest.MonkeyPatch) -> None:
+    whole = invariance(activations(), items=ITEMS)
+    monkeypatch.setattr(module, "block_rows", lambda *args, **options: 4)
+    pd.testing.assert_frame_equal(invariance(activations(), items=ITEMS), whole, rtol=1e-5)
