@@ -131,11 +131,11 @@ def test_what_can_be_wrong(store: FeatureStore, held_out: list[str], layers, mes
 
 def test_tiny_and_huge_rows_have_a_direction(tmp_path: Path) -> None:
     rng = np.random.default_rng(0)
-    data = rng.standard_normal((24, 3)).astype(np.float32)
+    data = np.repeat(rng.standard_normal((6, 3)), 4, axis=0) + rng.standard_normal((24, 3)) / 4
     items = [(f"f{i // 4}", str(i % 4)) for i in range(24)]
     for name, values in (
-        ("plain", data),
-        ("scaled", data * np.float32(10.0) ** rng.integers(-30, 31, (24, 1)).astype(np.float32)),
+        ("plain", data.astype(np.float32)),
+        ("scaled", (data * 10.0 ** rng.integers(-30, 31, (24, 1))).astype(np.float32)),
     ):
         np.save(tmp_path / "rows.npy", values)
         import_activations(
