@@ -14,11 +14,13 @@ from featurestore.errors import FeatureStoreError
 from featurestore.keys import FLIPPED
 from featurestore.queries.blocks import MEMORY, added_up, block_rows, task
 from featurestore.queries.dissimilarity import Metric, get_metric, prepared
+from featurestore.queries.pairs import photograph_numbers
 from featurestore.queries.selection import Block, Data, Items, LayerRows, Names, Selection, select
-from featurestore.queries.verification import few_faces, photograph_numbers
+from featurestore.queries.verification import few_faces
 from featurestore.text import in_natural_order, near_matches
 
 ANOTHER = "another photograph"
+_ANGLES = 5  # degrees: names of digits alone are angles if all are multiples of it, else numbers of photographs
 _NUMBER = re.compile(r"[-+]?\d+(?:\.\d+)?")
 _MOST_VIEWS = 1000  # of which all pairs are looked at
 _FEWEST = 3  # faces, below which their spread says nothing
@@ -43,10 +45,10 @@ def invariance(
 
     Where each view's name holds one number (``yaw+30``, ``-30``, ``348.75``; ``frontal`` is 0, and a mirrored view,
     ``…|flipped``, has the opposite one), the difference is that of the numbers, taken for degrees, on the circle if one is
-    above 180. Views that number photographs (1, 2, … or 0, 1, …) say nothing of angles: all differences are then one, ``another
-    photograph`` (of another number, also of other faces). Otherwise it is the pair of views, ``a – b``. With ``reference``, a view, only pairs with an item of this view
-    count. All pairs of items are compared, but for those known to show the same photograph (see ``verify_faces``). Other
-    options are those of ``rdm``.
+    above 180. Views that number photographs (``1``, ``0002``: digits alone, not all multiples of five) say nothing of angles:
+    all differences are then one, ``another photograph`` (of another number, also of other faces). Otherwise it is the pair of
+    views, ``a – b``. With ``reference``, a view, only pairs with an item of this view count. All pairs of items are compared,
+    but for those known to show the same photograph (see ``verify_faces``). Other options are those of ``rdm``.
 
     Columns, a row for each layer and view difference: layer, difference (float64 or text), same and other (mean
     dissimilarity over pairs of one face, and of two faces, in the units of ``metric``), their 95 % intervals same_low …
@@ -121,8 +123,8 @@ def _check_views(views: list[str], reference: str | None) -> None:
 
 def _differences(views: list[str]) -> tuple[list[Any], np.ndarray]:
     """The differences of all pairs of views, and (views, views) int64 which of them each pair has."""
-    numbers = sorted(int(view) for view in views if view.isdecimal())
-    if numbers in ([first + i for i in range(len(views))] for first in (0, 1)):  # also 01, 02 …
+    plain = [view.removesuffix(FLIPPED) for view in views]
+    if all(view.isdecimal() for view in plain) and any(int(view) % _ANGLES for view in plain):
         return [ANOTHER], -np.eye(len(views), dtype=np.int64)
     angles = [_angle(view) for view in views]
     if None in angles:

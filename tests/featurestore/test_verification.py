@@ -15,7 +15,8 @@ from scipy.spatial.distance import cdist
 from featurestore import FeatureStore
 from featurestore.errors import FeatureStoreError
 from featurestore.queries import verification as module
-from featurestore.queries.verification import photograph_numbers, verify_faces
+from featurestore.queries.pairs import drawn_pairs, photograph_numbers
+from featurestore.queries.verification import verify_faces
 from tests.conftest import LAYERS, run_pass, write_photographs
 
 FACES, VIEWS = 12, 4
@@ -139,7 +140,7 @@ def test_each_pair_is_as_probable_as_another() -> None:
     chosen = module.select(x, items=items)
     counts: dict[tuple[str, ...], int] = {}
     for seed in range(200):
-        pairs = module._drawn_pairs(chosen, 2, np.random.default_rng(seed))
+        pairs = drawn_pairs(chosen, 2, np.random.default_rng(seed))
         for pair in pairs[["face_1", "view_1", "face_2", "view_2"]].itertuples(index=False):
             counts[tuple(pair)] = counts.get(tuple(pair), 0) + 1
     same = [n for pair, n in counts.items() if pair[0] == pair[2]]

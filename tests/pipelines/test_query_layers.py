@@ -455,7 +455,7 @@ def test_what_is_refused(name: str, store: Path, tmp_path: Path, monkeypatch: py
     ("words", "message"),
     [
         (["rdm", "--out", "rdm.cvs"], "--out rdm.cvs ends in none of .csv, .parquet, .zarr, .npy"),
-        (["rdm", "--out", "rdm.csv"], "--out rdm.csv takes the matrix of one layer"),
+        (["rdm", "--out", "rdm.csv"], "--out rdm.csv takes one matrix: name one layer"),
         (["rdm", "--figure", "rdm.jpg"], "a figure is drawn as .svg or .png, not as 'rdm.jpg'"),
         (
             ["export", "--format", "numpy", "--to", "e", "--layers", "maxp_2"],
