@@ -21,14 +21,16 @@ from featurestore.errors import FeatureStoreError
 from featurestore.text import human_bytes
 
 MEMORY = "1GiB"  # that a query may add to what the process holds, if no cap is given
-_MOST_ROWS = 2048  # of a block: larger ones make products no faster
+_MOST_ROWS = 2048  # of a block: larger ones make products hardly faster
 _FEWEST_BLOCKS = 4  # for each worker, so that they end at about the same time
 _FEWEST_ROWS = 256  # unless the cap asks for less
 _OVERHEAD = 48 << 20  # bytes of a query beside its blocks: Dask's graph, buffers of BLAS and of the result's file
 _PROCESS = 350 << 20  # bytes of a worker process that does nothing yet: torch, NumPy, Dask
 _FAN_IN = 8
-_TRIMMED_FROM = 0.75  # of the cap
-_last_limit = 1 << 30  # bytes; a cluster's workers are not told of another
+_TRIMMED_SHARE = 0.5  # of what tasks need at their fullest
+_trimmed_from: float = (
+    3 << 28
+)  # bytes of the process: what the tasks of the last query need; a cluster's workers are not told
 _ONE_AT_A_TIME = ("sync", "synchronous", "single-threaded")
 LOCAL_SCHEDULERS = ("threads", "processes", "synchronous")
 
@@ -40,10 +42,9 @@ def block_rows(n: int, memory: str | int, per_row: float, per_pair: float = 0.0,
     beside; there are as many tasks at once as the scheduler has workers. Anonymous memory counts (what is not a mapped file);
     workers that are processes count whole. FeatureStoreError if one row is too much, with what would fit.
     """
-    global _last_limit  # which the tasks of this query have to keep to
+    global _trimmed_from
     n_workers, processes = workers()
     own, cap = anonymous_bytes(), parsed_bytes(memory)
-    _last_limit = own + cap
     taken = n_workers * (_PROCESS + _OVERHEAD) if processes else _OVERHEAD
     room = (cap - taken) / n_workers - fixed
     if room < per_row + per_pair:
@@ -53,8 +54,11 @@ def block_rows(n: int, memory: str | int, per_row: float, per_pair: float = 0.0,
             f"beside, take {human_bytes(least)}. Give at least {human_bytes(1.1 * least)}, or ask for smaller layers."
         )
     k = room / per_row if not per_pair else (math.sqrt(per_row**2 + 4 * per_pair * room) - per_row) / (2 * per_pair)
-    spread = max(_FEWEST_ROWS, math.ceil(n / (_FEWEST_BLOCKS * n_workers)))
-    return max(1, min(int(k), _MOST_ROWS, spread, n))
+    blocks = n_workers if per_pair else _FEWEST_BLOCKS * n_workers  # pairs of blocks are more than blocks
+    spread = max(_FEWEST_ROWS, math.ceil(n / blocks))
+    rows = max(1, min(int(k), _MOST_ROWS, spread, n))
+    _trimmed_from = own + _TRIMMED_SHARE * n_workers * (per_row * rows + per_pair * rows**2 + fixed)
+    return rows
 
 
 def beside_this_program(memory: str | int) -> int:
@@ -178,8 +182,8 @@ def _trim() -> Callable[[int], Any]:
 
 
 def _give_back() -> None:
-    """Return freed memory to the system as the cap comes near: glibc keeps it, for each thread apart."""
-    if anonymous_bytes() > _TRIMMED_FROM * _last_limit:
+    """Return freed memory to the system once there is more than tasks need: glibc keeps it, for each thread apart."""
+    if anonymous_bytes() > _trimmed_from:
         _trim()(0)
 
 

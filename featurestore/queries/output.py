@@ -125,7 +125,11 @@ def _write_zarr(result: Any, path: Path) -> None:
     try:
         with warnings.catch_warnings():  # that metadata is consolidated, as xarray expects of what it opens
             warnings.filterwarnings("ignore", message="Consolidated metadata")
-            dataset.to_zarr(partial, zarr_format=3)
+            # uncompressed: numbers of a network hardly get smaller, and it would take longer than to compute them
+            plain: dict[Any, Any] = {
+                name: {"compressors": None} for name, one in dataset.items() if one.dtype.kind == "f"
+            }
+            dataset.to_zarr(partial, zarr_format=3, encoding=plain)
         partial.rename(path)
     finally:
         shutil.rmtree(partial, ignore_errors=True)
