@@ -1,9 +1,9 @@
 """An activation-caching feature store for face networks: pay for the backbone once, read it as memory maps."""
 
 import sys
-from importlib import import_module
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING
 
+from featurestore.discovery import exported
 from featurestore.errors import FeatureStoreError
 
 if sys.platform not in ("linux", "darwin"):
@@ -38,10 +38,4 @@ __all__ = [
     "draw_backbone",
     "identification_table",
 ]
-
-
-def __getattr__(name: str) -> Any:
-    """Load pandas and torch only for those who use them: commands print their help without."""
-    if name in _WHERE:
-        return getattr(import_module(f"featurestore.{_WHERE[name]}"), name)
-    raise AttributeError(f"module {__name__!r} has no attribute {name!r}")
+__getattr__ = exported(__name__, _WHERE)

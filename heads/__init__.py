@@ -1,7 +1,6 @@
 """Heads on cached rows: odd-one-out and multi-view identity. They know tensors and keys; the backbone never runs."""
 
-from importlib import import_module
-from typing import Any
+from featurestore.discovery import exported
 
 _WHERE = {
     "build_head": "registry",
@@ -18,10 +17,4 @@ _WHERE = {
     "Features": "features",
 }
 __all__ = list(_WHERE)
-
-
-def __getattr__(name: str) -> Any:
-    """Load torch and pandas only for those who use them: commands print their help without."""
-    if name in _WHERE:
-        return getattr(import_module(f"heads.{_WHERE[name]}"), name)
-    raise AttributeError(f"module {__name__!r} has no attribute {name!r}")
+__getattr__ = exported(__name__, _WHERE)

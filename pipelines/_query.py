@@ -171,12 +171,12 @@ def wrote(paths: list[Path]) -> None:
     click.echo("Kept: " + ", ".join(map(str, paths)))
 
 
-def check(asked: Asked, several: bool = False) -> None:
+def check(asked: Asked, several: bool = False, also: tuple[str, ...] = ()) -> None:
     """Before anything is computed: whether the results can be written."""
     from featurestore.figures import check_ending as check_figure
     from featurestore.queries.output import check_ending
 
     if asked.out:
-        check_ending(asked.out, several)
+        check_ending(asked.out, several, also)
     if asked.figure:
         check_figure(asked.figure)

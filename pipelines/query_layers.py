@@ -37,6 +37,7 @@ main.format_epilog = Command.format_epilog.__get__(main)  # type: ignore[method-
     r"""  python pipelines/query_layers.py rdm --layers fc7-relu --metric cosine --out rdm.csv
   python pipelines/query_layers.py rdm --layers fc7-relu --where "view == 'frontal'" --figure rdm.svg
   python pipelines/query_layers.py rdm --layers maxp_5_3 fc7-relu --by face --pca 0.95 --out rdm.zarr
+  python pipelines/query_layers.py rdm --layers maxp_5_3 fc7-relu --by face --out rdms.h5   # for rsatoolbox
 """,
 )
 @click.option("--by", metavar="face|COLUMN", help="Average the items of each face, view or value of a column first.")
@@ -47,19 +48,21 @@ def rdm(asked: Asked, by: str | None, pca: float | None) -> None:
     """How different each pair of items is: a representational dissimilarity matrix."""
     from featurestore.queries import dissimilarity
 
-    check(asked)
+    check(asked, also=(".h5",))
     with asking(asked, "RDM") as opened:
         given = asked.options()
         matrix = dissimilarity.rdm(opened, metric=asked.metric, by=by, pca=pca, **given)
-        check(asked, several="layer" in matrix.dims)
+        check(asked, several="layer" in matrix.dims, also=(".h5",))
         if matrix.nbytes <= given["memory"] // 8:
             matrix = matrix.compute()
         elif not asked.out:
             raise click.UsageError(f"the matrix has {matrix.nbytes:,} bytes: write it, --out rdm.zarr.")
         if asked.out:
+            from featurestore.queries.exporting import export_rdm
             from featurestore.queries.output import write_result
 
-            wrote(write_result(matrix, asked.out))
+            h5 = asked.out.suffix == ".h5"
+            wrote([export_rdm(matrix, asked.out)] if h5 else write_result(matrix, asked.out))
         if matrix.chunks is None:
             show(dissimilarity.summary(matrix), None, matrix.attrs["left_out"])
         if asked.figure:

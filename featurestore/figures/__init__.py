@@ -1,7 +1,8 @@
 """Figures of results for papers: matrices, sheets of photographs, curves."""
 
-from importlib import import_module
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING
+
+from featurestore.discovery import exported
 
 if TYPE_CHECKING:
     from featurestore.figures.canvas import check_ending
@@ -29,10 +30,4 @@ __all__ = [
     "draw_roc",
     "draw_rsa",
 ]
-
-
-def __getattr__(name: str) -> Any:
-    """Load Dask, xarray and pandas only for those who draw."""
-    if name in _WHERE:
-        return getattr(import_module(f"featurestore.figures.{_WHERE[name]}"), name)
-    raise AttributeError(f"module {__name__!r} has no attribute {name!r}")
+__getattr__ = exported(__name__, _WHERE)

@@ -1,7 +1,8 @@
 """Questions to a store's layers, answered in blocks on Dask, within a memory cap."""
 
-from importlib import import_module
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING
+
+from featurestore.discovery import exported
 
 if TYPE_CHECKING:
     from featurestore.queries.answers import answers_table
@@ -43,10 +44,4 @@ __all__ = [
     "units_with_trait",
     "verify_faces",
 ]
-
-
-def __getattr__(name: str) -> Any:
-    """Load Dask, xarray and torch only for those who ask."""
-    if name in _WHERE:
-        return getattr(import_module(f"featurestore.queries.{_WHERE[name]}"), name)
-    raise AttributeError(f"module {__name__!r} has no attribute {name!r}")
+__getattr__ = exported(__name__, _WHERE)

@@ -17,12 +17,13 @@ from featurestore.text import near_matches
 ENDINGS = (".csv", ".parquet", ".zarr", ".npy")
 
 
-def check_ending(path: Path, several: bool = False) -> None:
+def check_ending(path: Path, several: bool = False, also: tuple[str, ...] = ()) -> None:
     """FeatureStoreError for an ending that no result, or not ``several`` matrices, can be written with; for a Zarr folder that
-    is there."""
-    if path.suffix not in ENDINGS:
+    is there. ``also`` are endings beside ``ENDINGS``."""
+    known = (*ENDINGS, *also)
+    if path.suffix not in known:
         raise FeatureStoreError(
-            f"`out` {path} ends in none of {', '.join(ENDINGS)}, which say the format. {near_matches(path.suffix, ENDINGS)}"
+            f"`out` {path} ends in none of {', '.join(known)}, which say the format. {near_matches(path.suffix, known)}"
         )
     if path.suffix == ".zarr" and path.exists():
         raise FeatureStoreError(f"`out` {path} is there already. Choose another name, or remove it.")

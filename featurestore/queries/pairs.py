@@ -10,9 +10,10 @@ import numpy as np
 import pandas as pd
 
 from featurestore.errors import FeatureStoreError
-from featurestore.keys import BOX, FLIPPED, LANDMARKS
+from featurestore.keys import BOX, LANDMARKS
 from featurestore.photos.csv_files import read_csv
 from featurestore.queries.selection import Selection
+from featurestore.store.reader import first_of_photograph
 from featurestore.text import in_natural_order, listing, near_matches
 
 Pairs: TypeAlias = str | os.PathLike[str] | pd.DataFrame
@@ -23,19 +24,10 @@ _TRUTH = {"1": True, "true": True, "0": False, "false": False}
 _NEAR = 10_000  # names in the search for one that is near another
 
 
-def photograph_numbers(labels: pd.DataFrame) -> np.ndarray:
-    """(n,) int64, equal for items that are known to show the same photograph, as ``Source.originals`` has it.
-
-    ``labels`` are those of a ``Selection`` of items. The boxes and landmarks are those that the labels hold.
-    """
-    n = len(labels)
-    if "image_sha256" not in labels:
-        return np.arange(n)
-    table = labels[[name for name in ("image_sha256", *BOX, *LANDMARKS) if name in labels]].reset_index(drop=True)
-    table["flipped"] = [str(view).endswith(FLIPPED) for view in labels.index.get_level_values("view")]
-    group = table.groupby(list(table.columns), sort=False, dropna=False).ngroup().to_numpy(np.int64)
-    unknown = table["image_sha256"].isna() | table["image_sha256"].isin(["", "0" * 64])
-    return np.where(unknown, n + np.arange(n), group)
+def photograph_numbers(labels: pd.DataFrame, mirrored_is_another: bool = True) -> np.ndarray:
+    """(n,) int64, equal for items of a ``Selection`` that are known to show the same photograph (``first_of_photograph``)."""
+    known = [name for name in ("image_sha256", *BOX, *LANDMARKS) if name in labels]
+    return first_of_photograph(labels[known], mirrored_is_another)
 
 
 def drawn_pairs(chosen: Selection, n_pairs: int, rng: np.random.Generator) -> pd.DataFrame:
@@ -43,7 +35,7 @@ def drawn_pairs(chosen: Selection, n_pairs: int, rng: np.random.Generator) -> pd
     if n_pairs < 2:
         raise FeatureStoreError(f"`n_pairs` {n_pairs} is too few: give at least 2 pairs of each kind.")
     faces = pd.factorize(chosen.labels.index.get_level_values("face_id").to_numpy(object))[0]
-    photographs = photograph_numbers(chosen.labels)
+    photographs = photograph_numbers(chosen.labels, mirrored_is_another=False)
     order = np.argsort(faces, kind="stable")
     starts = np.searchsorted(faces[order], faces[order])  # of each item's face, in this order
     same = _draw(np.arange(len(order)) - starts, starts, photographs[order], n_pairs, rng)

@@ -45,8 +45,8 @@ def rsa(
     """A row for each layer, in the network's order: how well its dissimilarities agree with those of ``pairs``.
 
     ``pairs`` is the name of a metadata column of numbers, for its absolute differences between faces (or items); or a CSV, or a
-    table, in one of three forms: columns face_1 and face_2 (and view_1 and view_2 for items, with
-    ``by`` None) beside numbers; a first column of pairs such as ``"(0, 1)"``, names, or places from 0 in the natural order of the
+    table, in one of three forms: columns face_1 and face_2 (and view_1 and view_2 for items, with ``by`` None) beside numbers; a
+    first column of pairs such as ``"(0, 1)"``, names, or places from 0 in the natural order of the
     faces; or a square table with names along both sides. ``value`` is the column of numbers (the first by default). They are
     similarities if ``similarity`` says so, or by default if the column's name begins with "similar": agreement is positive
     either way. Faces are averaged over views; ``by`` None compares items, called by their faces where each has one view.
@@ -63,21 +63,18 @@ def rsa(
     if "layer" not in dissimilarities.dims:
         dissimilarities = dissimilarities.expand_dims("layer")
     names = _short_names(dissimilarities["item"].to_numpy(), dissimilarities.coords.get("face_id"))
-    label = None
     if isinstance(pairs, str) and not Path(pairs).exists():
-        chosen_items = select(data, layers, sources=sources, where=where, items=items).labels
-        label, value, pairs = f"difference of {pairs}", None, _differences(chosen_items, pairs, by, names)
-    given_table = pairs if isinstance(pairs, pd.DataFrame) else _read_table(Path(pairs))
-    if set(_VIEWS) <= set(given_table.columns):
-        names = dissimilarities["item"].to_numpy()
-    given = _read_pairs(given_table, value, similarity, names)
+        of_items = select(data, layers, sources=sources, where=where, items=items).labels
+        long = _long(_differences(of_items, pairs, by, names)).rename(columns={"dissimilarity": "value"})
+        given = _Given(f"difference of {pairs}", long, [])
+    else:
+        table = pairs if isinstance(pairs, pd.DataFrame) else _read_table(Path(pairs))
+        names = dissimilarities["item"].to_numpy() if set(_VIEWS) <= set(table.columns) else names
+        given = _read_pairs(table, value, similarity, names)
     chosen = _Pairs.of(given, names)
-    rng = np.random.default_rng(seed)
-    shuffles = [rng.permutation(len(chosen.faces)) for _ in range(permutations)]
-    draws = [
-        np.bincount(rng.integers(0, len(chosen.faces), len(chosen.faces)), minlength=len(chosen.faces))
-        for _ in range(resamples)
-    ]
+    rng, n = np.random.default_rng(seed), len(chosen.faces)
+    shuffles = [rng.permutation(n) for _ in range(permutations)]
+    draws = [np.bincount(rng.integers(0, n, n), minlength=n) for _ in range(resamples)]
     rows = []
     for i, layer in enumerate(dissimilarities["layer"].to_numpy()):
         matrix = dissimilarities[i].to_numpy()[np.ix_(chosen.faces, chosen.faces)].astype(np.float64)
@@ -85,7 +82,7 @@ def rsa(
     table = pd.DataFrame(rows)
     table.attrs = {
         "metric": metric,
-        "value": label or given.value,
+        "value": given.value,
         "unknown": given.unknown,
         "missing": [f"{names[a]}, {names[b]}" for a, b in chosen.missing],
         "left_out": dissimilarities.attrs["left_out"],

@@ -12,12 +12,11 @@ from featurestore.errors import FeatureStoreError
 from featurestore.queries.blocks import MEMORY, block_rows, computed, task
 from featurestore.queries.moments import all_moments, face_moments, moment_rows, subset
 from featurestore.queries.selection import Data, Items, LayerRows, Names, Selection, groups, select
+from featurestore.store.zarr_format import DIMENSIONS
 from featurestore.text import listing, near_matches
 
 METHODS = ("spearman", "pearson")
 
-# Without the sizes that a store adds.
-_DIMENSIONS = {1: ("feature",), 2: ("token", "feature"), 3: ("channel", "y", "x")}
 _RANKED_AT_ONCE = 64  # units: SciPy holds some ten numbers for each one that it ranks
 _READ_AT_ONCE = 32 << 20  # bytes of whole rows, of which a few units are kept
 
@@ -67,7 +66,7 @@ def unit_statistics(
 
 def unit_dimensions(shape: Sequence[int]) -> tuple[str, ...]:
     """Names of the axes of one item: those of a store's layers, and ``axis_0`` … where an array has more axes than these."""
-    return _DIMENSIONS.get(len(shape), tuple(f"axis_{i}" for i in range(len(shape))))
+    return DIMENSIONS.get(len(shape), tuple(f"axis_{i}" for i in range(len(shape))))
 
 
 def unit_name(unit: int | Sequence[int], shape: Sequence[int]) -> str:

@@ -127,14 +127,8 @@ class Source:
             for name in ("image_sha256", *place_columns(self.attributes.get("recipe")))
             if name in self._coordinates
         ]
-        table = pd.DataFrame({name: self.coordinate(name) for name in names})
-        if "image_sha256" not in table:
-            return np.arange(self.n_items)
-        table["flipped"] = [mirrored_is_another and view.endswith(FLIPPED) for view in self.coordinate("view")]
-        group = table.groupby([*names, "flipped"], sort=False, dropna=False).ngroup().to_numpy()
-        _, first, group = np.unique(group, return_index=True, return_inverse=True)
-        unknown = table["image_sha256"].isin(["", "0" * 64])
-        return np.where(unknown, np.arange(self.n_items), first[group]).astype(np.int64)
+        table = pd.DataFrame({name: self.coordinate(name) for name in names}, index=self.keys)
+        return first_of_photograph(table, mirrored_is_another)
 
     def find(
         self,
@@ -334,6 +328,25 @@ class FeatureStore:
     def xarray(self, source: str | None = None) -> "xr.Dataset":
         """A lazy xarray dataset; see ``Source.xarray``."""
         return self.source(source).xarray()
+
+
+def first_of_photograph(items: pd.DataFrame, mirrored_is_another: bool) -> np.ndarray:
+    """(n,) int64: of each item the first with the same photograph, its own place if there is no other or its hash is not known.
+
+    ``items``, by (face_id, view), have the columns that tell photographs apart: image_sha256 (without it all differ), and those
+    of a box or landmarks.
+    """
+    own = np.arange(len(items))
+    if "image_sha256" not in items:
+        return own
+    views = items.index.get_level_values("view")
+    table = items.reset_index(drop=True).assign(
+        flipped=[mirrored_is_another and view.endswith(FLIPPED) for view in views]
+    )
+    group = table.groupby(list(table.columns), sort=False, dropna=False).ngroup().to_numpy()
+    _, first, group = np.unique(group, return_index=True, return_inverse=True)
+    unknown = table["image_sha256"].isna() | table["image_sha256"].isin(["", "0" * 64])
+    return np.where(unknown, own, first[group]).astype(np.int64)
 
 
 def _problem(attributes: dict[str, Any], arrays: dict[str, Document], coordinates: dict[str, Document]) -> str:

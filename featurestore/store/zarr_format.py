@@ -26,7 +26,7 @@ FORMAT_VERSION = 1
 METADATA = "zarr.json"
 DTYPES = ("float32", "float16")
 
-_DIMENSIONS = {1: ("feature",), 2: ("token", "feature"), 3: ("channel", "y", "x")}  # of one image
+DIMENSIONS = {1: ("feature",), 2: ("token", "feature"), 3: ("channel", "y", "x")}  # of one image
 COORDINATE_CHUNK = 16384  # items a chunk; an append rewrites the last one
 _NUMBERS = {"float64": ("<f8", "NaN"), "int64": ("<i8", 0), "bool": ("|b1", False)}
 _TAIL: list[dict[str, Any]] = [{"name": "zstd", "configuration": {"level": 3, "checksum": False}}, {"name": "crc32c"}]
@@ -85,7 +85,7 @@ class Layer:
 
     def metadata(self) -> dict[str, Any]:
         """Its Zarr array document. Dimension names carry their size: one xarray dataset holds layers of many sizes."""
-        names = _DIMENSIONS[len(self.shape)]
+        names = DIMENSIONS[len(self.shape)]
         codecs = {
             "name": "sharding_indexed",
             "configuration": {
@@ -113,7 +113,7 @@ def parse_layer(name: str, document: Mapping[str, Any], folder: Path) -> Layer |
         inner = [codec["name"] for codec in document["codecs"][0]["configuration"]["codecs"]]
         compress = inner[1] if len(inner) == 3 else "none"
         sizes = [n_items + 1, slots, *shape]  # an empty store has no items, but nothing else may be empty
-        if compress not in COMPRESS or document["data_type"] not in DTYPES or len(shape) not in _DIMENSIONS:
+        if compress not in COMPRESS or document["data_type"] not in DTYPES or len(shape) not in DIMENSIONS:
             return None
         if not all(isinstance(size, int) and 0 < size < 2**40 for size in sizes):
             return None

@@ -321,3 +321,13 @@ def test_nan_is_refused_by_name() -> None:
     x[3, 2] = math.nan
     with pytest.raises(FeatureStoreError, match=r"'activations' holds NaN or infinite numbers for .* f0\|3"):
         verify_faces(x, items=ITEMS)
+
+
+def test_a_photograph_and_its_mirror_image_are_no_pair() -> None:
+    views = ["1", "1|flipped", "2"]
+    table = pd.DataFrame({"face_id": np.repeat(["a", "b", "c"], 3), "view": views * 3})
+    table["image_sha256"] = [f"{i:064x}" for i in (1, 1, 2, 3, 3, 4, 5, 5, 6)]
+    chosen = module.select(np.ones((9, 2), np.float32), items=table)
+    same = drawn_pairs(chosen, 50, np.random.default_rng(0)).query("same")
+    assert len(same) == 6
+    assert set(same["view_1"] + same["view_2"]) == {"12", "1|flipped2"}

@@ -477,3 +477,10 @@ def test_there_is_no_store(tmp_path: Path) -> None:
     assert done.returncode == 1
     assert f"there is no store {tmp_path / 'none.zarr'}" in done.stderr
     assert "Traceback" not in done.stderr
+
+
+def test_rdms_for_rsatoolbox(store: Path, tmp_path: Path) -> None:
+    answered(store, "rdm", "--by", "face", "--out", tmp_path / "rdms.h5")
+    with h5py.File(tmp_path / "rdms.h5") as file:
+        assert file["dissimilarities"].shape[0] == 2
+    assert "ends in none of .csv, .parquet, .zarr, .npy, which" in refused(ask(store, "statistics", "--out", "s.h5"))
