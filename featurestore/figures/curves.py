@@ -95,6 +95,8 @@ def draw_invariance(table: pd.DataFrame, path: FilePath, ylabel: str = "mean dis
     names = [] if numeric else list(dict.fromkeys(map(str, table["difference"])))
     place = {name: i for i, name in enumerate(names)}
     x = numbers.astype(float) if numeric else table["difference"].map(lambda name: float(place[str(name)]))
+    if table["difference"].nunique() == 1 and len(layers) > 1:
+        return _draw_layers(table, layers, path, ylabel)
     columns = _profile_columns(len(layers), len(names))
     rows = math.ceil(len(layers) / columns)
     with canvas(path, ONE_COLUMN if len(layers) == 1 and len(names) <= 10 else TWO_COLUMNS) as figure:
@@ -107,6 +109,19 @@ def draw_invariance(table: pd.DataFrame, path: FilePath, ylabel: str = "mean dis
             room = (figure.get_figwidth() - 0.6) / columns - 0.1
             axes.set_title(shortened([str(layer)], room, 8)[0], pad=3)
         _finish_profiles(figure, grid, len(layers), columns, names, ylabel)
+    return Path(path)
+
+
+def _draw_layers(table: pd.DataFrame, layers: list[Any], path: FilePath, ylabel: str) -> Path:
+    """Of a single difference of views: layers side by side."""
+    difference = table["difference"].iloc[0]
+    with canvas(path, TWO_COLUMNS) as figure:
+        axes = constrained(figure).subplots()
+        _draw_profile(axes, table.assign(x=np.arange(len(layers), dtype=float)), numeric=False)
+        beneath = _name_ticks(axes, [str(layer) for layer in layers], TWO_COLUMNS - 0.6)
+        axes.set(xlabel=f"layer (difference of views: {difference})", ylabel=ylabel, ylim=(0, None))
+        figure.legend(axes.lines, ["same face", "different faces"], loc="outside upper center", ncols=2)
+        figure.set_size_inches(TWO_COLUMNS, 2.6 + beneath)
     return Path(path)
 
 

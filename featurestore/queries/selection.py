@@ -13,7 +13,7 @@ import pandas as pd
 from featurestore.conditions import rows_that_meet
 from featurestore.errors import FeatureStoreError
 from featurestore.files import OpenFolder
-from featurestore.keys import KEY
+from featurestore.keys import BOX, KEY, LANDMARKS
 from featurestore.store.reader import FeatureStore, Source
 from featurestore.store.rows import Rows
 from featurestore.store.zarr_format import Layer
@@ -265,9 +265,8 @@ def groups(labels: pd.DataFrame, by: str) -> dict[str, np.ndarray]:
     table = labels.reset_index()
     column = {"face": KEY[0]}.get(by, by)
     if column not in table:
-        raise FeatureStoreError(
-            f"items have no column {by!r} to be grouped by. {near_matches(by, ['face', *map(str, table.columns)])}"
-        )
+        known = [str(name) for name in table.columns if name not in (*BOX, *LANDMARKS, "image_sha256", "path")]
+        raise FeatureStoreError(f"items have no column {by!r} to be grouped by. {near_matches(by, ['face', *known])}")
     values = table[column]
     if values.isna().any():
         raise FeatureStoreError(

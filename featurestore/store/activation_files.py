@@ -44,6 +44,10 @@ class Found:
 @contextmanager
 def open_activations(path: Path, kind: str, layer: str | None) -> Iterator[Found]:
     """What a file or folder of one of ``KINDS`` holds, open within; FeatureStoreError for one that cannot be read as such."""
+    if kind not in KINDS:
+        raise FeatureStoreError(f"there is no `kind` {kind!r}. {near_matches(kind, KINDS)}")
+    if not path.exists():
+        raise FeatureStoreError(f"there is no file or folder {path}. Check the `path` given.")
     with ExitStack() as opened:
         try:
             found = KINDS[kind](path, layer, opened)

@@ -19,10 +19,10 @@ import pandas as pd
 from featurestore.errors import FeatureStoreError
 from featurestore.files import safe_name, sha256_of
 from featurestore.keys import KEY
-from featurestore.store.activation_files import KINDS, FileRows, Found, open_activations
+from featurestore.store.activation_files import FileRows, Found, open_activations
 from featurestore.store.writer import SourceWriter, refuse_other_folder, store_lock
 from featurestore.store.zarr_format import METADATA
-from featurestore.text import listing, near_matches
+from featurestore.text import listing
 
 Items: TypeAlias = pd.DataFrame | pd.MultiIndex | Sequence[tuple[str, str]]
 CountRows: TypeAlias = Callable[[int], None]
@@ -79,10 +79,6 @@ def import_activations(
     NaN or infinity (naming items), names that a store cannot have, and a source that is already there.
     """
     source, target = Path(path).expanduser(), Path(store)
-    if kind not in KINDS:
-        raise FeatureStoreError(f"there is no `kind` {kind!r}. {near_matches(kind, KINDS)}")
-    if not source.exists():
-        raise FeatureStoreError(f"there is no file or folder {source}. Check the `path` given.")
     with open_activations(source, kind, layer) as found:
         table = _keyed(found, items, source)
         digest = _digest(source, table)
@@ -110,8 +106,6 @@ def row_names(path: str | os.PathLike[str], *, kind: str, layer: str | None = No
     None if there are none, or if they are keys already. For these names keys (face, view) are made, and given as ``items``.
     FeatureStoreError as ``import_activations`` raises it.
     """
-    if kind not in KINDS:
-        raise FeatureStoreError(f"there is no `kind` {kind!r}. {near_matches(kind, KINDS)}")
     with open_activations(Path(path), kind, layer) as found:
         return found.names if found.table is None else None
 

@@ -239,8 +239,9 @@ def test_a_single_pair_of_views_stands_in_the_middle(tmp_path: Path, monkeypatch
         limits.extend(axes.get_xlim() for axes in grid)
 
     monkeypatch.setattr(curves, "_finish_profiles", finished)
-    draw_invariance(profiles(["another photograph"]), tmp_path / "a.svg")
-    assert limits == [(-0.5, 0.5)] * 2
+    table = profiles(["another photograph"])
+    draw_invariance(table[table["layer"] == table["layer"].iloc[0]], tmp_path / "a.svg")
+    assert limits == [(-0.5, 0.5)]
 
 
 def test_many_names_are_shortened_or_left_out(tmp_path: Path) -> None:
@@ -373,3 +374,11 @@ def test_pyplot_is_not_loaded(tmp_path: Path) -> None:
         [sys.executable, "-c", code, tmp_path / "a.svg"], capture_output=True, text=True, cwd=ROOT, check=True
     )
     assert done.stdout.strip() == "False"
+
+
+def test_a_single_difference_has_the_layers_side_by_side(tmp_path: Path) -> None:
+    bounds = {f"{kind}{end}": 0.2 for kind in ("same", "other") for end in ("", "_low", "_high")}
+    table = pd.DataFrame({"layer": LAYERS, "difference": "another photograph", **bounds})
+    text = draw_invariance(table, tmp_path / "i.svg").read_text()
+    assert "difference of views: another photograph" in text
+    assert "conv_1" in text
