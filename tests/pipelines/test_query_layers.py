@@ -344,18 +344,7 @@ def test_export_as_arrays(store: Path, tmp_path: Path) -> None:
 
 
 def test_export_as_hdf5(store: Path, tmp_path: Path) -> None:
-    answered(
-        store,
-        "export",
-        "--format",
-        "hdf5",
-        "--to",
-        tmp_path / "a.h5",
-        "--where",
-        "gender == 'male'",
-        "--memory",
-        "2GiB",
-    )
+    answered(store, "export", "--format", "hdf5", "--to", tmp_path / "a.h5", "--where", "gender == 'male'")
     with h5py.File(tmp_path / "a.h5") as file:
         assert set(LAYERS) <= set(file)
         assert file["view"].asstr()[:].tolist() == VIEWS * 2
