@@ -67,6 +67,7 @@ def load_head(
     tensors = open_tensors(path).tensors
     if document is not None:
         head = _described_head(path, document, layer, shape)
+        head.trained_on = {name: value for name, value in document.items() if name != "architecture"}
         names = {key: key for key in head.state_dict()}
     else:
         tensors = head_tensors(path, tensors, ignore_backbone)

@@ -10,6 +10,8 @@ from featurestore.errors import FeatureStoreError
 from featurestore.networks.registry import get_backbone, known_backbone
 from featurestore.networks.shapes import with_input_size
 from featurestore.networks.spec import BackboneSpec
+from featurestore.photos.boxes import place_of
+from featurestore.photos.loading import Photo
 from featurestore.photos.recipes import Recipe, recipe_from_dict
 from featurestore.store.reader import Source
 
@@ -74,3 +76,11 @@ def recipe_of(source: Source) -> Recipe:
     if recipe.as_dict() != stored:
         raise FeatureStoreError(f"{source.name} was made with recipe {stored}, which this version does not have.")
     return recipe
+
+
+def photo_of(source: Source, row: int) -> Photo:
+    """The photograph of an item, which must still have the content that its rows were computed from."""
+    face, view = source.keys[row]
+    item = source.items.iloc[row]
+    place = place_of(item, recipe_of(source))
+    return Photo(face, view, item["path"], row=row, sha256=item["image_sha256"], place=place)

@@ -9,15 +9,14 @@ import torch
 
 from featurestore.caching.compute import compute
 from featurestore.caching.extractor import load_extractor
-from featurestore.caching.provenance import precision_of, recipe_of
+from featurestore.caching.provenance import photo_of, precision_of, recipe_of
 from featurestore.checkpoints.weights import Weights
 from featurestore.devices import PRECISIONS, reproducible
 from featurestore.errors import FeatureStoreError
 from featurestore.networks.registry import known_backbone
 from featurestore.networks.shapes import layer_shapes
 from featurestore.networks.spec import BackboneSpec
-from featurestore.photos.boxes import place_of
-from featurestore.photos.loading import Failure, Photo, batches
+from featurestore.photos.loading import Failure, batches
 from featurestore.store.reader import Source
 from featurestore.store.rows import open_shard, stored_row
 from featurestore.store.shards import DamagedShard, read_record, thread_pool
@@ -197,7 +196,7 @@ def recompute_some(
     recipe, precision = recipe_of(source), precision_of(source)
     network = load_extractor(spec, layers, weights, device, PRECISIONS[precision])
     stream = batches(
-        [_photo(source, int(row)) for row in rows],
+        [photo_of(source, int(row)) for row in rows],
         recipe,
         slots=max(source.n_items, 1),
         next_row=0,
@@ -253,10 +252,3 @@ def _differs(source: Source, name: str, row: int, difference: float, most: float
     item = f"({source.keys[row][0]!r}, {source.keys[row][1]!r})"
     problem = f"differs from a new computation by {difference:.1e} of its largest value (allowed: {most:.0e})"
     return Damage(name, row // source.layers[name].slots, row, item, problem)
-
-
-def _photo(source: Source, row: int) -> Photo:
-    face, view = source.keys[row]
-    item = source.items.iloc[row]
-    place = place_of(item, recipe_of(source))
-    return Photo(face, view, item["path"], row=row, sha256=item["image_sha256"], place=place)

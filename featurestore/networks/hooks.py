@@ -31,7 +31,7 @@ class HookedNetwork(nn.Module):
         """One forward pass."""
         kept: dict[str, torch.Tensor] = {}
 
-        def keep(name: str, output: object) -> None:
+        def keep(name: str, output: object) -> torch.Tensor | None:
             if name in kept:
                 raise FeatureStoreError(
                     f"layer {name!r}: its module runs several times in one forward pass. Leave it out."
@@ -41,6 +41,8 @@ class HookedNetwork(nn.Module):
             kept[name] = output.clone()
             if len(kept) == len(self.layers):
                 raise _Complete
+            # What comes after is computed from the copy where a gradient is wanted, so that layers have one, too.
+            return kept[name].clone() if kept[name].requires_grad else None
 
         with _hooks(self.network, self.layers, keep), suppress(_Complete):
             self.network(images)
@@ -65,8 +67,9 @@ def record(
     """
     made: dict[str, list[torch.Tensor | str]] = {}
 
-    def keep(name: str, output: object) -> None:
+    def keep(name: str, output: object) -> torch.Tensor | None:
         made.setdefault(name, []).append(copy(output) if isinstance(output, torch.Tensor) else _described(output))
+        return None
 
     with _hooks(network, layers, keep), torch.no_grad():
         network(images)
@@ -74,8 +77,13 @@ def record(
 
 
 @contextmanager
-def _hooks(network: nn.Module, layers: Mapping[str, str], keep: Callable[[str, object], None]) -> Iterator[None]:
-    """``keep(name, output)`` is called for every output of the layers' modules, or input where the path says so."""
+def _hooks(
+    network: nn.Module, layers: Mapping[str, str], keep: Callable[[str, object], torch.Tensor | None]
+) -> Iterator[None]:
+    """``keep(name, output)`` is called for every output of the layers' modules, or input where the path says so.
+
+    The tensor that it returns, if any, takes its place in the network.
+    """
     modules = dict(network.named_modules())
 
     def attach(name: str, path: str) -> Any:

@@ -127,14 +127,17 @@ class Recipe:
         return (resized[:, :, ::-1] if self.channels == "BGR" else resized).copy(order="C")
 
     def normalise(self, pixels: "torch.Tensor") -> "torch.Tensor":
-        """uint8 (n, size, size, 3) to float32 (n, 3, size, size), on the tensor's own device, channels last."""
+        """uint8 or float (n, size, size, 3) to float32 (n, 3, size, size), on the tensor's own device, channels last.
+
+        Differentiable in pixels that are floats.
+        """
         import torch  # a recipe can be described without torch
 
         def channels(values: Triple) -> torch.Tensor:
             return torch.tensor(values, dtype=torch.float32, device=pixels.device).view(1, 3, 1, 1)
 
         batch = pixels.permute(0, 3, 1, 2).to(torch.float32)
-        batch -= channels(self.mean)
+        batch = batch - channels(self.mean) if pixels.is_floating_point() else batch.sub_(channels(self.mean))
         if isinstance(self.scale, tuple):
             return batch.div_(channels(self.scale))
         return batch if self.scale == 1.0 else batch.div_(self.scale)

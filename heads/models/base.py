@@ -33,6 +33,7 @@ class Head(nn.Module):
         self.shape = tuple(shape)
         self.n_features = math.prod(shape)
         self.architecture: dict[str, Any] = {}
+        self.trained_on: dict[str, Any] = {}  # of one read from our file: what that says, such as layer and sources
 
     def reset(self, generator: torch.Generator) -> None:
         """Draw the initial weights: torch's defaults, Xavier uniform with bias .01 where the published code does."""
