@@ -65,7 +65,7 @@ class Legs(nn.Module):
     ``similarity``, the cosine of two items' rows. A head that ``load_head`` read from our own file knows its layer; for
     others ``layer`` is given. ``maps`` is a layer of maps (channel, y, x) on the way whose values ``run`` gives beside; without
     a name it is the last one. ``weights`` is the file that the source was made with, where it is one; ``backbone`` names a
-    network of the user's own, which is then imported. All is float32, in eval mode.
+    network of the user's own, which is then imported. All is float32; the head is not copied, but put into eval mode and frozen.
 
     FeatureStoreError for a head that was trained on another source or layer, for weights that are not the source's, and for a
     layer of another shape than the head takes.
@@ -100,7 +100,7 @@ class Legs(nn.Module):
             _refuse_no_maps(spec, maps, self.layer.name)
         names = [name for name in (self.maps, self.layer.name) if name]
         self.backbone = load_extractor(spec, spec.check_layers(names), self.weights, self.device, torch.float32)
-        self.head = head.to(self.device).eval()
+        self.head = head.to(self.device).eval().requires_grad_(False)
 
     @property
     def n_places(self) -> int:
@@ -118,8 +118,8 @@ class Legs(nn.Module):
 
     def inputs(self, pixels: torch.Tensor) -> torch.Tensor:
         """What the network takes, (n, places, 3, size, size) float32: pixels less the recipe's mean, over its scale."""
-        images: torch.Tensor = self.recipe.normalise(pixels.to(self.device).flatten(0, 1))
-        return images.unflatten(0, pixels.shape[:2])
+        images = self.recipe.normalise(pixels.to(self.device).flatten(0, 1))
+        return images.view(*pixels.shape[:2], *images.shape[1:])
 
     def run(self, inputs: torch.Tensor) -> Pass:
         """From ``inputs`` on."""
