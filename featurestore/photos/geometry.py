@@ -68,4 +68,5 @@ def inverse(affine: np.ndarray) -> np.ndarray:
 
 def moved(affine: np.ndarray, points: np.ndarray) -> np.ndarray:
     """Points (…, 2) of x and y, where a map (2, 3) leads them."""
-    return np.asarray(points, np.float64) @ affine[:, :2].T + affine[:, 2]
+    there: np.ndarray = np.asarray(points, np.float64) @ affine[:, :2].T + affine[:, 2]
+    return there

@@ -1,4 +1,4 @@
-"""Where a square's pixels are in the photograph: pictures whose colours say where each pixel is, through the recipes themselves."""
+"""Where a square's pixels are in the photograph: pictures whose colours say where each pixel is, through the recipes."""
 
 import math
 
@@ -95,5 +95,5 @@ def test_places_that_cannot_be_cut_out() -> None:
         square_to_photograph(recipe("pil", box_margin=0.0), HEIGHT, WIDTH, (300.0, 0.0, 20.0, 20.0))
     outside = (*LANDMARKS_HERE[:8], 500.0, 50.0)
     assert len(outside) == len(LANDMARKS)
-    with pytest.raises(ImageError, match="the landmark nose .* is outside the picture of 200 × 230"):
+    with pytest.raises(ImageError, match=r"the landmark nose .* is outside the picture of 200 × 230"):
         square_to_photograph(recipe("chip"), HEIGHT, WIDTH, outside)

@@ -1,0 +1,1 @@
+"""Why a head chose: relevance of pixels, and what is done with it."""
