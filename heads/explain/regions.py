@@ -107,7 +107,7 @@ _ELLIPSES = {  # x and y of the middle, half width, half height; those with x st
     "mouth": (0.0, 1.16, 0.47, 0.23),
 }
 _NOSE_OUTLINE = ((0.13, -0.15), (0.17, 0.35), (0.36, 0.62), (0.34, 0.84), (0.12, 0.92))  # its right half
-_FACE = (0.0, 0.38, 1.15, 1.5)
+_FACE = (0.0, 0.42, 1.15, 1.55)
 _HAIR = (0.0, -0.3, 1.42, 1.7)
 _HAIR_ENDS, _FOREHEAD_ENDS, _CHIN_BEGINS = 0.6, -0.2, 1.42  # y
 
@@ -288,7 +288,7 @@ def _shares(maps: xr.Dataset, regions_of: RegionsOf) -> _Shares:
         total = np.abs(relevance).sum()
         if total == 0:
             continue
-        rows.append((picture.method, picture.choice, picture.row, picture.place, picture.view))
+        rows.append((picture.method, picture.choice, picture.row, picture.place + 1, picture.view))
         shares.append(np.bincount(labels, np.abs(relevance), len(names)) / total)
         nets.append(np.bincount(labels, relevance, len(names)) / total)
         areas.append(np.bincount(labels, minlength=len(names)) / len(labels))
@@ -307,7 +307,7 @@ def _shares(maps: xr.Dataset, regions_of: RegionsOf) -> _Shares:
 
 
 def region_table(maps: xr.Dataset, regions_of: RegionsOf, by: Literal["view", "place"] | None = None) -> pd.DataFrame:
-    """How much relevance is in each region: a row for each method, choice and region (and view or place).
+    """How much relevance is in each region: a row for each method, choice and region (and view, or place from 1).
 
     ``share`` of the absolute relevance of a picture, 0 … 1; ``net``, the signed sum over the picture's absolute sum; ``area``,
     the share of its pixels; ``density``, share over area: 1 where relevance is spread evenly. Each is the mean over trials,
