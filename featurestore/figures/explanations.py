@@ -42,13 +42,13 @@ _DARKEST = 0.55  # of 1: how grey a photograph's black is beneath a map
 _HEAD = 0.19  # inches of a line of names, or of a legend
 _NAMES = 0.17  # inches of a column of upright names
 _BAR = 0.62  # inches of the colour bar with its ticks and label
-_LARGEST = 1.5  # inches of a picture
+_LARGEST = 1.1  # inches of a picture
 _SMALLEST = 0.3
 # From top to bottom; other regions come after these, and what is no face last.
 _ORDER = ("hair", "forehead", "brows", "eyes", "nose", "cheeks", "mouth", "chin")
 _LAST = ("background", "outside")
 _SERIES = ("run", "method", "choice", "view", "place")
-_BASELINES = {"random": "0.5", "edges": "0.75"}  # their greys
+_BASELINES = {"random": ("0.5", "-"), "edges": ("0.5", ":")}
 _LABELS = {
     "share": "share of relevance",
     "net": "net relevance, share",
@@ -91,7 +91,7 @@ def draw_trial(
             grid.frame(place, colour, dashes, 0.0 if colour == SAME[0] else 0.03)
         if frames:
             grid.legend({SAME: "head's choice", OTHER: "person's answer"}, [frame[1:] for frame in frames])
-        grid.colour_bar("relevance / largest of the row")
+        grid.colour_bar("share of the row's largest")
     return Path(path)
 
 
@@ -129,7 +129,7 @@ def draw_mean_maps(
     with canvas(path, ONE_COLUMN if len(maps) <= 3 else TWO_COLUMNS) as figure:
         names = [f"{face}{count}" for face, count in zip(faces, counts, strict=True)]
         grid = _Grid(figure, rows, names, ["photograph", *maps], [], False)
-        grid.colour_bar("relevance / largest of the column")
+        grid.colour_bar("share of the column's largest")
     return Path(path)
 
 
@@ -246,8 +246,8 @@ def draw_regions(table: pd.DataFrame, path: FilePath, value: Literal["share", "n
     """How much relevance is in each region, with 95 % intervals: regions from hair to chin, what is no face last.
 
     ``table`` is that of ``heads.explain.regions``: region, area, and ``value`` with its ``_low`` and ``_high``; a colour for
-    each run, method, choice, view and place of which it has several, seven at most. ``share`` is shown beside the region's share of the
-    area (black lines), which is what relevance without any preference would have; ``density`` beside 1.
+    each run, method, choice, view and place of which it has several, seven at most. ``share`` is shown beside the region's
+    share of the area (black lines), which relevance without any preference would have; ``density`` beside 1.
     """
     ends = [f"{value}_low", f"{value}_high"]
     check_table(table, "table", ["region", "area", value, *ends])
@@ -328,8 +328,10 @@ def draw_deletion(curves: pd.DataFrame, path: FilePath, ylabel: str = "explained
     coloured = [name for name in methods if name not in _BASELINES]
     if len(coloured) > len(COLOURS):
         raise FeatureStoreError(f"`curves` has {len(coloured)} methods; {len(COLOURS)} can be told apart. Choose some.")
-    styles = {name: (COLOURS[i], DASHES[i % len(DASHES)]) for i, name in enumerate(coloured)}
-    styles |= {name: (grey, "-") for name, grey in _BASELINES.items() if name in methods}
+    styles: dict[str, tuple[str, Any]] = {
+        name: (COLOURS[i], DASHES[i % len(DASHES)]) for i, name in enumerate(coloured)
+    }
+    styles |= {name: style for name, style in _BASELINES.items() if name in methods}
     with canvas(path, TWO_COLUMNS if len(kinds) > 1 else ONE_COLUMN) as figure:
         panels = constrained(figure).subplots(1, len(kinds), sharey=True, squeeze=False)[0]
         for kind, axes in zip(kinds, panels, strict=True):
