@@ -70,9 +70,9 @@ def draw_trial(
 
     ``pictures`` (place, size, size, 3) uint8 RGB are the squares that the network takes, ``maps`` (place, size, size) float by
     method. Red speaks for the choice that is explained, blue against it. Methods differ in unit, so each row is divided by its
-    own largest absolute value: one scale from -1 to 1 in the whole figure. ``names`` of the places stand above; ``beneath``
-    the photographs, what there is to say of each, such as the head's probability. The photograph of the head's choice has a
-    solid blue frame, that of the person's answer a dashed red one. NaN is shown as 0.
+    own largest absolute value: one scale from -1 to 1 in the whole figure. ``names`` of the places stand above the photographs,
+    and ``beneath``, in one line or several, what there is to say of each, such as the head's probability. The photograph of
+    the head's choice has a solid blue frame, that of the person's answer a dashed red one. NaN is shown as 0.
     """
     places, rows = len(pictures), [list(pictures)]
     if not maps or not places:
@@ -171,7 +171,8 @@ class _Grid:
         legend: bool,
     ) -> None:
         self.figure, self.count = figure, len(rows)
-        width, columns, self.line = figure.get_figwidth(), len(rows[0]), LINE + 0.03 if beneath else 0.0
+        width, columns = figure.get_figwidth(), len(rows[0])
+        self.line = LINE * max(text.count("\n") + 1 for text in beneath) + 0.03 if beneath else 0.0
         self.head = _HEAD * (1 + legend)
         room = (PAGE - self.head - self.line) / len(rows) - GAP / 2
         self.edge = min((width - _NAMES - _BAR - 0.04) / columns - GAP / 2, room, _LARGEST)
@@ -195,9 +196,10 @@ class _Grid:
             self.axes.text(_NAMES - 0.03, y, name, rotation=90, va="center", **{**style, "ha": "right"})
         for j, name in enumerate(shortened(above, self.pitch)):
             self.axes.text(self.corner(0, j)[0] + self.edge / 2, self.head - 0.05, name, va="bottom", **style)
-        for j, text in enumerate(shortened(beneath, self.pitch)):
+        for j, text in enumerate(beneath):
             x, y = self.corner(0, j)
-            self.axes.text(x + self.edge / 2, y + self.edge + 0.03, text, va="top", **style)
+            for i, line in enumerate(shortened(text.split("\n"), self.pitch)):
+                self.axes.text(x + self.edge / 2, y + self.edge + 0.03 + i * LINE, line, va="top", **style)
 
     def corner(self, row: int, column: int) -> tuple[float, float]:
         """Left and top of a picture."""

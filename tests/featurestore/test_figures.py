@@ -155,10 +155,11 @@ FIGURES: dict[str, tuple[Draw, list[str]]] = {
         [*LAYERS, "correlation with people", "noise ceiling"],
     ),
     "trial": (
-        lambda p, _: a_trial(p, beneath=["p = 0.7", "p = 0.2", "p = 0.1"], chosen=0, answer=2),
+        lambda p, _: a_trial(p, beneath=["p = 0.7\npeople 0.4", "p = 0.2", "p = 0.1"], chosen=0, answer=2),
         [
             "f3|<2>",
             "p = 0.7",
+            "people 0.4",
             "grad-cam",
             "lrp",
             "head's choice",
