@@ -34,7 +34,7 @@ FilePath: TypeAlias = str | os.PathLike[str]
 
 FACE_REGIONS = ("hair", "forehead", "brows", "eyes", "nose", "cheeks", "mouth", "chin", "background")
 OUTSIDE = "outside"  # the photograph, to which the square may reach beyond
-_KEPT = 512  # items whose regions are kept: 25 MB at 224 × 224
+_KEPT = 512  # items whose regions are kept: 50 MB at most at 224 × 224
 
 
 @dataclass(frozen=True)
@@ -166,7 +166,7 @@ def regions_from_mask(mask: FilePath, table: FilePath, source: Source) -> Region
     names, values, column = _mask_table(Path(table).expanduser())
     files = _mask_files(path) if path.suffix.lower() == ".csv" else None
 
-    @lru_cache(_KEPT)
+    @lru_cache(1)
     def read(file: Path) -> np.ndarray:
         return _read_mask(file, names, values, column)
 
