@@ -28,7 +28,7 @@ from featurestore.photos.loading import read_photo
 from featurestore.store.reader import Source
 from featurestore.text import listing
 from heads.comparison import holm
-from heads.explain.relevance import pictures
+from heads.explain.pictures import pictures
 
 FilePath: TypeAlias = str | os.PathLike[str]
 

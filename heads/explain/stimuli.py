@@ -21,7 +21,7 @@ from featurestore.photos.decode import ImageError, decode
 from featurestore.photos.geometry import inverse, moved, square_to_photograph
 from featurestore.photos.loading import read_photo
 from featurestore.store.reader import Source
-from heads.explain.relevance import Picture, pictures
+from heads.explain.pictures import Picture, pictures
 
 TABLE = "masked.csv"
 _BLOCKS = 16  # along one side of the square, unless it is said how large they are

@@ -21,6 +21,7 @@ from featurestore.photos.geometry import inverse, mirrored_place, moved, square_
 from featurestore.photos.keys import find_faces, with_flipped
 from featurestore.store.reader import Source
 from featurestore.store.writer import store_lock
+from heads.explain.pictures import mean_maps, methods_of, pictures
 from heads.explain.regions import (
     FACE_REGIONS,
     OUTSIDE,
@@ -30,7 +31,6 @@ from heads.explain.regions import (
     regions_from_landmarks,
     regions_from_mask,
 )
-from heads.explain.relevance import mean_maps, methods_of, pictures
 from tests.conftest import run_pass, write_photographs
 from tests.heads.explained import write_maps
 
