@@ -39,7 +39,7 @@ def compare(folder: Path, names: Sequence[str]) -> pd.DataFrame:
     chosen = {name: [_alone(single[name])] if name in single else _best(found, runs, name, folder) for name in names}
     rows = [row for one, other in combinations(names, 2) for row in _pair(one, chosen[one], other, chosen[other])]
     table = pd.DataFrame(rows)
-    return table.assign(p_holm=table.groupby("test")["p"].transform(lambda p: _holm(p.to_numpy(float))))
+    return table.assign(p_holm=table.groupby("test")["p"].transform(lambda p: holm(p.to_numpy(float))))
 
 
 def _run_called(runs: Sequence[FinishedRun], name: str) -> FinishedRun | None:
@@ -128,7 +128,7 @@ def _row(one: str, a: Answers, other: str, b: Answers) -> dict[str, object]:
     }
 
 
-def _holm(p: np.ndarray) -> np.ndarray:
+def holm(p: np.ndarray) -> np.ndarray:
     """p corrected for as many tests as there are numbers among them (Holm 1979)."""
     order = np.argsort(p)
     known = order[~np.isnan(p[order])]

@@ -11,8 +11,9 @@ from pathlib import Path
 import numpy as np
 import torch
 
-from featurestore.keys import BOX, FLIPPED, Place
+from featurestore.keys import FLIPPED, Place
 from featurestore.photos.decode import ImageError, decode
+from featurestore.photos.geometry import mirrored_place
 from featurestore.photos.recipes import Recipe
 
 
@@ -81,15 +82,10 @@ class _Decoded:
 
 def _load(photo: Photo, recipe: Recipe) -> _Decoded | Failure:
     try:
-        if not stat.S_ISREG(Path(photo.path).stat().st_mode):  # a pipe would hang, a device never end
-            raise ImageError("it is no file")
-        content = Path(photo.path).read_bytes()
-        digest = hashlib.sha256(content).hexdigest()
-        if photo.sha256 is not None and digest != photo.sha256:
-            return Failure(photo, "the photograph changed since its other layers were cached")
-        rgb, place = decode(content), photo.place
+        rgb, digest = read_photo(photo)
+        place = photo.place
         if photo.flipped:
-            rgb, place = _mirrored(rgb, place)
+            rgb, place = np.ascontiguousarray(rgb[:, ::-1]), mirrored_place(place, rgb.shape[1])
         return _Decoded(photo, recipe.pixels(rgb, place), digest)
     except ImageError as error:
         return Failure(photo, str(error))
@@ -97,23 +93,18 @@ def _load(photo: Photo, recipe: Recipe) -> _Decoded | Failure:
         return Failure(photo, error.strerror or str(error))
 
 
-def _mirrored(rgb: np.ndarray, place: Place | None) -> tuple[np.ndarray, Place | None]:
-    """A picture with left and right exchanged, and where the same face is in it: its box, or its landmarks."""
-    if place is not None:
-        place = _mirrored_box(place, rgb) if len(place) == len(BOX) else _mirrored_landmarks(place, rgb)
-    return np.ascontiguousarray(rgb[:, ::-1]), place
+def read_photo(photo: Photo) -> tuple[np.ndarray, str]:
+    """The picture as its file shows it (not mirrored), uint8 (height, width, 3) RGB, and the file's sha256.
 
-
-def _mirrored_box(box: Place, rgb: np.ndarray) -> Place:
-    left, top, width, height = box
-    return rgb.shape[1] - left - width, top, width, height
-
-
-def _mirrored_landmarks(landmarks: Place, rgb: np.ndarray) -> Place:
-    """The eye on the picture's right is on its left afterwards, and takes the other's place in the order."""
-    points = [(rgb.shape[1] - 1 - x, y) for x, y in zip(landmarks[::2], landmarks[1::2], strict=True)]
-    right_outer, right_inner, left_outer, left_inner, nose = points
-    return tuple(number for point in (left_outer, left_inner, right_outer, right_inner, nose) for number in point)
+    Raises ImageError for what is no file or image, and for other content than ``photo.sha256``; OSError as reading does.
+    """
+    if not stat.S_ISREG(Path(photo.path).stat().st_mode):  # a pipe would hang, a device never end
+        raise ImageError("it is no file")
+    content = Path(photo.path).read_bytes()
+    digest = hashlib.sha256(content).hexdigest()
+    if photo.sha256 is not None and digest != photo.sha256:
+        raise ImageError("the photograph changed since its other layers were cached")
+    return decode(content), digest
 
 
 def _load_in_order(photos: Iterable[Photo], recipe: Recipe, workers: int, ahead: int) -> Iterator[_Decoded | Failure]:

@@ -22,7 +22,12 @@ def crop(rgb: np.ndarray, box: Place, margin: float, outward: bool = False) -> n
     Edges are rounded to whole pixels, or ``outward``: down at the left and top, up at the right and bottom.
     Raises ImageError if nothing of the picture is left.
     """
-    height, width = rgb.shape[:2]
+    left, top, right, bottom = box_edges(rgb.shape[0], rgb.shape[1], box, margin, outward)
+    return rgb[top:bottom, left:right]
+
+
+def box_edges(height: int, width: int, box: Place, margin: float, outward: bool = False) -> tuple[int, int, int, int]:
+    """Left, top, right and bottom (the first pixel outside) of what ``crop`` cuts out of a picture of that size."""
     left, top, box_width, box_height = box
     x, y = margin * box_width, margin * box_height
     start, end = (math.floor, math.ceil) if outward else (round, round)
@@ -32,7 +37,7 @@ def crop(rgb: np.ndarray, box: Place, margin: float, outward: bool = False) -> n
         raise ImageError(
             f"the box x={left:g} y={top:g} w={box_width:g} h={box_height:g} holds nothing of a picture of {width} × {height}"
         )
-    return rgb[y0:y1, x0:x1]
+    return x0, y0, x1, y1
 
 
 def resize_opencv(rgb: np.ndarray, size: int) -> np.ndarray:
@@ -45,13 +50,17 @@ def resize_opencv_and_crop(rgb: np.ndarray, short_side: int, size: int) -> np.nd
 
     Raises ImageError for a picture so narrow that the long side would pass 65,536 pixels.
     """
-    height, width = rgb.shape[:2]
+    width, height, left, top = opencv_crop(rgb.shape[0], rgb.shape[1], short_side, size)
+    return cv2.resize(rgb, (width, height), interpolation=cv2.INTER_LINEAR)[top : top + size, left : left + size]
+
+
+def opencv_crop(height: int, width: int, short_side: int, size: int) -> tuple[int, int, int, int]:
+    """Width and height of a picture of that size once it is resized, and the left and top of what is cut out of it."""
     ratio = short_side / min(height, width)
-    _refuse_narrow(rgb, max(height, width) * ratio)
+    _refuse_narrow(height, width, max(height, width) * ratio)
     # Rounded up from this product, so that a short side may come out a pixel longer, as it does in the published script.
-    resized = cv2.resize(rgb, (math.ceil(width * ratio), math.ceil(height * ratio)), interpolation=cv2.INTER_LINEAR)
-    top, left = (resized.shape[0] - size) // 2, (resized.shape[1] - size) // 2
-    return resized[top : top + size, left : left + size]
+    resized_width, resized_height = math.ceil(width * ratio), math.ceil(height * ratio)
+    return resized_width, resized_height, (resized_width - size) // 2, (resized_height - size) // 2
 
 
 def resize_pillow(rgb: np.ndarray, width: int, height: int, interpolation: str) -> np.ndarray:
@@ -64,18 +73,21 @@ def resize_and_crop(rgb: np.ndarray, short_side: int, size: int, interpolation: 
 
     Raises ImageError for a picture so narrow that the long side would pass 65,536 pixels.
     """
-    height, width = rgb.shape[:2]
+    width, height, left, top = pillow_crop(rgb.shape[0], rgb.shape[1], short_side, size)
+    return resize_pillow(rgb, width, height, interpolation)[top : top + size, left : left + size]
+
+
+def pillow_crop(height: int, width: int, short_side: int, size: int) -> tuple[int, int, int, int]:
+    """As ``opencv_crop``, by Pillow."""
     if width <= height:
-        width, height = short_side, int(short_side * height / width)
+        resized_width, resized_height = short_side, int(short_side * height / width)
     else:
-        width, height = int(short_side * width / height), short_side
-    _refuse_narrow(rgb, max(width, height))
-    resized = resize_pillow(rgb, width, height, interpolation)
+        resized_width, resized_height = int(short_side * width / height), short_side
+    _refuse_narrow(height, width, max(resized_width, resized_height))
     # Python's round is banker's rounding, as in the published centre crop.
-    top, left = round((height - size) / 2), round((width - size) / 2)
-    return resized[top : top + size, left : left + size]
+    return resized_width, resized_height, round((resized_width - size) / 2), round((resized_height - size) / 2)
 
 
-def _refuse_narrow(rgb: np.ndarray, long_side: float) -> None:
+def _refuse_narrow(height: int, width: int, long_side: float) -> None:
     if long_side > _MOST_RESIZED:
-        raise ImageError(f"a picture of {rgb.shape[1]} × {rgb.shape[0]} is too narrow to be cropped from its middle")
+        raise ImageError(f"a picture of {width} × {height} is too narrow to be cropped from its middle")

@@ -1,1 +1,1 @@
-"""Which parts of the photographs a head's choice depends on: attribution maps, and checks of whether they are true."""
+"""Why a head chose: relevance of pixels, and what is done with it."""

@@ -22,12 +22,16 @@ from featurestore.figures import (
     check_ending,
     clustered_order,
     curves,
+    draw_deletion,
     draw_invariance,
     draw_layer_matrix,
+    draw_mean_maps,
     draw_neighbours,
     draw_rdm,
+    draw_regions,
     draw_roc,
     draw_rsa,
+    draw_trial,
     matrices,
 )
 from featurestore.queries.dissimilarity import rdm
@@ -84,6 +88,45 @@ def near(k: int = 3) -> pd.DataFrame:
     return neighbours(values, None, [("f1", "1"), ("f1", "2"), ("f2", "3")], k=k, items=items)
 
 
+def relevance(places: int = 3, side: int = 32) -> np.ndarray:
+    """For the choice on the left, half as much against it on the right."""
+    maps = np.zeros((places, side, side), np.float32)
+    maps[:, :, : side // 4], maps[:, :, -side // 4 :] = 1, -0.5
+    return maps
+
+
+def pale(places: int = 3, side: int = 32) -> np.ndarray:
+    return np.full((places, side, side, 3), 255, np.uint8)
+
+
+def a_trial(path: Path, **options) -> Path:
+    maps = {"grad-cam": relevance(), "lrp": 1000 * relevance()}
+    return draw_trial(pale(), maps, path, **{"names": ["f1|1", "f2|1", "f3|<2>"], **options})
+
+
+def means(path: Path, faces: int = 2, **options) -> Path:
+    names = [f"f{i}" for i in range(faces)]
+    of = xr.DataArray(relevance(faces), {"face": names, "n": ("face", [7] * faces)}, ("face", "y", "x"))
+    return draw_mean_maps(dict(zip(names, pale(faces), strict=True)), {"lrp": of, "ig": of}, path, **options)
+
+
+REGIONS = ["background", "eyes", "beard", "hair", "mouth"]
+
+
+def by_region(methods: int = 2) -> pd.DataFrame:
+    names = [[f"method {i}" for i in range(methods)], REGIONS]
+    table = pd.MultiIndex.from_product(names, names=["method", "region"]).to_frame(index=False)
+    for value in ("share", "net", "density"):
+        table = table.assign(**{value: 0.2, f"{value}_low": 0.1, f"{value}_high": np.nan})
+    return table.assign(choice="head", area=0.2)
+
+
+def deletion(methods: tuple[str, ...] = ("lrp", "random", "edges")) -> pd.DataFrame:
+    names = [list(methods), ["deletion", "insertion"], [0, 0.5, 1]]
+    table = pd.MultiIndex.from_product(names, names=["method", "kind", "fraction"]).to_frame(index=False)
+    return table.assign(value=1 - table["fraction"], low=0.0, high=1.0)
+
+
 Draw = Callable[[Path, dict], Path]
 Drawn = Callable[[str], dict[str, Path]]
 FIGURES: dict[str, tuple[Draw, list[str]]] = {
@@ -110,6 +153,27 @@ FIGURES: dict[str, tuple[Draw, list[str]]] = {
     "rsa": (
         lambda p, _: draw_rsa(correlations().assign(ceiling=0.7), p, "correlation with people"),
         [*LAYERS, "correlation with people", "noise ceiling"],
+    ),
+    "trial": (
+        lambda p, _: a_trial(p, beneath=["p = 0.7\npeople 0.4", "p = 0.2", "p = 0.1"], chosen=0, answer=2),
+        [
+            "f3|<2>",
+            "p = 0.7",
+            "people 0.4",
+            "grad-cam",
+            "lrp",
+            "head's choice",
+            "person's answer",
+            "−1",
+            "share of the row's largest",
+        ],
+    ),
+    "mean maps": (lambda p, _: means(p), ["f0 (n = 7)", "photograph", "ig", "share of the column's largest"]),
+    "regions": (lambda p, _: draw_regions(by_region(), p), [*REGIONS, "method 1", "share of the area"]),
+    "densities": (lambda p, _: draw_regions(by_region(1), p, "density"), [*REGIONS, "relevance / area"]),
+    "deletion": (
+        lambda p, _: draw_deletion(deletion(), p, "margin"),
+        ["lrp", "random", "edges", "deletion", "insertion", "margin"],
     ),
 }
 
@@ -148,7 +212,7 @@ def test_a_figure_is_text_in_svg_and_a_picture_in_png(name: str, drawn: Drawn) -
 
 
 # All as text, and of each function, and each way that it draws, one as a picture.
-PAINTED = ("runs", "pictured", "neighbours", "roc", "degrees", "pairs", "matrix", "rsa")
+PAINTED = ("runs", "pictured", "neighbours", "roc", "degrees", "pairs", "matrix", "rsa", "trial", "regions")
 AGAIN = [*((name, "svg") for name in FIGURES), *((name, "png") for name in PAINTED)]
 
 
@@ -259,6 +323,42 @@ def test_control_characters_do_not_spoil_the_file(tmp_path: Path) -> None:
     assert {"a�b", "_c�"} <= set(texts(draw_rsa(table, tmp_path / "a.svg")))
 
 
+def test_the_sign_of_relevance_is_seen_on_one_scale(tmp_path: Path) -> None:
+    """Also of the method whose numbers are a thousand times as large."""
+    image = cv2.imread(str(a_trial(tmp_path / "a.png")))[:, :, ::-1].astype(int)
+    red, blue = image[:, :, 0] - image[:, :, 2] > 60, image[:, :, 2] - image[:, :, 0] > 60
+    pictures = slice(0, round(2.65 * 300))  # without the colour bar
+    sides = {}
+    for name, seen in (("for", red), ("against", blue)):
+        count, _, boxes, _ = cv2.connectedComponentsWithStats(seen[:, pictures].astype(np.uint8))
+        sides[name] = boxes[1:][boxes[1:, cv2.CC_STAT_AREA] > 1000]
+        assert len(sides[name]) == 6 < count  # of three places and two methods
+    left, right = (sorted(map(tuple, sides[name][:, :2])) for name in ("for", "against"))
+    assert all(one[0] < other[0] for one, other in zip(left, right, strict=True))
+    strongest = {name: np.unique(image[seen], axis=0)[0] for name, seen in (("for", red), ("against", blue))}
+    assert strongest["for"].sum() < strongest["against"].sum()  # half as much is paler
+
+
+def test_frames_say_who_chose_what(tmp_path: Path, drawn: Drawn) -> None:
+    def frames(path: Path) -> tuple[int, int]:
+        svg = path.read_text().lower()
+        return svg.count("stroke: #0072b2"), svg.count("stroke: #d55e00")
+
+    assert frames(drawn("trial")["svg"]) == (2, 2)  # and in the legend
+    assert frames(a_trial(tmp_path / "a.svg", chosen=1)) == (2, 0)
+    assert frames(a_trial(tmp_path / "b.svg", chosen=1, answer=1)) == (2, 2)
+    assert "person's answer" not in texts(a_trial(tmp_path / "c.svg", chosen=1))
+
+
+def test_regions_stand_from_hair_to_background(drawn: Drawn) -> None:
+    shown = [text for text in texts(drawn("regions")["svg"]) if text in REGIONS]
+    assert shown == ["hair", "eyes", "mouth", "beard", "background"]
+
+
+def test_only_the_first_faces_are_drawn(tmp_path: Path) -> None:
+    assert sum("(n = 7)" in text for text in texts(means(tmp_path / "a.svg", faces=9, most=4))) == 4
+
+
 BAD: dict[str, tuple[Draw, str]] = {
     "ending": (
         lambda p, _: draw_rsa(correlations(), p.with_suffix(".pdf")),
@@ -321,6 +421,29 @@ BAD: dict[str, tuple[Draw, str]] = {
     "array": (
         lambda p, _: draw_layer_matrix(xr.DataArray(np.eye(2)), p, "r"),
         r"`matrix` has the dimensions dim_0, dim_1; .*other_layer",
+    ),
+    "map": (
+        lambda p, _: draw_trial(pale(), {"lrp": relevance(3, 16)}, p, names=["a", "b", "c"]),
+        "the maps of 'lrp' are 3 × 16 × 16, the photographs 3 × 32 × 32",
+    ),
+    "names": (lambda p, _: a_trial(p, names=["a"]), "`names` has 1 texts for 3 photographs"),
+    "no picture": (
+        lambda p, _: draw_mean_maps({}, {"a": xr.DataArray(relevance(1), {"face": ["f1"]}, ("face", "y", "x"))}, p),
+        "`pictures` has none of f1",
+    ),
+    "page": (lambda p, _: means(p, faces=40, most=40), "40 rows of 3 pictures are too many for a page"),
+    "series": (lambda p, _: draw_regions(by_region(8), p), "`table` has 8 of method; 7 can be told from one another"),
+    "regions": (
+        lambda p, _: draw_regions(pd.concat([by_region(1)] * 2), p),
+        "`table` has a region more than once",
+    ),
+    "kind": (
+        lambda p, _: draw_deletion(deletion().replace("insertion", "occlusion"), p),
+        "`curves` has the kind 'occlusion'; deletion and insertion",
+    ),
+    "methods": (
+        lambda p, _: draw_deletion(deletion(tuple("abcdefgh")), p),
+        "`curves` has 8 methods; 7 can be told apart",
     ),
 }
 
