@@ -1,75 +1,154 @@
-"""Is an explanation true? What hiding the pixels that a map calls relevant does to the choice, beside other orders of hiding."""
+"""Is an explanation true? Checks of maps against the network that they are about.
 
-from collections.abc import Mapping
+Deletion and insertion: blocks of the photographs are blurred, or shown in blurred ones, the most relevant first, beside orders
+that know nothing of the network. Randomised weights: a map that stays the same when weights are shuffled does not explain them.
+"""
+
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from contextlib import contextmanager
 
 import cv2
 import numpy as np
+import pandas as pd
 import torch
+from scipy import stats
+from torch import nn
 
-from heads.explain.methods import Trial
+from heads.explain.methods import Method, Trial
+from heads.legs import Legs
 
-FRACTIONS = (0.0, 0.05, 0.1, 0.2, 0.3, 0.5, 0.75, 1.0)  # of the photographs' area that is hidden, or shown
+FRACTIONS = (
+    0.0,
+    0.02,
+    0.05,
+    0.1,
+    0.15,
+    0.2,
+    0.3,
+)  # of the photographs' area; what comes later is hardly the most relevant
+HIDDEN = 0.1  # the one of them at which choices that flip are counted
+KINDS = ("deletion", "insertion")
 BLOCKS = 16  # across the square: what is hidden at once
 RANDOM, EDGES = "random", "edges"  # orders that know nothing of the network
-_AT_ONCE = 12  # photographs in a forward pass
+CHANGES = 0.5  # rank correlation with the map of shuffled weights above which a method does not explain them
+_STAGES = 4  # of the network's layers, from the top, that are shuffled one after the other
+_AT_ONCE = 12  # photographs in a forward pass, where there are many
 
 
 def block_sums(maps: torch.Tensor | np.ndarray) -> np.ndarray:
-    """Sums over blocks of (places, y, x): (places, BLOCKS, BLOCKS) float64. Where the size is no multiple, some are a pixel larger."""
+    """Sums over blocks of (places, y, x): (places, BLOCKS, BLOCKS) float64, fewer of a square of fewer pixels."""
     values = np.asarray(maps, np.float64)
-    edges = block_edges(values.shape[-1])[:-1]
-    return np.add.reduceat(np.add.reduceat(values, edges, axis=1), edges, axis=2)
-
-
-def block_edges(size: int) -> np.ndarray:
-    """Where blocks begin and end along a side of ``size`` pixels, (BLOCKS + 1,) int64."""
-    return np.linspace(0, size, min(BLOCKS, size) + 1).round().astype(np.int64)
+    starts = _block_edges(values.shape[-1])[:-1]
+    return np.asarray(np.add.reduceat(np.add.reduceat(values, starts, axis=1), starts, axis=2))
 
 
 def block_pixels(blocks: np.ndarray, size: int) -> np.ndarray:
-    """bool (places, BLOCKS, BLOCKS) to the pixels (places, size, size)."""
-    of_pixel = np.repeat(np.arange(blocks.shape[-1]), np.diff(block_edges(size)))
-    return blocks[:, of_pixel][:, :, of_pixel]
+    """(places, BLOCKS, BLOCKS) to the pixels (places, size, size) of each."""
+    of_pixel = np.repeat(np.arange(blocks.shape[-1]), np.diff(_block_edges(size)))
+    return np.asarray(blocks[:, of_pixel][:, :, of_pixel])
 
 
-def edge_strength(pixels: torch.Tensor) -> np.ndarray:
-    """Sobel gradients of the grey photographs (places, size, size, 3) uint8: (places, size, size)."""
-    grey = pixels.float().mean(-1).numpy()
-    return np.stack([np.hypot(cv2.Sobel(each, -1, 1, 0), cv2.Sobel(each, -1, 0, 1)) for each in grey])
+def _block_edges(size: int) -> np.ndarray:
+    return np.linspace(0, size, min(BLOCKS, size) + 1).round().astype(np.int64)
 
 
 def most(scores: np.ndarray, fraction: float) -> np.ndarray:
-    """bool (places, y, x): the blocks with the largest scores, in all photographs of the trial together."""
-    n = round(fraction * scores.size)
+    """bool of the same shape: the ``fraction`` of blocks with the largest scores, in all photographs of a trial together."""
     chosen = np.zeros(scores.size, bool)
-    chosen[np.argsort(-scores, axis=None, kind="stable")[:n]] = True
+    chosen[np.argsort(-scores, axis=None, kind="stable")[: round(fraction * scores.size)]] = True
     return chosen.reshape(scores.shape)
 
 
-def orders_beside(trial: Trial, seed: int) -> dict[str, np.ndarray]:
-    """Scores of blocks that know nothing of the network: random ones, by ``seed``, and the strength of edges."""
-    edges = block_sums(edge_strength(trial.pixels))
-    return {RANDOM: np.random.default_rng(seed).random(edges.shape), EDGES: edges}
+def blind_orders(trial: Trial, seed: int) -> dict[str, np.ndarray]:
+    """Scores of blocks that know nothing of the network: random numbers by ``seed``, and Sobel gradients of the photographs."""
+    grey = trial.pixels.float().mean(-1).numpy()
+    edges = np.stack([np.hypot(cv2.Sobel(each, -1, 1, 0), cv2.Sobel(each, -1, 0, 1)) for each in grey])
+    scores = block_sums(edges)
+    return {RANDOM: np.random.default_rng(seed).random(scores.shape), EDGES: scores}
 
 
 def curves(trial: Trial, orders: Mapping[str, np.ndarray]) -> dict[str, np.ndarray]:
-    """What is explained while blocks are hidden, and while they are shown, most relevant first: (2, FRACTIONS) of each order.
+    """What ``trial`` explains while more and more blocks are hidden, or shown: of each order (KINDS, FRACTIONS) float32.
 
-    Deletion hides them in the photographs, insertion shows them in the recipe's mean colour. The value is that of the choice
-    that ``trial`` explains.
+    ``orders`` are scores of blocks (places, BLOCKS, BLOCKS); the largest come first. What is hidden is blurred.
     """
     with torch.no_grad():
         inputs = trial.inputs().detach()
+        size = inputs.shape[-1]
+        blurred = np.stack([cv2.GaussianBlur(each, (0, 0), size / 15) for each in trial.pixels.numpy()])
+        hidden = trial.legs.inputs(torch.from_numpy(blurred)[None])
         found = {}
         for name, scores in orders.items():
-            shown = []
-            for hides in (True, False):
-                for fraction in FRACTIONS:
-                    first = block_pixels(most(scores, fraction), inputs.shape[-1])
-                    shown.append(torch.from_numpy(~first if hides else first))
-            masked = inputs * torch.stack(shown)[:, :, None].to(inputs.device)
-            n = max(1, _AT_ONCE // inputs.shape[1])
-            values = torch.cat([trial.of_inputs(part) for part in masked.split(n)])
-            found[name] = values.float().cpu().numpy().reshape(2, len(FRACTIONS))
+            chosen = np.stack([block_pixels(most(scores, fraction), size) for fraction in FRACTIONS])
+            first = torch.from_numpy(chosen)[:, :, None].to(inputs.device)
+            masked = torch.cat([torch.where(first, hidden, inputs), torch.where(first, inputs, hidden)])
+            parts = masked.split(max(1, _AT_ONCE // inputs.shape[1]))
+            values = torch.cat([trial.of_inputs(part) for part in parts])
+            found[name] = values.float().cpu().numpy().reshape(len(KINDS), len(FRACTIONS))
     return found
 
+
+def similarity_to_shuffled(
+    trials: Sequence[Trial],
+    methods: Sequence[Method],
+    seed: int = 0,
+    progress: Callable[[], object] = lambda: None,
+) -> pd.DataFrame:
+    """Maps beside those of the same network with shuffled weights: of the head, then of more and more of the network's layers.
+
+    Rows: method, ``shuffled`` (what is), ``share`` of the network's layers that are, ``correlation``: Spearman's, over blocks,
+    mean over ``trials``. Weights are shuffled within each tensor, from the top down, and put back at the end.
+    """
+    before = {method.name: [block_sums(method.function(trial)) for trial in trials] for method in methods}
+    rows = []
+    for shuffled, share in _shuffling(trials[0].legs, seed):
+        for method in methods:
+            after = [block_sums(method.function(trial)) for trial in trials]
+            correlations = [_rank_correlation(*pair) for pair in zip(before[method.name], after, strict=True)]
+            row = {"method": method.name, "shuffled": shuffled, "share": share}
+            rows.append({**row, "correlation": float(np.mean(correlations)), "n": len(trials)})
+        progress()
+    return pd.DataFrame(rows)
+
+
+def _rank_correlation(one: np.ndarray, other: np.ndarray) -> float:
+    """Spearman's; 0 where a map is the same everywhere, which says nothing."""
+    if np.ptp(one) == 0 or np.ptp(other) == 0 or not np.isfinite(other).all():
+        return 0.0
+    return float(stats.spearmanr(one, other, axis=None).statistic)
+
+
+def _shuffling(legs: Legs, seed: int) -> Iterator[tuple[str, float]]:
+    """Shuffle the head's weights, then the network's from the top in ``_STAGES`` steps, naming what is shuffled at each."""
+    generator = torch.Generator().manual_seed(seed)
+    layers = [module for module in legs.backbone.modules() if list(module.parameters(recurse=False))]
+    with _restored(legs):
+        if any(weight.numel() > 1 for weight in legs.head.parameters()):
+            _shuffle([legs.head], generator)
+            yield "head", 0.0
+        done = 0
+        for stage in range(1, _STAGES + 1):
+            until = round(stage * len(layers) / _STAGES)
+            _shuffle(layers[len(layers) - until : len(layers) - done], generator)
+            done = until
+            yield f"head and the upper {done} of {len(layers)} layers", done / len(layers)
+
+
+def _shuffle(modules: Sequence[nn.Module], generator: torch.Generator) -> None:
+    with torch.no_grad():
+        for module in modules:
+            for weight in module.parameters():
+                order = torch.randperm(weight.numel(), generator=generator).to(weight.device)
+                weight.copy_(weight.flatten()[order].view_as(weight))
+
+
+@contextmanager
+def _restored(legs: Legs) -> Iterator[None]:
+    """Weights are put back at the end."""
+    kept = [weight.detach().clone() for weight in legs.parameters()]
+    try:
+        yield
+    finally:
+        with torch.no_grad():
+            for weight, before in zip(legs.parameters(), kept, strict=True):
+                weight.copy_(before)

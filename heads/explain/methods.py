@@ -100,7 +100,8 @@ class _Guided(torch.autograd.Function):
     def backward(ctx: Any, gradient: torch.Tensor) -> torch.Tensor:
         """Where x and the gradient are positive."""
         (x,) = ctx.saved_tensors
-        return gradient.clamp(min=0) * (x > 0)
+        passed: torch.Tensor = gradient.clamp(min=0) * (x > 0)
+        return passed
 
 
 class _GuidedReLU(TorchFunctionMode):
@@ -229,7 +230,7 @@ class Method:
             )
 
 
-def methods_of(names: Iterable[str]) -> list[Method]:
+def find_methods(names: Iterable[str]) -> list[Method]:
     """The methods of those names, without repeats; FeatureStoreError for a name that there is not."""
     names = list(dict.fromkeys(names))
     for name in names:
@@ -241,9 +242,7 @@ def methods_of(names: Iterable[str]) -> list[Method]:
 _CAM, _CAM_PLUS_PLUS = (partial(_grad_cam, plus_plus=plus_plus) for plus_plus in (False, True))
 _LRP = partial(_lrp, maps="gamma", vectors="epsilon")
 _RULES: tuple[tuple[Rule, Rule], ...] = (("epsilon", "epsilon"), ("gamma", "gamma"), ("alpha-beta", "epsilon"))
-_LRP_EPSILON, _LRP_GAMMA, _LRP_ALPHA_BETA = (
-    partial(_lrp, maps=maps, vectors=vectors) for maps, vectors in _RULES
-)
+_LRP_EPSILON, _LRP_GAMMA, _LRP_ALPHA_BETA = (partial(_lrp, maps=maps, vectors=vectors) for maps, vectors in _RULES)
 _PATCHES = float((2 * _WINDOWS - 1) ** 2)
 METHODS: dict[str, Method] = {
     method.name: method

@@ -48,6 +48,17 @@ class Regions:
 RegionsOf: TypeAlias = Callable[[str, str], Regions]  # of an item, by its face and view
 
 
+def find_regions(
+    source: Source, landmarks: FilePath | None = None, mask: FilePath | None = None, mask_names: FilePath | None = None
+) -> RegionsOf | None:
+    """Regions by the mask, the table of landmarks, or the source's own landmarks; None if there is none of them."""
+    if mask is not None and mask_names is not None:
+        return regions_from_mask(mask, mask_names, source)
+    if landmarks is not None or set(LANDMARKS) <= set(source.items.columns):
+        return regions_from_landmarks(source, landmarks)
+    return None
+
+
 def regions_from_landmarks(source: Source, landmarks: FilePath | None = None) -> RegionsOf:
     """Regions of each item by its five landmarks: the source's own, or those of a table of pipelines/find_faces.py.
 

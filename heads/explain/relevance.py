@@ -201,8 +201,13 @@ def _with_gradient(value: torch.Tensor, *parts: tuple[torch.Tensor, float]) -> t
     for z, share in parts:
         fixed = z.detach()
         ratio = share * value / torch.where(fixed < 0, fixed - _STABILISER, fixed + _STABILISER)
-        out = out + _Scaled.apply(z, ratio)
+        out = out + _zero_with_gradient(z, ratio)
     return out
+
+
+def _zero_with_gradient(z: torch.Tensor, ratio: torch.Tensor) -> torch.Tensor:
+    zero: torch.Tensor = _Scaled.apply(z, ratio)
+    return zero
 
 
 class _Scaled(torch.autograd.Function):
@@ -255,7 +260,7 @@ def _varies(value: Any) -> bool:
 def _as_scaling(value: torch.Tensor, x: torch.Tensor) -> torch.Tensor:
     """``value`` as x times a constant for each number, so that relevance passes unchanged."""
     value, fixed = value.detach(), x.detach()
-    return value + _Scaled.apply(x, value / torch.where(fixed < 0, fixed - 1e-9, fixed + 1e-9))
+    return value + _zero_with_gradient(x, value / torch.where(fixed < 0, fixed - 1e-9, fixed + 1e-9))
 
 
 def _layer_norm(x: torch.Tensor, shape: Any, weight: Any = None, bias: Any = None, eps: float = 1e-5) -> Any:

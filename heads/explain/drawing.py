@@ -1,0 +1,71 @@
+"""Figures of an explanation: single trials, mean maps by face, what hiding does, regions."""
+
+from pathlib import Path
+
+import numpy as np
+import pandas as pd
+import torch
+
+from featurestore.figures import draw_deletion, draw_mean_maps, draw_regions, draw_trial
+from featurestore.text import in_natural_order
+from heads.explain.archive import CHOICES, open_maps
+from heads.explain.job import ExplainPlan
+from heads.explain.pictures import mean_maps
+
+_FACES = 8  # whose mean maps are drawn
+
+
+def draw_explanation(plan: ExplainPlan, out: Path, n: int) -> list[Path]:
+    """Draw the first ``n`` trials, and what the CSVs of ``out`` say, into ``out``/figures; returns the files."""
+    folder = out / "figures"
+    folder.mkdir(exist_ok=True)
+    paths = [_draw_trial(plan, out, folder, i) for i in range(n)]
+    paths.append(_draw_faces(plan, out, folder / "faces.png"))
+    if (out / "curves.csv").is_file():
+        paths.append(
+            draw_deletion(pd.read_csv(out / "curves.csv"), folder / "deletion.png", "margin of the head's choice")
+        )
+    if (out / "regions.csv").is_file():
+        table = pd.read_csv(out / "regions.csv")
+        paths.append(draw_regions(table[table["choice"] == CHOICES[0]], folder / "regions.png"))
+    return paths
+
+
+def squares(plan: ExplainPlan, pixels: torch.Tensor) -> np.ndarray:
+    """The recipe's pixels (n, size, size, 3) as they look: R, G, B."""
+    return np.asarray(pixels.flip(-1) if plan.any_legs.recipe.channels == "BGR" else pixels)
+
+
+def _draw_trial(plan: ExplainPlan, out: Path, folder: Path, i: int) -> Path:
+    maps, trial = open_maps(out), plan.trial(i)
+    one = maps.isel(trial=i)
+    drawn = {method.name: one[method.name].sel(choice=CHOICES[0]).values for method in plan.methods}
+    chosen, answer = int(one["chosen"]), int(one["answer"])
+    for method in plan.methods:
+        values = one[method.name].sel(choice=CHOICES[1]).values
+        if np.isfinite(values).all():
+            drawn[f"{method.name}, answer"] = values
+    names = [" ".join(key) for key in plan.keys[i]]
+    probabilities = one["probability"].values
+    if len(plan.keys[i]) > 1:
+        beneath = [f"odd: p = {p:.2f}" for p in probabilities]
+        marks = {"chosen": chosen, "answer": answer}
+    else:
+        faces = plan.attributes["classes"]
+        beneath = [f"{faces[chosen]}: p = {probabilities[chosen]:.2f}"]
+        marks = {}
+    path = folder / f"trial-{int(one['trial']):06d}.png"
+    return draw_trial(squares(plan, trial.pixels), drawn, path, names=names, beneath=beneath, **marks)
+
+
+def _draw_faces(plan: ExplainPlan, out: Path, path: Path) -> Path:
+    maps = open_maps(out)
+    faces = in_natural_order({face for keys in plan.keys for face, _ in keys})[:_FACES]
+    means = {method.name: mean_maps(maps, method.name, faces=faces) for method in plan.methods}
+    pictures = {}
+    for face in faces:
+        trial, place = next(
+            (i, place) for i, keys in enumerate(plan.keys) for place, key in enumerate(keys) if key[0] == face
+        )
+        pictures[face] = squares(plan, plan.trial(trial).pixels)[place]
+    return draw_mean_maps(pictures, means, path)
