@@ -14,7 +14,7 @@ from featurestore.errors import FeatureStoreError
 from heads.grid import Grid
 from heads.runs import OnEpoch, Run, train_run
 from heads.tasks import Task
-from heads.train import STOP, Epoch, Pace
+from heads.train import STOP, Epoch, Pace, Preparation, Progress
 
 _LARGE = 10_000_000  # parameters of a head that keeps all cores busy by itself
 
@@ -86,7 +86,12 @@ def run_grid(
         waiting: dict[Any, Run] = {}
         for task, runs in parts:
             shared = client.scatter(task, broadcast=True)
-            waiting |= {client.submit(_remote, shared, each, folder, every, pure=False): each for each in runs}
+            begun: dict[str, Any] = {}
+            for each in runs:
+                before = begun.get(each.frozen.name(task)) if each.settings.finetune_from else None
+                future = client.submit(_remote, shared, each, folder, every, before, pure=False)
+                begun[each.name(task)] = future
+                waiting[future] = each
         by_key = {future.key: each for future, each in waiting.items()}
 
         def seen(event: tuple[float, dict[str, Any]]) -> None:
@@ -132,9 +137,13 @@ def _log_from(level: int) -> None:
         handler.setLevel(level)
 
 
-def _received(event: dict[str, Any]) -> Epoch | Pace:
+_KINDS = {kind.__name__: kind for kind in (Epoch, Pace, Preparation)}
+
+
+def _received(event: dict[str, Any]) -> Progress:
     """What ``_remote`` sent."""
-    return Epoch(**event["epoch"]) if "epoch" in event else Pace(**event["pace"])
+    line: Progress = _KINDS[event["kind"]](**event["line"])
+    return line
 
 
 def _require_scheduler(address: str) -> None:
@@ -164,14 +173,16 @@ def _attempt(task: Task, each: Run, folder: Path, report: OnEpoch, every: float)
         return FeatureStoreError(f"{type(error).__name__}: {error}")
 
 
-def _remote(task: Task, each: Run, folder: Path, every: float) -> dict[str, Any] | FeatureStoreError:
-    """In a Dask worker: epochs and the pace are sent to the client."""
+def _remote(
+    task: Task, each: Run, folder: Path, every: float, before: object = None
+) -> dict[str, Any] | FeatureStoreError:
+    """In a Dask worker: epochs and the pace are sent to the client. It waits for ``before``, another's result."""
     from distributed import get_worker
 
     worker = get_worker()
 
-    def report(label: str, line: Epoch | Pace) -> None:
-        worker.log_event("epoch", {"label": label, "epoch" if isinstance(line, Epoch) else "pace": asdict(line)})
+    def report(label: str, line: Progress) -> None:
+        worker.log_event("epoch", {"label": label, "kind": type(line).__name__, "line": asdict(line)})
 
     return _attempt(task, each, folder, report, every)
 

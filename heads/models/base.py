@@ -49,6 +49,10 @@ class Head(nn.Module):
         """Logits (n, classes) of ``examples`` (n, n_places), which index the distinct ``rows`` (m, *shape)."""
         raise NotImplementedError
 
+    def backbone_parameters(self) -> list[nn.Parameter]:
+        """Those that are no head's but a backbone's, with a learning rate of their own."""
+        return []
+
     def standardise(self, mean: torch.Tensor, scale: float) -> None:
         """Take the training rows' ``mean`` (features,) off every row and multiply by ``scale``; for heads that want it."""
         raise NotImplementedError
