@@ -35,17 +35,18 @@ _FLOAT32 = np.dtype(np.float32)
 
 def weights_of_all(sources: Sequence[Source], weights: str | None, backbone: str | None) -> Weights:
     """The weights that all ``sources`` were made with; FeatureStoreError if they are of several networks."""
-    names = {(each.attributes["backbone"], each.attributes["weights"], recipe_of(each).size) for each in sources}
-    if len(names) > 1:
-        raise FeatureStoreError(
-            f"the trials show rows of several networks ({', '.join(each.name for each in sources)}), and one can be fine-tuned. "
-            "Choose one `source`."
-        )
     if "imported" in sources[0].attributes:
         raise FeatureStoreError(
             f"{sources[0].name} was imported, so the network that made it is not known here and cannot be fine-tuned."
         )
-    return weights_of(sources[0], weights, backbone)
+    opened = weights_of(sources[0], weights, backbone)
+    networks = {(each.attributes["backbone"], each.attributes["weights"], recipe_of(each).size) for each in sources}
+    if len(networks) > 1:
+        raise FeatureStoreError(
+            f"the trials show rows of several networks ({', '.join(each.name for each in sources)}), and one can be fine-tuned. "
+            "Choose one `source`."
+        )
+    return opened
 
 
 def finetuned_head(task: Task, run: "Run", start: Path, weights: Weights) -> FinetunedHead:

@@ -84,7 +84,8 @@ def _finetuning_lines(name: str, plan: "FinetuningPlan") -> list[str]:
         read = f"{plan.photographs} photographs, read once for each run"
         rows.append(f"{what} of {read}, {human_bytes(plan.bytes_of_rows)} on the disk meanwhile")
     return [
-        f"  finetune  {name}: {len(trained)} block{'s' * (len(trained) != 1)} unfrozen ({shown}), {plan.parameters:,} parameters; {frozen:,} frozen",
+        f"  finetune  {name}: unfrozen {shown} ({len(trained)} of {len(plan.blocks)} blocks), {plan.parameters:,} parameters; "
+        f"{frozen:,} frozen",
         f"            begins with the trained head and {plan.weights}; {'; '.join(rows)}",
         f"            keeps the tuned network, {human_bytes(plan.network_bytes)} for each run",
     ]

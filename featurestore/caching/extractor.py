@@ -103,10 +103,9 @@ def network_part(spec: BackboneSpec, start: str | None, end: str) -> nn.Module:
         if start in cuts:
             raise
         hint = f"Layers where it can be: {listing(cuts[::-1], 12)}, or input." if cuts else "Only input is possible."
-        where = "is not before it" if list(spec.layers).index(str(start)) >= list(spec.layers).index(end) else ""
-        raise FeatureStoreError(
-            f"{spec.name} cannot be divided at {start!r} on the way to {end!r}: {where or 'a branch passes by it'}. {hint}"
-        ) from None
+        late = list(spec.layers).index(str(start)) >= list(spec.layers).index(end)
+        why = f"it is not before {end!r}" if late else f"a branch of it leads to {end!r} beside this layer"
+        raise FeatureStoreError(f"{spec.name} cannot be divided at {start!r}: {why}. {hint}") from None
 
 
 def load_part(spec: BackboneSpec, start: str | None, end: str, weights: Weights) -> nn.Module:
