@@ -18,7 +18,7 @@ from featurestore.networks.tracing import extractor
 from heads.models.base import Head
 
 INPUT = "input"  # fine-tuned from the images on: the published end-to-end variant
-_CHUNK_BYTES = 1 << 28  # of what the part computes for the items that it takes at a time
+CHUNK_BYTES = 1 << 30  # of what the part computes for the items that it takes at a time; their gradients take as much
 
 
 @dataclass(frozen=True)
@@ -105,7 +105,7 @@ class FinetunedHead(Head):
         counted = _Counted(network_part(self._spec, self.part.first, self.part.end).to("meta"))
         with torch.no_grad():
             counted.run(torch.empty(2, *self.shape, device="meta"))
-        return max(1, _CHUNK_BYTES // max(1, counted.elements // 2 * 4))
+        return max(1, CHUNK_BYTES // max(1, counted.elements // 2 * 4))
 
     @property
     def low_precision(self) -> bool:
@@ -148,14 +148,15 @@ class FinetunedHead(Head):
     def accumulate(
         self, rows: torch.Tensor, examples: torch.Tensor, labels: torch.Tensor, generator: torch.Generator | None
     ) -> tuple[torch.Tensor, torch.Tensor]:
-        """As ``Head.accumulate``; the backbone computes a few rows at a time, twice: without gradient, then with it."""
-        with torch.no_grad():
+        """As ``Head.accumulate``. More rows than ``chunk`` are computed twice: without gradient, then with it."""
+        few_rows = rows.split(self.chunk)
+        with torch.set_grad_enabled(len(few_rows) == 1):
             reached = self.layer_rows(rows)
-        reached.requires_grad_()
-        loss, logits = self.head.accumulate(reached, examples, labels, generator)
-        gradient = cast(torch.Tensor, reached.grad)
-        for few, share in zip(rows.split(self.chunk), gradient.split(self.chunk), strict=True):
-            self.backbone(few).backward(share)
+        leaf = reached.detach().requires_grad_()
+        loss, logits = self.head.accumulate(leaf, examples, labels, generator)
+        gradient = cast(torch.Tensor, leaf.grad)
+        for few, share in zip(few_rows, gradient.split(self.chunk), strict=True):
+            (reached if len(few_rows) == 1 else self.backbone(few)).backward(share)
         return loss, logits
 
 

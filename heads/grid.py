@@ -10,6 +10,7 @@ from featurestore import FeatureStore
 from featurestore.errors import FeatureStoreError
 from featurestore.files import sha256_of
 from featurestore.text import human_bytes, in_natural_order, listing
+from heads.finetuning import CHUNK_BYTES
 from heads.finetuning_plan import FinetuningPlan, plan_finetuning
 from heads.registry import build_head, check_head
 from heads.reuse import why_not_reused
@@ -96,8 +97,12 @@ class Grid:
         return sum(len(runs) for _, runs in self.parts)
 
     def memory(self, jobs: int) -> int:
-        """Bytes of weights, gradients, two moments and the best weights, of the ``jobs`` largest heads at a time."""
-        return 5 * 4 * sum(sorted(self._weights)[-jobs:])
+        """Bytes of weights, gradients, two moments and the best weights, of the ``jobs`` largest heads at a time.
+
+        Of a fine-tuned one also what its backbone computes, at most.
+        """
+        tuned = sum(run.kind in self.finetuning for _, runs in self.parts for run in runs)
+        return 5 * 4 * sum(sorted(self._weights)[-jobs:]) + 2 * CHUNK_BYTES * min(jobs, tuned)
 
     def disk(self, jobs: int) -> int:
         """Bytes of all runs' weights and tuned networks, and of the states and computed rows of ``jobs`` unfinished ones."""

@@ -60,7 +60,8 @@ def plan_text(grid: "Grid", jobs: int) -> str:
     for name, plan in grid.finetuning.items():
         lines += _finetuning_lines(name, plan)
     lines.append(
-        f"  memory    about {human_bytes(grid.memory(jobs))} for weights, gradients and Adam's moments; "
+        f"  memory    about {human_bytes(grid.memory(jobs))} for weights, gradients and Adam's moments"
+        f"{', and at most for what the network computes' if grid.finetuning else ''}; "
         f"disk {human_bytes(grid.disk(jobs))} at most"
     )
     return "\n".join(lines)

@@ -74,9 +74,10 @@ def weights_in(out: Path, task: Task, run: Run) -> dict[str, torch.Tensor]:
     return load_file(out / run.name(task) / "weights.safetensors")
 
 
+@pytest.mark.parametrize("chunk", [2, 99])
 @pytest.mark.parametrize("head", ["similarity", "conv", "fc", "identity"])
-def test_the_gradient_is_that_of_plain_autograd(head: str) -> None:
-    """Of the whole at once, in training mode but for the backbone, in double precision; recomputed two rows at a time."""
+def test_the_gradient_is_that_of_plain_autograd(head: str, chunk: int) -> None:
+    """In double precision; all rows in one pass, or recomputed two at a time."""
     weights = open_weights("random:3", SPEC)
     part = NetworkPart.of(SPEC, "block1", "descriptor", 32)
     options = {"faces": ["a", "b", "c", "d"]} if head == "identity" else {}
@@ -84,7 +85,7 @@ def test_the_gradient_is_that_of_plain_autograd(head: str) -> None:
     if head == "similarity":
         torch.nn.init.normal_(inner.up, std=0.1)
     tuned = FinetunedHead(part, SPEC, load_part(SPEC, "block1", "descriptor", weights), inner).double().train()
-    tuned.__dict__["chunk"] = 2
+    tuned.__dict__["chunk"] = chunk
     generator = torch.Generator().manual_seed(0)
     rows = torch.rand(7, *SHAPES["block1"], generator=generator, dtype=torch.float64)
     examples = torch.randint(0, 7, (9, tuned.n_places), generator=generator)
