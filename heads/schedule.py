@@ -44,8 +44,8 @@ def run_grid(
 
     ``died`` is told of a run whose worker process died; Dask tries it four times at most.
 
-    With one job and no cluster they run one after the other in this process. ``scheduler`` is ``threads`` or
-    ``processes`` of this machine, or the address of a Dask cluster whose workers see the same files.
+    With one job and no cluster they run one after the other in this process. ``scheduler`` is ``threads`` (fine-tuning cannot
+    be done in them) or ``processes`` of this machine, or the address of a Dask cluster whose workers see the same files.
     """
     folder = folder.resolve()
     for task, _ in parts:
@@ -56,6 +56,8 @@ def run_grid(
             for each in runs:
                 done(each, _attempt(task, each, folder, report, every))
         return
+    if scheduler == "threads" and any(each.settings.finetune_from for _, runs in parts for each in runs):
+        raise _needs_processes("Choose `scheduler` processes, or one run at a time (`jobs` 1).")
     # Half a second that a single run need not wait for.
     from distributed import Client, KilledWorker, LocalCluster, as_completed
 
@@ -121,6 +123,13 @@ def run_grid(
             raise
 
 
+def _needs_processes(advice: str) -> FeatureStoreError:
+    """While torch.fx traces a network, no other thread of the process can run one."""
+    return FeatureStoreError(
+        f"fine-tuned runs cannot be trained in threads side by side, since networks are divided by tracing them. {advice}"
+    )
+
+
 def _quieten(stack: ExitStack) -> None:
     """Dask's log lines below errors stay out of the output, in this process and those it starts; ``stack`` undoes it."""
     import dask
@@ -180,6 +189,8 @@ def _remote(
     from distributed import get_worker
 
     worker = get_worker()
+    if each.settings.finetune_from and worker.state.nthreads > 1:
+        return _needs_processes("Start the cluster's workers with one thread each.")
 
     def report(label: str, line: Progress) -> None:
         worker.log_event("epoch", {"label": label, "kind": type(line).__name__, "line": asdict(line)})
