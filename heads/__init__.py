@@ -1,4 +1,4 @@
-"""Heads on cached rows: odd-one-out and multi-view identity. They know tensors and keys; the backbone never runs."""
+"""Heads on cached rows: odd-one-out and multi-view identity. The backbone runs only to be fine-tuned."""
 
 from featurestore.discovery import exported
 

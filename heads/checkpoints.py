@@ -19,6 +19,7 @@ from featurestore.checkpoints.formats.base import Stored
 from featurestore.checkpoints.reader import open_tensors
 from featurestore.errors import FeatureStoreError
 from featurestore.files import replacing
+from heads.finetuning import FinetunedHead, described_part, part_from_file, unloaded_finetuned_head
 from heads.models.base import Head
 from heads.published import head_tensors, published_head
 from heads.registry import HEADS, build_head, options_from_file, stored_options
@@ -39,8 +40,13 @@ def write_tensors(path: Path, tensors: Mapping[str, torch.Tensor], metadata: dic
 
 
 def save_head(head: Head, path: Path, layer: str, **about: Any) -> None:
-    """``head`` as safetensors with its architecture, its layer and ``about`` (anything JSON) as metadata."""
+    """``head`` as safetensors with its architecture, its layer and ``about`` (anything JSON) as metadata.
+
+    Of a fine-tuned one with the part of the backbone, too, and which it is.
+    """
     document = {"layer": layer, "architecture": stored_options(head.architecture), **about}
+    if isinstance(head, FinetunedHead):
+        document["finetuned"] = described_part(head.part)
     metadata = {"format": FORMAT, "format_version": "1", "head": json.dumps(document, sort_keys=True)}
     write_tensors(path, head.state_dict(), metadata)
 
@@ -51,13 +57,16 @@ def load_head(
     shape: tuple[int, ...] | None = None,
     ignore_backbone: bool = False,
     faces: Sequence[str] | None = None,
+    backbone: str | None = None,
 ) -> Head:
     """A trained head from our ``weights.safetensors`` or a published ``.pth``, in eval mode, float32, on the CPU.
 
     ``layer`` is the one whose rows it takes. ``shape`` of a row is needed only for layers that are not VGG-Face's and not
     in the file. A file with the backbone's weights in it (trained end to end, multi-view) needs ``ignore_backbone``,
     which says that the cached rows come from that very backbone. A published multi-view file does not name its
-    ``faces``; without them they are called class-1, class-2 …. Raises FeatureStoreError for another layer, and for
+    ``faces``; without them they are called class-1, class-2 …. A fine-tuned run's head is given alone for its own ``layer``
+    with ``ignore_backbone``, or for the layer that it was fine-tuned from (or ``input``) with its part of the network, of which
+    ``backbone`` names one of your own, whose code is then imported. Raises FeatureStoreError for another layer, and for
     keys that are missing, unexpected or of another shape, by name. A checkpoint cannot run code.
     """
     path = Path(path)
@@ -66,8 +75,11 @@ def load_head(
     document = _read_metadata(path)
     tensors = open_tensors(path).tensors
     if document is not None:
-        head = _described_head(path, document, layer, shape)
-        head.trained_on = {name: value for name, value in document.items() if name != "architecture"}
+        if "finetuned" in document:
+            head, tensors = _finetuned_head(path, document, tensors, layer, ignore_backbone, backbone)
+        else:
+            head = _described_head(path, document, layer, shape)
+        head.trained_on = {"layer": layer, "sources": [] if ignore_backbone else document.get("sources", [])}
         names = {key: key for key in head.state_dict()}
     else:
         tensors = head_tensors(path, tensors, ignore_backbone)
@@ -95,11 +107,40 @@ def _described_head(path: Path, document: dict[str, Any], layer: str, shape: tup
         raise FeatureStoreError(f"{path} says that it is a head, but not a possible one: {error}") from None
 
 
+def _finetuned_head(
+    path: Path,
+    document: dict[str, Any],
+    tensors: Mapping[str, Stored],
+    layer: str,
+    ignore_backbone: bool,
+    backbone: str | None,
+) -> tuple[Head, dict[str, Stored]]:
+    """A fine-tuned head with its part of the network, or alone, and the tensors that it needs."""
+    try:
+        part = part_from_file(document["finetuned"])
+    except (KeyError, ValueError, TypeError):
+        raise FeatureStoreError(f"{path} says that it is fine-tuned, but not how: its metadata is damaged.") from None
+    if layer not in (part.start, part.end):
+        raise FeatureStoreError(
+            f"{path} was fine-tuned from {part.start!r} on layer {part.end!r}; it takes no rows of {layer!r}."
+        )
+    inner = _described_head(path, document, part.end, None)
+    if layer == part.start:
+        return unloaded_finetuned_head(part, inner, backbone), dict(tensors)
+    if not ignore_backbone:
+        raise FeatureStoreError(
+            f"{path} was fine-tuned, so its head fits the rows of {layer!r} that its own backbone gives. Cache these with "
+            f"`weights` {path.parent}, then load it with `ignore_backbone`=True; or load it with its part of the network, for "
+            f"rows of {part.start!r}: `layer`={part.start!r}."
+        )
+    return inner, {key.removeprefix("head."): stored for key, stored in tensors.items() if key.startswith("head.")}
+
+
 def _with_weights(head: Head, tensors: Mapping[str, Stored]) -> Head:
     """``head`` with weights in place; a published one takes rows as they are, so its standardisation does nothing."""
     head = head.to_empty(device="cpu")
     for buffer, neutral in (("mean", 0.0), ("scale", 1.0)):
-        if hasattr(head, buffer) and buffer not in tensors:
+        if not isinstance(head, FinetunedHead) and hasattr(head, buffer) and buffer not in tensors:
             getattr(head, buffer).fill_(neutral)
     head.load_state_dict({key: stored.read().to(torch.float32) for key, stored in tensors.items()}, strict=False)
     return head.eval()

@@ -16,8 +16,9 @@ from heads.scores import cluster_text, difference, paired_test
 def compare(folder: Path, names: Sequence[str]) -> pd.DataFrame:
     """A row for each pair of ``names``: the difference in accuracy on the same trials, with interval and p.
 
-    A name is a run's (or the beginning of one), ``LAYER:HEAD``, or a layer, which is compared head by head. Of a layer and
-    head that was trained with several settings, those with the lowest validation loss are taken; seeds are averaged and
+    A name is a run's (or the beginning of one), ``LAYER:HEAD``, ``LAYER:HEAD:START`` for one fine-tuned from layer ``START`` (or
+    ``input``), or a layer, which is compared head by head; without START the frozen network is meant. Of a layer and head that
+    was trained with several settings, those with the lowest validation loss are taken; seeds are averaged and
     folds pooled, but beside a run of one fold only this fold counts. ``p`` is of a t-test over faces (and participants),
     ``p_holm`` corrected for the rows of the same test (Holm 1979), ``p_mcnemar`` McNemar's exact test, which takes trials for
     independent (with one seed). FeatureStoreError for names that are not there, for pairs that were tested on different
@@ -57,8 +58,14 @@ def _alone(run: FinishedRun) -> Answers:
 
 def _best(found: Sequence[Answers], runs: Sequence[FinishedRun], name: str, folder: Path) -> list[Answers]:
     """The best settings of each head on a layer, in each group."""
-    layer, _, head = name.rpartition(":") if ":" in name else (name, "", "")
-    own = [each for each in found if each.row["layer"] == layer and head in ("", each.row["head"])]
+    layer, head, start = (*name.split(":"), "", "")[:3]
+    own = [
+        each
+        for each in found
+        if each.row["layer"] == layer
+        and head in ("", each.row["head"])
+        and (each.row.get("finetune_from") or "") == start
+    ]
     if not own:
         begin = [run.row["name"] for run in runs if run.row["name"].startswith(name)]
         known = sorted({run.row["layer"] for run in runs} | {f"{run.row['layer']}:{run.row['head']}" for run in runs})

@@ -11,6 +11,7 @@ from torch import nn
 from featurestore.errors import FeatureStoreError
 from featurestore.networks.registry import get_backbone
 from featurestore.networks.summary import new_graph, times, write_graph
+from heads.finetuning import FinetunedHead
 from heads.models.base import Head
 from heads.registry import HEADS, build_head
 from heads.structure import LOGITS, Layer, structure
@@ -44,19 +45,35 @@ def layer_table(shapes: Mapping[str, tuple[int, ...]] | None = None) -> pd.DataF
 
 
 def summary(head: Head, n: int = 1) -> str:
-    """The head's modules with output shapes and parameter counts for ``n`` examples, by torchinfo."""
+    """The head's modules with output shapes, parameter counts and what is trained, for ``n`` examples, by torchinfo.
+
+    Of a fine-tuned one also each block of the network up to its layer, trainable or frozen (``requires_grad``).
+    """
     import torchinfo
 
     info = torchinfo.summary(
         head,
         input_data=_inputs(head, n),
-        col_names=("input_size", "output_size", "kernel_size", "num_params"),
+        col_names=("input_size", "output_size", "kernel_size", "num_params", "trainable"),
         row_settings=("var_names", "depth"),
         device=_device(head),
         verbose=0,
         mode="eval",
     )
-    return str(info)
+    return f"{info}\n{_blocks_text(head)}" if isinstance(head, FinetunedHead) else str(info)
+
+
+def _blocks_text(head: FinetunedHead) -> str:
+    """Every block of the network up to the head's layer."""
+    table = pd.DataFrame(
+        {
+            "block": [block.name for block in head.blocks],
+            "parameters": [f"{block.parameters:,}" for block in head.blocks],
+            "requires_grad": [block.trainable for block in head.blocks],
+        }
+    )
+    title = f"{head.part.backbone} up to {head.part.end}, fine-tuned from {head.part.start}:"
+    return f"{title}\n{table.to_string(index=False)}"
 
 
 def draw(head: Head, path: str | os.PathLike[str]) -> Path:

@@ -1,25 +1,32 @@
 """Rows of one layer as a head takes them: distinct items, float32, on the head's device, in buffers used again."""
 
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 
 import numpy as np
 import torch
 
 from featurestore.errors import FeatureStoreError
 from featurestore.store.rows import Rows
+from heads.computed_rows import ComputedRows
 
 _BATCH = 256  # rows at a time, where all of them are looked at once
+_FLIPS = 1  # tells the random numbers of the mirroring from those of the order of examples
 
 
 class Features:
     """Rows of one layer from one source, or from several of the same shape, numbered one after the other.
 
     On a GPU the rows of ``items`` are kept in its memory if they take less than half of what is free; otherwise,
-    and on the CPU, each batch is read from the memory maps.
+    and on the CPU, each batch is read from the memory maps. ``mirrored`` are the rows of the same items' mirrored photographs,
+    of those at least that are trained on.
     """
 
     def __init__(
-        self, parts: Sequence[Rows], device: torch.device | str = "cpu", items: np.ndarray | None = None
+        self,
+        parts: Sequence[Rows | ComputedRows],
+        device: torch.device | str = "cpu",
+        items: np.ndarray | None = None,
+        mirrored: "Features | None" = None,
     ) -> None:
         shapes = {rows.layer.shape for rows in parts}
         if len(shapes) != 1:
@@ -28,6 +35,7 @@ class Features:
                 "Trials can only mix sources of one network."
             )
         self.parts = list(parts)
+        self.mirrored = mirrored
         self.device = torch.device(device)
         self.shape: tuple[int, ...] = shapes.pop()
         self.starts = np.cumsum([0, *(len(rows) for rows in parts)])
@@ -46,6 +54,20 @@ class Features:
             return kept[place[items.to(self.device)]]
         gathered = self._from_maps(items)
         return gathered.to(self.device, torch.float32, non_blocking=True)
+
+    def augmented(self, seed: int, epoch: int) -> Callable[[torch.Tensor], torch.Tensor]:
+        """``gather`` for one epoch of training: of each item the mirrored row instead, at random, if there are such."""
+        mirrored = self.mirrored
+        if mirrored is None:
+            return self.gather
+        flipped = torch.from_numpy(np.random.default_rng([seed, epoch, _FLIPS]).random(len(self)) < 0.5)
+
+        def gather(items: torch.Tensor) -> torch.Tensor:
+            rows, flip = self.gather(items), flipped[items]
+            rows[flip.to(self.device)] = mirrored.gather(items[flip])
+            return rows
+
+        return gather
 
     def statistics(self, items: np.ndarray) -> tuple[torch.Tensor, float]:
         """Mean row of distinct ``items`` (features,) and the factor that makes the mean square of what is left of a feature 1."""

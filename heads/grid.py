@@ -1,7 +1,7 @@
 """Grids: every layer with every head, learning rate and seed, and what they cost."""
 
 import shutil
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field, replace
 from pathlib import Path
 from typing import Any, Literal
@@ -10,6 +10,8 @@ from featurestore import FeatureStore
 from featurestore.errors import FeatureStoreError
 from featurestore.files import sha256_of
 from featurestore.text import human_bytes, in_natural_order, listing
+from heads.finetuning import CHUNK_BYTES
+from heads.finetuning_plan import FinetuningPlan, plan_finetuning
 from heads.registry import build_head, check_head
 from heads.reuse import why_not_reused
 from heads.run_files import read_result
@@ -36,7 +38,9 @@ class GridRequest:
     """What the user asked for. ``trials`` is a file, ``same-person``, or None if only identities are learned.
 
     ``split`` is a kind, a saved split's path, or None: by trial for triplets, by view for identities. ``folds`` trains each
-    head that often, so that every face (view, triplet) is tested once.
+    head that often, so that every face (view, triplet) is tested once. With ``finetune_from``, a layer or ``input``, each head is
+    trained on with the network from there to its own layer, at ``backbone_lr`` (a tenth of ``lr`` by default); ``weights`` is
+    the network's file, unless the source was made with random or packaged ones, ``backbone`` the name of one of your own.
     """
 
     store: Path
@@ -61,6 +65,11 @@ class GridRequest:
     rank: int | None = 64
     measure: str = "cosine"
     l2: float = 1e-2
+    finetune_from: str | None = None
+    backbone_lr: float | None = None
+    augment: str = ""
+    weights: str | None = None
+    backbone: str | None = None
     settings: Settings = field(default_factory=Settings)
 
 
@@ -69,7 +78,8 @@ class Grid:
     """What will be done, as a value: tasks with their runs, and what they cost. ``finished`` runs will only be read.
 
     ``trials`` are those of the triplet heads, ``choices`` how many of them other ways to split would leave, if it matters.
-    ``not_reused`` says for which earlier runs the same is done again, and why.
+    ``not_reused`` says for which earlier runs the same is done again, and why. ``parameters`` and ``finetuning`` are by
+    ``Run.kind``.
     """
 
     out: Path
@@ -79,6 +89,7 @@ class Grid:
     trials: Trials | None = None
     choices: tuple[Choice, ...] = ()
     not_reused: tuple[str, ...] = ()
+    finetuning: dict[str, FinetuningPlan] = field(default_factory=dict)
 
     @property
     def runs(self) -> int:
@@ -86,16 +97,23 @@ class Grid:
         return sum(len(runs) for _, runs in self.parts)
 
     def memory(self, jobs: int) -> int:
-        """Bytes of weights, gradients, two moments and the best weights, of the ``jobs`` largest heads at a time."""
-        return 5 * 4 * sum(sorted(self._weights)[-jobs:])
+        """Bytes of weights, gradients, two moments and the best weights, of the ``jobs`` largest heads at a time.
+
+        Of a fine-tuned one also what its backbone computes, at most.
+        """
+        tuned = sum(run.kind in self.finetuning for _, runs in self.parts for run in runs)
+        return 5 * 4 * sum(sorted(self._weights)[-jobs:]) + 2 * CHUNK_BYTES * min(jobs, tuned)
 
     def disk(self, jobs: int) -> int:
-        """Bytes of all runs' weights, and of the states of ``jobs`` unfinished ones."""
-        return 4 * (sum(self._weights) + 4 * sum(sorted(self._weights)[-jobs:]))
+        """Bytes of all runs' weights and tuned networks, and of the states and computed rows of ``jobs`` unfinished ones."""
+        plans = [self.finetuning[run.kind] for _, runs in self.parts for run in runs if run.kind in self.finetuning]
+        rows = sum(sorted(plan.bytes_of_rows for plan in plans)[-jobs:])
+        networks = sum(plan.network_bytes for plan in plans)
+        return 4 * (sum(self._weights) + 4 * sum(sorted(self._weights)[-jobs:])) + networks + rows
 
     @property
     def _weights(self) -> list[int]:
-        return [self.parameters[f"{run.layer} {run.head}"] for _, runs in self.parts for run in runs]
+        return [self.parameters[run.kind] for _, runs in self.parts for run in runs]
 
     def refuse_if_full(self, jobs: int) -> None:
         """FeatureStoreError if the disk cannot take what is planned."""
@@ -134,33 +152,56 @@ def plan_grid(request: GridRequest) -> Grid:
     if "identity" in request.heads:
         for task in _identities(request, store, layers):
             parts.append((task, _runs(request, store, layers, ["identity"], task)))
+    finetuning = plan_finetuning(store, parts)
     return Grid(
         request.out,
         parts,
-        _parameters(store, parts),
+        _parameters(store, parts, finetuning),
         sum(read_result(request.out / run.name(task)) is not None for task, runs in parts for run in runs),
         trials,
         other_choices,
         tuple(why_not_reused(request.out, store, parts)),
+        finetuning,
     )
 
 
-def _parameters(store: FeatureStore, parts: list[tuple[Task, list[Run]]]) -> dict[str, int]:
-    """Of each head on each layer."""
+def _parameters(
+    store: FeatureStore, parts: list[tuple[Task, list[Run]]], finetuning: Mapping[str, FinetuningPlan]
+) -> dict[str, int]:
+    """Of each head on each layer, with the part of the network that is fine-tuned."""
     parameters = {}
     for task, runs in parts:
         source = store.source(task.sources[0])
         for run in runs:
-            if f"{run.layer} {run.head}" in parameters:
+            if run.kind in parameters:
                 continue
             faces = {"faces": list(task.classes)} if run.head == "identity" else {}
             head = build_head(run.head, source.layer(run.layer).shape, **run.options, **faces)
-            parameters[f"{run.layer} {run.head}"] = sum(weight.numel() for weight in head.parameters())
+            parameters[run.kind] = sum(weight.numel() for weight in head.parameters())
+            if run.kind in finetuning:
+                parameters[run.kind] += finetuning[run.kind].parameters
     return parameters
 
 
 def _refuse_useless(request: GridRequest) -> None:
-    """FeatureStoreError for options that contradict ``folds``."""
+    """FeatureStoreError for options that contradict ``folds``, and for those of fine-tuning without it."""
+    replace(
+        request.settings,
+        finetune_from=request.finetune_from,
+        backbone_lr=request.backbone_lr,
+        augment=request.augment,
+    )  # which checks them
+    if request.finetune_from and not set(request.heads) - {"zero-shot"}:
+        raise FeatureStoreError(
+            f"zero-shot has nothing to train, so nothing to fine-tune from {request.finetune_from!r}: leave `finetune_from` out, "
+            "or choose other `heads`."
+        )
+    if (request.weights or request.backbone) and not request.finetune_from:
+        name = "weights" if request.weights else "backbone"
+        raise FeatureStoreError(
+            f"`{name}` {getattr(request, name)} is needed only for fine-tuning: heads train on cached rows. Leave it out, or "
+            "give `finetune_from` a layer."
+        )
     saved = request.split is not None and request.split.endswith(".json")
     if request.folds and (request.hold_out or saved):
         raise FeatureStoreError(
@@ -278,4 +319,18 @@ def _runs(
             for lr in dict.fromkeys(request.lr):
                 for seed in dict.fromkeys(request.seeds):
                     runs.append(Run(layer, head, replace(request.settings, lr=lr, seed=seed), options, fold, dtype))
+                    if request.finetune_from:
+                        runs.append(_finetuned(request, store, task, runs[-1]))
     return runs
+
+
+def _finetuned(request: GridRequest, store: FeatureStore, task: Task, frozen: Run) -> Run:
+    """The run that continues a frozen one."""
+    start, lr = request.finetune_from, frozen.settings.lr
+    backbone_lr = lr / 10 if request.backbone_lr is None else request.backbone_lr
+    settings = replace(frozen.settings, finetune_from=start, backbone_lr=backbone_lr, augment=request.augment)
+    layers = [store.source(name).layers.get(str(start)) for name in task.sources]
+    dtypes = dict.fromkeys(layer.dtype.name if layer else "float32" for layer in layers)
+    file = request.weights and Path(request.weights).expanduser()
+    weights = str(file.resolve()) if file and file.exists() else request.weights  # workers may be in other folders
+    return replace(frozen, settings=settings, start_dtype="+".join(dtypes), weights=weights, backbone=request.backbone)

@@ -1,6 +1,7 @@
 """From photographs to a head's logits in one differentiable module: recipe, network up to the head's layer, head."""
 
 from collections.abc import Callable, Iterator
+from contextlib import contextmanager
 from dataclasses import dataclass
 from typing import Literal
 
@@ -19,6 +20,7 @@ from featurestore.networks.spec import BackboneSpec
 from featurestore.photos.loading import Batch, Failure, batches
 from featurestore.store.reader import Source
 from featurestore.text import listing
+from heads.finetuning import FinetunedHead
 from heads.models.base import Head
 
 _BATCH = 8  # photographs in a forward pass, where many are computed
@@ -65,7 +67,8 @@ class Legs(nn.Module):
     ``similarity``, the cosine of two items' rows. A head that ``load_head`` read from our own file knows its layer; for
     others ``layer`` is given. ``maps`` is a layer of maps (channel, y, x) on the way whose values ``run`` gives beside; without
     a name it is the last one. ``weights`` is the file that the source was made with, where it is one; ``backbone`` names a
-    network of the user's own, which is then imported. All is float32; the head is not copied, but put into eval mode and frozen.
+    network of the user's own, which is then imported. A fine-tuned head brings its part of the network along. All is float32; the
+    head is not copied, but put into eval mode and frozen.
 
     FeatureStoreError for a head that was trained on another source or layer, for weights that are not the source's, and for a
     layer of another shape than the head takes.
@@ -84,7 +87,9 @@ class Legs(nn.Module):
     ) -> None:
         super().__init__()
         self.source, self.device = source, torch.device(device)
+        tuned = head if isinstance(head, FinetunedHead) else None
         self.layer = source.layer(_layer_of(head, layer, source))
+        head = tuned.head if tuned else head
         if not isinstance(head, Head):
             head = ClassLogits(self.layer.shape) if head == "classes" else PairSimilarity(self.layer.shape)
         if head.shape != self.layer.shape:
@@ -100,6 +105,9 @@ class Legs(nn.Module):
             _refuse_no_maps(spec, maps, self.layer.name)
         names = [name for name in (self.maps, self.layer.name) if name]
         self.backbone = load_extractor(spec, spec.check_layers(names), self.weights, self.device, torch.float32)
+        self._tuned = tuned.backbone.state_dict() if tuned else {}
+        if tuned:
+            self.backbone.load_state_dict(self._tuned, strict=False)
         self.head = head.to(self.device).eval().requires_grad_(False)
 
     @property
@@ -146,7 +154,7 @@ class Legs(nn.Module):
         """
         rows, largest = self.source.rows(self.layer.name), 0.0
         most = TOLERANCE[precision_of(self.source)] + _ROUNDED[self.layer.dtype.name]
-        with torch.no_grad(), reproducible():
+        with torch.no_grad(), reproducible(), self._as_cached():
             for batch in self._photographs(np.unique(items)):
                 inputs = self.recipe.normalise(batch.pixels.to(self.device))
                 live = self.backbone(inputs)[self.layer.name].flatten(1).cpu().double()
@@ -159,6 +167,15 @@ class Legs(nn.Module):
                 largest = max(largest, float(off[worst]))
                 progress(len(batch.rows))
         return largest
+
+    @contextmanager
+    def _as_cached(self) -> Iterator[None]:
+        """With the weights that the rows were made with, where a fine-tuned head brought others."""
+        self.backbone.load_state_dict(self.weights.read(self._tuned), strict=False)
+        try:
+            yield
+        finally:
+            self.backbone.load_state_dict(self._tuned, strict=False)
 
     def _other_network(self, photo: str, off: float, most: float) -> FeatureStoreError:
         return FeatureStoreError(
@@ -192,6 +209,8 @@ def _readable(batch: Batch | Failure) -> Batch:
 def _layer_of(head: Head | str, layer: str | None, source: Source) -> str:
     """The layer that a head was trained on; FeatureStoreError if it is not known, or contradicts what is given."""
     trained = head.trained_on if isinstance(head, Head) else {}
+    if isinstance(head, FinetunedHead):
+        trained = {**trained, "layer": head.part.end}
     if trained.get("sources") and source.name not in trained["sources"]:
         raise FeatureStoreError(
             f"the head was trained on {listing(trained['sources'])}, not on {source.name}: its weights mean nothing for another "

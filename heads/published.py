@@ -6,11 +6,15 @@ from pathlib import Path
 
 import torch
 
+from featurestore.caching.extractor import refuse_absent
 from featurestore.checkpoints.formats.base import Stored
+from featurestore.checkpoints.weights import open_weights
 from featurestore.errors import FeatureStoreError
 from featurestore.networks.registry import get_backbone
 from featurestore.networks.shapes import layer_shapes
+from featurestore.networks.tracing import extractor
 from featurestore.text import listing
+from heads.finetuning import FinetunedHead
 from heads.models.base import Head
 from heads.models.triplet import TripletHead
 from heads.registry import build_head
@@ -19,19 +23,42 @@ _BACKBONE = "vgg_core."  # begins the backbone's own weights, in checkpoints tra
 _EARLIER = "vgg_core_fc8."  # begins those of the earlier system's bridge
 
 
-def export(head: Head, path: str | os.PathLike[str], layer: str) -> None:
+def export(head: Head, path: str | os.PathLike[str], layer: str, core: str | os.PathLike[str] | None = None) -> None:
     """Write ``head`` as a ``.pth`` state dict with the published keys, so that the published code loads it.
 
     The published heads take raw rows and name no faces, so the standardisation is folded into the first linear
     layer, and the order of an identity head's ``faces`` has to be kept by you. FeatureStoreError
     for heads that the published system does not have (similarity), and for layers of other networks.
+
+    With ``core``, the folder of a fine-tuned run or a checkpoint of VGG-Face, the file holds the backbone up to ``layer`` as
+    well, as those trained end to end and the multi-view ones do. Of a fine-tuned ``head`` its own part is written over it.
     """
+    tuned: Mapping[str, torch.Tensor] = {}
+    if isinstance(head, FinetunedHead):
+        if layer != head.part.end:
+            raise FeatureStoreError(f"this head was fine-tuned on layer {head.part.end!r}, not on {layer!r}.")
+        tuned = head.backbone.state_dict()
+        head = head.head
+    backbone = {} if core is None else _core(str(core), layer, tuned, is_triplet=isinstance(head, TripletHead))
     state = {key: value.detach().cpu().clone() for key, value in head.state_dict().items()}
     names = published_keys(head, layer, earlier=str(head.architecture["head"]).startswith("fc8-"))
     for first in [key.removesuffix(".weight") for key in state if key.endswith("linear.weight")]:
         state[f"{first}.weight"] *= state["scale"]
         state[f"{first}.bias"] -= state[f"{first}.weight"] @ state["mean"]
-    torch.save({theirs: state[key] for key, theirs in names.items()}, path)
+    torch.save({**backbone, **{theirs: state[key] for key, theirs in names.items()}}, path)
+
+
+def _core(core: str, layer: str, tuned: Mapping[str, torch.Tensor], is_triplet: bool) -> dict[str, torch.Tensor]:
+    """VGG-Face's weights under the published keys: all convolutions, and the linear layers up to ``layer``."""
+    spec = get_backbone("vggface")
+    (layer,) = spec.check_layers([layer])
+    weights = open_weights(core, spec)
+    refuse_absent(weights.backbone, [layer], weights)
+    needed = set(extractor(spec.build_meta(), {layer: spec.layers[layer]}).state_dict())
+    keys = [key for key in weights.backbone.weight_shapes() if key.startswith("features.") or key in needed]
+    state = {**weights.read(keys), **{key: values.detach().cpu() for key, values in tuned.items()}}
+    prefix = _BACKBONE * 2 if is_triplet else _BACKBONE
+    return {prefix + key: state[key].clone(memory_format=torch.contiguous_format) for key in keys}
 
 
 def published_keys(head: Head, layer: str, earlier: bool = False) -> dict[str, str]:

@@ -2,7 +2,7 @@
 
 A run's folder holds ``config.json``, ``weights.safetensors``, ``metrics.csv``, TensorBoard events, ``predictions.csv``,
 ``accuracy_by_*.csv`` and, last of all, ``result.json``: a run with that file is finished. ``state.safetensors`` is
-there while it is not.
+there while it is not. That of a fine-tuned run holds ``backbone.safetensors`` too, the tuned network.
 """
 
 import hashlib
@@ -10,8 +10,8 @@ import importlib.metadata
 import json
 import time
 from collections.abc import Callable, Iterator
-from contextlib import contextmanager
-from dataclasses import asdict, dataclass, field
+from contextlib import contextmanager, nullcontext
+from dataclasses import asdict, dataclass, field, replace
 from pathlib import Path
 from typing import Any
 
@@ -21,24 +21,34 @@ import torch
 from filelock import FileLock, Timeout
 
 from featurestore import FeatureStore
+from featurestore.devices import reproducible
 from featurestore.errors import FeatureStoreError
+from featurestore.store.reader import Source
 from heads.checkpoints import save_head
 from heads.evaluation import audit_order, evaluate
 from heads.features import Features
+from heads.finetuned_runs import finetuned_head, finetuning_features, save_network, weights_of_all, without_backbone
+from heads.finetuning import FinetunedHead
 from heads.models.base import Head
 from heads.registry import draw_head, stored_options
 from heads.run_files import TrainingCurves, read_predictions, read_result, write_csv, write_document
 from heads.scores import ANSWERS, accuracy_by, accuracy_by_face, predictions, score, shown_columns
 from heads.tasks import Task
-from heads.train import Checkpoint, Epoch, Pace, Settings, train, validate
+from heads.train import Checkpoint, Epoch, Pace, Progress, Settings, train, validate
 
 VERSION = 1  # of what a run computes: part of its identity
-OnEpoch = Callable[[str, Epoch | Pace], None]  # a run's label; every epoch, and once the pace
+OnEpoch = Callable[[str, Progress], None]  # a run's label; every epoch, once the pace, photographs that are read before
+_FINETUNING = ("finetune_from", "backbone_lr", "augment")  # settings that only a fine-tuned run's identity knows
 
 
 @dataclass(frozen=True)
 class Run:
-    """One head to train: on which layer, with which options and settings. ``dtype`` is what the layer's rows are stored as."""
+    """One head to train: on which layer, with which options and settings. ``dtype`` is what the layer's rows are stored as.
+
+    A fine-tuned one (``settings.finetune_from``) begins with the weights of the ``frozen`` run. ``start_dtype`` is what the rows
+    that it takes are stored as, ``weights`` the network's file, if the source does not say all, and ``backbone`` the name of one
+    of your own.
+    """
 
     layer: str
     head: str
@@ -46,11 +56,28 @@ class Run:
     options: dict[str, Any] = field(default_factory=dict)
     fold: tuple[int, int] | None = None
     dtype: str = "float32"
+    start_dtype: str = "float32"
+    weights: str | None = None
+    backbone: str | None = None
+
+    @property
+    def frozen(self) -> "Run":
+        """The run that a fine-tuned one continues."""
+        settings = replace(self.settings, finetune_from=None, backbone_lr=None, augment="")
+        return replace(self, settings=settings, start_dtype="float32", weights=None, backbone=None)
+
+    @property
+    def kind(self) -> str:
+        """Layer and head, and where it is fine-tuned from."""
+        start = self.settings.finetune_from
+        return f"{self.layer} {self.head}{f' from {start}' if start else ''}"
 
     def config(self, task: Task) -> dict[str, Any]:
         """Everything that the result depends on, but for the number of threads."""
         settings = asdict(self.settings)
         del settings["threads"]
+        if self.settings.finetune_from is None:
+            settings = {name: value for name, value in settings.items() if name not in _FINETUNING}
         settings["device"] = settings["device"].partition(":")[0]  # which GPU of several makes no difference
         if self.head == "zero-shot":
             settings = {}
@@ -65,6 +92,7 @@ class Run:
             "photographs": task.photographs,
             "split": task.split.hash,
             **({"dtype": self.dtype} if self.dtype != "float32" else {}),
+            **({"start_dtype": self.start_dtype} if self.start_dtype != "float32" else {}),
         }
 
     def identity(self, task: Task) -> str:
@@ -74,6 +102,8 @@ class Run:
     def name(self, task: Task) -> str:
         """The folder's name: what a person looks for, and enough of the identity to be unique."""
         parts = [self.layer, self.head]
+        if self.settings.finetune_from:
+            parts.append(f"from-{self.settings.finetune_from}")
         if self.head != "zero-shot":
             parts += [f"lr{self.settings.lr:g}", f"seed{self.settings.seed}"]
         if self.fold:
@@ -85,7 +115,7 @@ class Run:
         """How its progress is announced."""
         trained = f" lr {self.settings.lr:g} seed {self.settings.seed}" if self.head != "zero-shot" else ""
         fold = " fold {} of {}".format(*self.fold) if self.fold else ""
-        return f"{self.layer} {self.head}{trained}{fold}"
+        return f"{self.kind}{trained}{fold}"
 
 
 def train_run(
@@ -93,27 +123,37 @@ def train_run(
 ) -> dict[str, Any]:
     """Train, test and write one run into ``folder``; go on where a killed one stopped; a finished one is only read.
 
-    Returns its result. Raises FeatureStoreError if another process is at it, the layer is not cached, the loss becomes
-    NaN or the disk is full; what is there then stays.
+    A fine-tuned run's frozen one is trained first, unless it is finished. Returns its result. Raises FeatureStoreError if another
+    process is at it, the layer is not cached, a photograph is not what it was, the loss becomes NaN or the disk is full; what is
+    there then stays.
     """
     run_folder = folder / run.name(task)
+    if run.settings.finetune_from and read_result(run_folder) is None:
+        train_run(task, run.frozen, folder, report, every)
     run_folder.mkdir(parents=True, exist_ok=True)
     with _lock(run_folder):
         finished = read_result(run_folder)
         if finished is not None:
             return _with_current_trials(finished, task, run_folder)
-        with _threads(_begun_with(run_folder) or run.settings.threads):
+        exact = reproducible() if run.settings.finetune_from else nullcontext()
+        with _threads(_begun_with(run_folder) or run.settings.threads), exact:
             return _train(task, run, run_folder, report, every)
 
 
 def _train(task: Task, run: Run, run_folder: Path, report: OnEpoch, every: float) -> dict[str, Any]:
     start = time.perf_counter()
     store = FeatureStore.open(task.store)
-    rows = [store.source(name).rows(run.layer) for name in task.sources]
-    device = run.settings.device
+    sources = [store.source(name) for name in task.sources]
+    head: Head
+    features: Features
+    if run.settings.finetune_from:
+        weights = weights_of_all(sources, run.weights, run.backbone)
+        head = finetuned_head(task, run, run_folder.parent / run.frozen.name(task), weights)
+        features = finetuning_features(task, run, head, weights, run_folder, lambda line: report(run.label, line))
+    else:
+        features = _features(task, run, sources)
+        head = make_head(run, features.shape, task)
     examples = task.examples
-    features = Features(rows, device, np.unique(task.items[task.split.part >= 0]) if device != "cpu" else None)
-    head = make_head(run, features.shape, task)
     write_document(run_folder / "config.json", {**run.config(task), "threads": torch.get_num_threads(), **_about(task)})
     checkpoint = Checkpoint(run_folder / "state.safetensors", run.identity(task), every)
     with TrainingCurves(run_folder) as curves:
@@ -132,6 +172,10 @@ def _train(task: Task, run: Run, run_folder: Path, report: OnEpoch, every: float
         "epoch": progress.best_epoch,
     }
     save_head(head, run_folder / "weights.safetensors", run.layer, **about)
+    parameters = sum(weight.numel() for weight in head.parameters())
+    if isinstance(head, FinetunedHead):
+        save_network(head, weights, run_folder, run_folder.name)
+        head, features = without_backbone(head, features, task, run, run_folder)
     history = progress.history
     result = {
         "name": run_folder.name,
@@ -142,12 +186,18 @@ def _train(task: Task, run: Run, run_folder: Path, report: OnEpoch, every: float
         "examples_per_second": float(np.median([epoch.examples_per_second for epoch in history])) if history else None,
         "seconds": round(sum(epoch.seconds for epoch in history), 3),
         "wall_seconds": round(time.perf_counter() - start, 3),
-        "parameters": sum(weight.numel() for weight in head.parameters()),
+        "parameters": parameters,
         "state": "finished",
     }
     result = write_document(run_folder / "result.json", result)
     checkpoint.remove()
     return result
+
+
+def _features(task: Task, run: Run, sources: list[Source]) -> Features:
+    device = run.settings.device
+    shown = np.unique(task.items[task.split.part >= 0]) if device != "cpu" else None
+    return Features([source.rows(run.layer) for source in sources], device, shown)
 
 
 def _fit(head: Head, features: Features, task: Task, best_epoch: int) -> dict[str, float]:

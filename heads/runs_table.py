@@ -24,6 +24,7 @@ _FRONT = (
     "name",
     "layer",
     "head",
+    "finetune_from",
     "lr",
     "seed",
     "fold",

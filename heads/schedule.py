@@ -14,7 +14,7 @@ from featurestore.errors import FeatureStoreError
 from heads.grid import Grid
 from heads.runs import OnEpoch, Run, train_run
 from heads.tasks import Task
-from heads.train import STOP, Epoch, Pace
+from heads.train import STOP, Epoch, Pace, Preparation, Progress
 
 _LARGE = 10_000_000  # parameters of a head that keeps all cores busy by itself
 
@@ -44,8 +44,8 @@ def run_grid(
 
     ``died`` is told of a run whose worker process died; Dask tries it four times at most.
 
-    With one job and no cluster they run one after the other in this process. ``scheduler`` is ``threads`` or
-    ``processes`` of this machine, or the address of a Dask cluster whose workers see the same files.
+    With one job and no cluster they run one after the other in this process. ``scheduler`` is ``threads`` (fine-tuning cannot
+    be done in them) or ``processes`` of this machine, or the address of a Dask cluster whose workers see the same files.
     """
     folder = folder.resolve()
     for task, _ in parts:
@@ -56,6 +56,8 @@ def run_grid(
             for each in runs:
                 done(each, _attempt(task, each, folder, report, every))
         return
+    if scheduler == "threads" and any(each.settings.finetune_from for _, runs in parts for each in runs):
+        raise _needs_processes("Choose `scheduler` processes, or one run at a time (`jobs` 1).")
     # Half a second that a single run need not wait for.
     from distributed import Client, KilledWorker, LocalCluster, as_completed
 
@@ -86,7 +88,12 @@ def run_grid(
         waiting: dict[Any, Run] = {}
         for task, runs in parts:
             shared = client.scatter(task, broadcast=True)
-            waiting |= {client.submit(_remote, shared, each, folder, every, pure=False): each for each in runs}
+            begun: dict[str, Any] = {}
+            for each in runs:
+                before = begun.get(each.frozen.name(task)) if each.settings.finetune_from else None
+                future = client.submit(_remote, shared, each, folder, every, before, pure=False)
+                begun[each.name(task)] = future
+                waiting[future] = each
         by_key = {future.key: each for future, each in waiting.items()}
 
         def seen(event: tuple[float, dict[str, Any]]) -> None:
@@ -116,6 +123,13 @@ def run_grid(
             raise
 
 
+def _needs_processes(advice: str) -> FeatureStoreError:
+    """While torch.fx traces a network, no other thread of the process can run one."""
+    return FeatureStoreError(
+        f"fine-tuned runs cannot be trained in threads side by side, since networks are divided by tracing them. {advice}"
+    )
+
+
 def _quieten(stack: ExitStack) -> None:
     """Dask's log lines below errors stay out of the output, in this process and those it starts; ``stack`` undoes it."""
     import dask
@@ -132,9 +146,13 @@ def _log_from(level: int) -> None:
         handler.setLevel(level)
 
 
-def _received(event: dict[str, Any]) -> Epoch | Pace:
+_KINDS = {kind.__name__: kind for kind in (Epoch, Pace, Preparation)}
+
+
+def _received(event: dict[str, Any]) -> Progress:
     """What ``_remote`` sent."""
-    return Epoch(**event["epoch"]) if "epoch" in event else Pace(**event["pace"])
+    line: Progress = _KINDS[event["kind"]](**event["line"])
+    return line
 
 
 def _require_scheduler(address: str) -> None:
@@ -164,14 +182,18 @@ def _attempt(task: Task, each: Run, folder: Path, report: OnEpoch, every: float)
         return FeatureStoreError(f"{type(error).__name__}: {error}")
 
 
-def _remote(task: Task, each: Run, folder: Path, every: float) -> dict[str, Any] | FeatureStoreError:
-    """In a Dask worker: epochs and the pace are sent to the client."""
+def _remote(
+    task: Task, each: Run, folder: Path, every: float, before: object = None
+) -> dict[str, Any] | FeatureStoreError:
+    """In a Dask worker: epochs and the pace are sent to the client. It waits for ``before``, another's result."""
     from distributed import get_worker
 
     worker = get_worker()
+    if each.settings.finetune_from and worker.state.nthreads > 1:
+        return _needs_processes("Start the cluster's workers with one thread each.")
 
-    def report(label: str, line: Epoch | Pace) -> None:
-        worker.log_event("epoch", {"label": label, "epoch" if isinstance(line, Epoch) else "pace": asdict(line)})
+    def report(label: str, line: Progress) -> None:
+        worker.log_event("epoch", {"label": label, "kind": type(line).__name__, "line": asdict(line)})
 
     return _attempt(task, each, folder, report, every)
 

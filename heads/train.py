@@ -7,6 +7,7 @@ from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from dataclasses import asdict, dataclass, field, replace
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 import torch
@@ -20,6 +21,7 @@ from heads.features import Features
 from heads.models.base import Head
 
 PRECISIONS = ("fp32", "tf32", "bf16")
+AUGMENTATIONS = ("", "flip")
 _ADVICE = "Try a smaller learning rate (`lr`), and check the layer's rows: pipelines/verify_store.py finds NaN in them."
 
 
@@ -33,6 +35,8 @@ class Settings:
 
     ``epochs`` at most, fewer when the validation loss has not fallen for ``patience`` of them. ``permute`` shows the
     three items of each trial in a new random order every epoch. ``threads`` changes the order of sums, hence last bits.
+    With ``finetune_from``, a layer or ``input``, the backbone is trained from there on too, at ``backbone_lr``; ``augment`` flip:
+    on training photographs that are mirrored at random, anew each epoch. FeatureStoreError for impossible values of these.
     """
 
     lr: float = 5e-4
@@ -44,6 +48,20 @@ class Settings:
     precision: str = "fp32"
     device: str = "cpu"
     threads: int = 0
+    finetune_from: str | None = None
+    backbone_lr: float | None = None
+    augment: str = ""
+
+    def __post_init__(self) -> None:
+        if self.augment not in AUGMENTATIONS:
+            raise FeatureStoreError(f"`augment` {self.augment!r} is not possible; it is flip, or left out.")
+        if self.backbone_lr is not None and not 0 < self.backbone_lr < float("inf"):
+            raise FeatureStoreError(f"`backbone_lr` {self.backbone_lr!r} is not a number above zero.")
+        idle = "backbone_lr" if self.backbone_lr is not None else "augment" if self.augment else ""
+        if idle and self.finetune_from is None:
+            raise FeatureStoreError(
+                f"`{idle}` {getattr(self, idle)} is for fine-tuning: give `finetune_from` a layer, or leave it out."
+            )
 
 
 @dataclass(frozen=True)
@@ -83,6 +101,15 @@ class Pace:
     epoch_seconds: float
 
 
+@dataclass(frozen=True)
+class Preparation:
+    """Photographs that have gone through the frozen part of a network before its other part is trained."""
+
+    done: int
+    total: int
+
+
+Progress = Epoch | Pace | Preparation
 Report = Callable[[Epoch | Pace], None]
 
 
@@ -128,7 +155,7 @@ def train(
     if not weights:
         head.eval()
         return TrainingState()
-    optimizer = torch.optim.Adam(weights, lr=settings.lr, fused=True)
+    optimizer = torch.optim.Adam(_groups(head, weights, settings), lr=settings.lr, fused=True)
     state = checkpoint.restore(head, optimizer) if checkpoint else None
     if state is None:
         state = TrainingState()
@@ -153,6 +180,16 @@ def train(
     return state
 
 
+def _groups(head: Head, weights: list[torch.nn.Parameter], settings: Settings) -> list[dict[str, Any]]:
+    """``weights`` with their learning rates: the head's, and the backbone's if it has part of one."""
+    backbone = {id(weight) for weight in head.backbone_parameters()}
+    groups: list[dict[str, Any]] = [
+        {"params": [weight for weight in weights if id(weight) not in backbone]},
+        {"params": [weight for weight in weights if id(weight) in backbone], "lr": settings.backbone_lr},
+    ]
+    return [group for group in groups if group["params"]]
+
+
 def train_epoch(
     head: Head,
     features: Features,
@@ -169,6 +206,7 @@ def train_epoch(
     start = time.perf_counter()
     rng = np.random.default_rng([settings.seed, epoch])
     generator = torch.Generator(features.device).manual_seed(settings.seed * 1_000_003 + epoch)
+    gather = features.augmented(settings.seed, epoch)
     items, labels = examples.of(rng.permutation(examples.train))
     if settings.permute and head.n_places == 3:
         items, labels = _permuted(items, labels, rng)
@@ -180,7 +218,7 @@ def train_epoch(
         wanted = torch.from_numpy(labels[first : first + settings.batch_size]).to(features.device)
         distinct, places = batch.unique(return_inverse=True)
         optimizer.zero_grad()
-        loss, logits = head.accumulate(features.gather(distinct), places.to(features.device), wanted, generator)
+        loss, logits = head.accumulate(gather(distinct), places.to(features.device), wanted, generator)
         value = float(loss)
         if not np.isfinite(value):
             raise NonFiniteLossError(

@@ -8,9 +8,10 @@ from pipelines._cli import as_typed
 if TYPE_CHECKING:
     import pandas as pd
 
+    from heads.finetuning_plan import FinetuningPlan
     from heads.grid import Grid
     from heads.tasks import Task
-    from heads.train import Epoch, Pace
+    from heads.train import Progress
 
 
 def plan_text(grid: "Grid", jobs: int) -> str:
@@ -56,14 +57,39 @@ def plan_text(grid: "Grid", jobs: int) -> str:
     lines += [f"  note      {reason}" for reason in grid.not_reused]
     for name, parameters in grid.parameters.items():
         lines.append(f"            {name:<24} {parameters:>13,} parameters")
+    for name, plan in grid.finetuning.items():
+        lines += _finetuning_lines(name, plan)
     lines.append(
-        f"  memory    about {human_bytes(grid.memory(jobs))} for weights, gradients and Adam's moments; "
+        f"  memory    about {human_bytes(grid.memory(jobs))} for weights, gradients and Adam's moments"
+        f"{', and at most for what the network computes' if grid.finetuning else ''}; "
         f"disk {human_bytes(grid.disk(jobs))} at most"
     )
     return "\n".join(lines)
 
 
 _FEW_VALIDATION = 30
+
+
+def _finetuning_lines(name: str, plan: "FinetuningPlan") -> list[str]:
+    """What is unfrozen, where its rows come from, and what is kept."""
+    from featurestore.text import human_bytes
+
+    frozen = sum(block.parameters for block in plan.blocks) - plan.parameters
+    trained = [block.name for block in plan.trained]
+    shown = ", ".join(trained if len(trained) < 5 else [*trained[:2], "…", *trained[-2:]])
+    rows = []
+    if plan.cached:
+        rows.append(f"rows of {plan.part.start} from the cache")
+    if plan.photographs:
+        what = "pixels" if plan.part.first is None else f"rows of {plan.part.start}"
+        read = f"{plan.photographs} photographs, read once for each run"
+        rows.append(f"{what} of {read}, {human_bytes(plan.bytes_of_rows)} on the disk meanwhile")
+    return [
+        f"  finetune  {name}: unfrozen {shown} ({len(trained)} of {len(plan.blocks)} blocks), {plan.parameters:,} parameters; "
+        f"{frozen:,} frozen",
+        f"            begins with the trained head and {plan.weights}; {'; '.join(rows)}",
+        f"            keeps the tuned network, {human_bytes(plan.network_bytes)} for each run",
+    ]
 
 
 def _kinds(about: "dict[str, Any]") -> list[str]:
@@ -131,11 +157,13 @@ def faulty_file(grid: "Grid") -> Path:
     return grid.out / f"faulty-{name.partition('.')[0]}.csv"
 
 
-def progress_text(label: str, epoch: "Epoch | Pace") -> str:
+def progress_text(label: str, epoch: "Progress") -> str:
     """A line after an epoch, or about the pace of the first."""
     from featurestore.text import human_duration
-    from heads.train import Pace
+    from heads.train import Pace, Preparation
 
+    if isinstance(epoch, Preparation):
+        return f"{label} | {epoch.done} of {epoch.total} photographs read"
     if isinstance(epoch, Pace):
         rate, takes = epoch.examples_per_second, human_duration(epoch.epoch_seconds)
         return f"{label} | {rate:,.{0 if rate >= 10 else 1}f} examples/s, about {takes} an epoch"
@@ -155,6 +183,8 @@ def group_text(group: "pd.DataFrame") -> str:
     has_ceiling = first["ceiling"] == first["ceiling"]
     if not has_ceiling:
         rows = rows.drop(columns=["repeated", "of ceiling"])
+    if not rows["fine-tuned from"].any():
+        rows = rows.drop(columns="fine-tuned from")
     if not 0 < first["n_two_faces"] < first["n_test"]:
         rows = rows.drop(columns=["two faces", "three faces"])
     is_triplet = group["head"].iloc[0] != "identity"
@@ -186,6 +216,7 @@ def _summary_row(row: "dict[str, Any]") -> dict[str, str]:
     return {
         "layer": row["layer"],
         "head": row["head"],
+        "fine-tuned from": _text(row.get("finetune_from")),
         "lr": f"{row['lr']:g}" if trained else "",
         "seeds": str(row["n_seeds"]) if trained else "",
         "validation loss": _number(row["validation_loss"]),
@@ -201,6 +232,10 @@ def _summary_row(row: "dict[str, Any]") -> dict[str, str]:
         "repeated": _with_interval(row, "accuracy_repeated"),
         "of ceiling": _with_interval(row, "of_ceiling", ".2f"),
     }
+
+
+def _text(value: Any) -> str:
+    return value if isinstance(value, str) else ""
 
 
 def _with_interval(row: "dict[str, Any]", name: str, form: str = ".3f") -> str:

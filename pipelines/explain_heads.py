@@ -278,7 +278,7 @@ def _report(plan: "ExplainPlan", archive: "Archive", out: Path, regions_of: "Reg
             shuffled = steps.shuffled_table(plan, bar.update)
         keep("shuffled", shuffled, "Rank correlation with the maps of shuffled weights", shuffled.drop(columns="n"))
         for method in sorted(set(shuffled.loc[~shuffled["explains"], "method"])):
-            click.echo(f"{method} does not explain the network: its maps hardly change when all weights are shuffled.")
+            click.echo(f"{method} does not explain the network: its maps hardly change when the weights are shuffled.")
     if regions_of is not None:
         from heads.explain.archive import open_maps
         from heads.explain.regions import region_table

@@ -17,7 +17,7 @@ if TYPE_CHECKING:
     from featurestore import FeatureStoreError
     from heads.grid import Grid, GridRequest
     from heads.runs import Run
-    from heads.train import Epoch, Pace
+    from heads.train import Progress
 
 DEMO_TRIALS = DEMO_IMAGES / "trials.csv"
 DEFAULT_OUT = Path("store/runs")
@@ -37,6 +37,11 @@ Examples:
 
   # which face is it? trained on some views, tested on others
   python pipelines/train_heads.py --store store/photos.zarr --layers fc7-relu --heads identity
+
+  # go on with the network's last blocks unfrozen, from rows of relu_5_1 if they are cached, else from the photographs
+  python pipelines/train_heads.py --store store/photos.zarr --trials photos_trials.csv --layers fc7-relu --heads conv \
+      --finetune-from relu_5_1 --weights vgg_face.pth
+  python pipelines/cache_layers.py --layers fc7-relu --images photos --store store/photos.zarr --weights store/runs/NAME
 
   # are two layers different? the same trials, head by head
   python pipelines/train_heads.py --compare maxp_5_3 fc7-relu
@@ -210,6 +215,33 @@ def _complete_compared(ctx: click.Context, param: click.Parameter, incomplete: s
     help="similarity: L2 penalty on the map's difference from the identity. --pull is its earlier name.",
 )
 @click.option(
+    "--finetune-from",
+    metavar="LAYER|input",
+    help="Then go on with each head and the network from this layer to the head's, or all of it: its weights are trained too.",
+)
+@click.option(
+    "--backbone-lr",
+    type=Finite(zero=False),
+    metavar="RATE",
+    help="With --finetune-from: learning rate of the network's part. [default: a tenth of --lr]",
+)
+@click.option(
+    "--augment",
+    type=click.Choice(["flip"]),
+    default=None,
+    help="With --finetune-from: mirror training photographs at random, anew each epoch. [default: as they are]",
+)
+@click.option(
+    "--weights",
+    metavar="FILE",
+    help="With --finetune-from: the network's weights, if the store's layers were made with a file.",
+)
+@click.option(
+    "--backbone",
+    metavar="NAME",
+    help="With --finetune-from: the store's network is my_module:build_model, whose code may be run.",
+)
+@click.option(
     "--device",
     type=Device(),
     default="auto",
@@ -260,7 +292,7 @@ def _complete_compared(ctx: click.Context, param: click.Parameter, incomplete: s
 def main(
     jobs: int | None, scheduler: str, dry_run: bool, draw: Path | None, compare: tuple[str, ...], **options: Any
 ) -> None:
-    """Train heads on cached layers, never touching the backbone, and print a table of them."""
+    """Train heads on cached layers and print a table of them; the backbone stays as it is, unless --finetune-from is given."""
     if compare:
         _compare(options["out"], compare)
         return
@@ -284,7 +316,7 @@ def main(
             bar.write if sys.stderr.isatty() else click.echo
         )  # a bar is redrawn around each line, which a log need not see
 
-        def seen(label: str, line: "Epoch | Pace") -> None:
+        def seen(label: str, line: "Progress") -> None:
             say(progress_text(label, line))
 
         def died(run: "Run") -> None:
@@ -321,6 +353,7 @@ def _request(
     precision: str,
     device: str,
     parallel_bridge: bool,
+    augment: str | None,
     **rest: Any,
 ) -> "GridRequest":
     if not store.exists() and store == DEMO_STORE:
@@ -348,7 +381,14 @@ def _request(
     )
     sessions = Sessions(dict(session_view), dict(session_source))
     return GridRequest(
-        store=store, out=out, trials=trials, sessions=sessions, settings=settings, parallel=parallel_bridge, **rest
+        store=store,
+        out=out,
+        trials=trials,
+        sessions=sessions,
+        settings=settings,
+        parallel=parallel_bridge,
+        augment=augment or "",
+        **rest,
     )
 
 
@@ -390,13 +430,17 @@ def _compare(out: Path, names: tuple[str, ...]) -> None:
 def _draw(grid: "Grid", path: Path) -> None:
     from featurestore import FeatureStore
     from heads.describe import draw, summary
+    from heads.finetuning import unloaded_finetuned_head
     from heads.registry import build_head
 
     each = [(task, run) for task, runs in grid.parts for run in runs]
-    task, run = next((pair for pair in each if pair[1].head != "zero-shot"), each[0])
+    trained = [pair for pair in each if pair[1].head != "zero-shot"]
+    task, run = next((pair for pair in trained if pair[1].kind in grid.finetuning), [*trained, *each][0])
     shape = FeatureStore.open(task.store).source(task.sources[0]).layer(run.layer).shape
     faces = {"faces": list(task.classes)} if run.head == "identity" else {}
     head = build_head(run.head, shape, **run.options, **faces)
+    if run.kind in grid.finetuning:
+        head = unloaded_finetuned_head(grid.finetuning[run.kind].part, head, run.backbone)
     click.echo(summary(head))
     click.echo(f"{run.label} is drawn in {draw(head, path)}.")
 

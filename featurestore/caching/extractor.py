@@ -12,7 +12,7 @@ from featurestore.checkpoints.weights import Weights
 from featurestore.errors import FeatureStoreError
 from featurestore.networks.hooks import HookedNetwork
 from featurestore.networks.spec import BackboneSpec
-from featurestore.networks.tracing import extractor, tensor_names
+from featurestore.networks.tracing import between, cuts_before, extractor, tensor_names
 from featurestore.text import listing
 
 
@@ -79,6 +79,41 @@ def _in_fast_layout(cut: nn.Module, spec: BackboneSpec) -> nn.Module:
         cut.to(memory_format=torch.contiguous_format)
         cut.register_forward_pre_hook(lambda _, images: (images[0].contiguous(),))
     return cut
+
+
+def network_part(spec: BackboneSpec, start: str | None, end: str) -> nn.Module:
+    """The part of a network between two layers, by name, with weights still to be loaded; without ``start`` from the images.
+
+    See ``networks.tracing.between``. Its own tensors are on the meta device, unless its constructor makes some that no checkpoint
+    holds. FeatureStoreError for unknown layers, and if it cannot be cut there: names layers where it can be.
+    """
+    spec.check_layers([end] if start is None else [start, end])
+    if spec.hooks:
+        raise FeatureStoreError(
+            f"{spec.name} cannot be traced by torch.fx, so it cannot be divided at a layer: no part of it can be fine-tuned."
+        )
+    paths = None if start is None else spec.layers[start], spec.layers[end]
+    network = spec.build_meta()
+    try:
+        part = between(network, *paths)
+        known = network.state_dict().keys()
+        return part if all(name in known for name in tensor_names(part)) else between(spec.build(), *paths)
+    except ValueError:
+        cuts = cuts_before(network, spec.layers, spec.layers[end])
+        if start in cuts:
+            raise
+        hint = f"Layers where it can be: {listing(cuts[::-1], 12)}, or input." if cuts else "Only input is possible."
+        late = list(spec.layers).index(str(start)) >= list(spec.layers).index(end)
+        why = f"it is not before {end!r}" if late else f"a branch of it leads to {end!r} beside this layer"
+        raise FeatureStoreError(f"{spec.name} cannot be divided at {start!r}: {why}. {hint}") from None
+
+
+def load_part(spec: BackboneSpec, start: str | None, end: str, weights: Weights) -> nn.Module:
+    """``network_part`` with float32 weights in place, on the CPU; its parameters can be trained."""
+    refuse_absent(spec, [end], weights)
+    part = network_part(spec, start, end)
+    weights.put_into(part, assign=True)
+    return part.requires_grad_(True)
 
 
 def load(spec: BackboneSpec, layers: list[str], weights: Weights, device: torch.device, dtype: torch.dtype) -> Loaded:

@@ -90,7 +90,7 @@ class CachingJob:
         return {
             **self.identity,
             "weights_name": self.weights.name,
-            "licence": "none: seeded random weights" if self.weights.random else self.spec.licence,
+            "licence": self.weights.licence,
             "library_versions": library_versions(),
         }
 

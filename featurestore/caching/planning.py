@@ -123,7 +123,7 @@ def _about(job: CachingJob, request: CachingRequest) -> tuple[tuple[str, str], .
 
 
 def _notes(job: CachingJob, source: Source | None) -> tuple[str, ...]:
-    notes = [*job.weights.notes] if job.weights.random else [*job.weights.notes, job.spec.licence]
+    notes = [*job.weights.notes] if job.weights.random else [*job.weights.notes, job.weights.licence]
     if source and source.attributes.get("library_versions") != library_versions():
         was = source.attributes.get("library_versions", {})
         differ = [f"{name} {was.get(name)} → {now}" for name, now in library_versions().items() if was.get(name) != now]

@@ -4,7 +4,8 @@ Every weight has its published state-dict key; what a file holds is compared wit
 before anything is computed.
 """
 
-from collections.abc import Callable, Iterable
+import json
+from collections.abc import Callable, Iterable, Mapping
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -22,7 +23,10 @@ from featurestore.networks.spec import TORCHVISION, BackboneSpec
 
 BUILT = "built"  # ``weights``: those that the user's own function gives its network
 BUILT_BY = "built by "  # begins the name of such weights
+TUNED = "backbone.safetensors"  # the whole network in the folder of a run that fine-tuned it
+TUNED_FROM = "finetuned"  # its metadata: JSON with ``weights``, what it was tuned from and by which run, and ``random``
 _MOST_DIGITS = 18  # of a seed
+_LONGEST_NAME = 400
 
 
 @dataclass(frozen=True)
@@ -31,7 +35,7 @@ class Weights:
 
     ``read(keys)`` gives CPU tensors by state-dict key, only those asked for: float32, or integers as they are. ``keys`` are
     those that it can give, ``absent`` those that a file which was cut short does not hold. ``layout`` says how a
-    file was understood, ``notes`` what the user should know of it.
+    file was understood, ``notes`` what the user should know of it. ``random_start``: fine-tuned from drawn numbers.
     """
 
     name: str
@@ -42,11 +46,24 @@ class Weights:
     absent: frozenset[str] = frozenset()
     layout: str = ""
     notes: tuple[str, ...] = ()
+    random_start: bool = False
 
     @property
     def random(self) -> bool:
         """Whether these are drawn numbers rather than a trained network's."""
         return self.identity.startswith("seed:")
+
+    @property
+    def described(self) -> str:
+        """The name; random ones are called so."""
+        return f"{self.name} (random numbers, not a trained network)" if self.random else self.name
+
+    @property
+    def licence(self) -> str:
+        """The network's, which drawn numbers do not have."""
+        if self.random or self.random_start:
+            return f"none: {'' if self.random else 'fine-tuned from '}seeded random weights"
+        return self.backbone.licence
 
     def put_into(self, network: nn.Module, assign: bool = False) -> None:
         """Fill the parameters and buffers that these weights have; ``assign`` replaces them, as meta tensors need it."""
@@ -56,10 +73,11 @@ class Weights:
 
 
 def open_weights(given: str, spec: BackboneSpec) -> Weights:
-    """Weights from ``random:SEED``, ``built``, ``packaged`` or a checkpoint file, checked against the network.
+    """Weights from ``random:SEED``, ``built``, ``packaged``, a checkpoint file or a fine-tuned run, checked against the network.
 
-    ``packaged`` is the file of an installed Python package; see ``packaged_file``. A file's format and layout are recognised
-    by content; see ``formats`` and ``layouts``. Raises FeatureStoreError for a missing file, an unreadable or unsafe one, and for
+    ``packaged`` is the file of an installed Python package; see ``packaged_file``. A run is given by its folder. A file's format
+    and layout are recognised by content; see ``formats`` and ``layouts``. Raises FeatureStoreError for a missing file, an
+    unreadable or unsafe one, and for
     missing, unexpected or differently shaped keys.
     """
     kind, _, seed = given.partition(":")
@@ -72,8 +90,13 @@ def open_weights(given: str, spec: BackboneSpec) -> Weights:
     if given == PACKAGED:
         return _from_file(packaged_file(spec), spec)
     path = Path(given).expanduser()
+    if (path / TUNED).is_file():
+        path = path / TUNED
     if path.is_dir():
-        raise FeatureStoreError(f"`weights` {path} is a folder. Give a file in it.")
+        what = " of a run that did not fine-tune the network" if (path / "config.json").is_file() else ""
+        raise FeatureStoreError(
+            f"`weights` {path} is a folder{what}. Give a file in it, or the folder of a fine-tuned run."
+        )
     if not path.is_file():
         raise FeatureStoreError(
             f"there is no weights file {path}. Give `weights` a checkpoint, download to fetch the published one, or "
@@ -142,8 +165,9 @@ def _from_file(path: Path, spec: BackboneSpec) -> Weights:
             raise FeatureStoreError(f"{path}: {key} holds {values.dtype}, the network has {state[key].dtype}.")
         return _as_used(values)
 
+    name, random_start = _tuned_from(path, file.metadata)
     return Weights(
-        path.name,
+        name,
         digest,
         fit.spec,
         read,
@@ -151,7 +175,20 @@ def _from_file(path: Path, spec: BackboneSpec) -> Weights:
         fit.absent,
         fit.reading.layout,
         file.notes + fit.reading.notes + _notes(spec, fit.spec),
+        random_start,
     )
+
+
+def _tuned_from(path: Path, metadata: Mapping[str, str]) -> tuple[str, bool]:
+    """The weights' name, which for a fine-tuned network says from what, and whether that was drawn numbers."""
+    try:
+        about = json.loads(metadata[TUNED_FROM])
+        name, random = about["weights"], about["random"]
+        if isinstance(name, str) and isinstance(random, bool) and name.isprintable():
+            return name[:_LONGEST_NAME], random
+    except (KeyError, ValueError, TypeError, RecursionError):
+        pass
+    return path.name, False
 
 
 def _refuse_other_transforms(path: Path, digest: str, spec: BackboneSpec) -> None:

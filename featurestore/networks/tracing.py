@@ -76,6 +76,68 @@ def extractor(network: nn.Module, layers: Mapping[str, str]) -> fx.GraphModule:
     return cut.requires_grad_(False)
 
 
+def between(network: nn.Module, start: str | None, end: str) -> fx.GraphModule:
+    """The part of a network from one layer to a later one: maps rows of ``start`` (n, *shape) to the output of ``end``.
+
+    Both are module paths; without ``start`` it begins at the images. It is in eval mode, so batch norm keeps its statistics and
+    nothing drops out; its parameters are shared with ``network``, under the same names, and can be trained. Raises ValueError if
+    ``end`` does not depend on ``start``, or depends on the images by another way too, and as ``extractor`` does for paths.
+    """
+    tracer = PathTracer()
+    graph = tracer.trace(network.eval())
+    last = _only_node(tracer, end)
+    if start is not None:
+        first = _only_node(tracer, start)
+        reason = _why_no_cut(first, last)
+        if reason:
+            raise ValueError(f"{start!r} {reason} {end!r}")
+        with graph.inserting_before(next(iter(graph.nodes))):
+            rows = graph.placeholder("rows")
+        first.replace_all_uses_with(rows)
+    (whole,) = [node for node in graph.nodes if node.op == "output"]
+    graph.erase_node(whole)
+    graph.output(last)
+    part = fx.GraphModule(network, graph).eval()
+    graph.eliminate_dead_code()
+    for node in [node for node in graph.nodes if node.op == "placeholder" and not node.users]:
+        graph.erase_node(node)
+    part.delete_all_unused_submodules()
+    _protect_from_in_place(part, graph)
+    part.recompile()
+    return part
+
+
+def cuts_before(network: nn.Module, layers: Mapping[str, str], end: str) -> list[str]:
+    """The names of those ``layers`` (name to module path) that ``between`` can start at, for the layer at path ``end``."""
+    tracer = PathTracer()
+    tracer.trace(network.eval())
+    last = _only_node(tracer, end)
+    nodes = {name: tracer.nodes(path) for name, path in layers.items()}
+    return [name for name, found in nodes.items() if len(found) == 1 and not _why_no_cut(found[0], last)]
+
+
+def _only_node(tracer: PathTracer, path: str) -> fx.Node:
+    nodes = tracer.nodes(path)
+    if len(nodes) != 1:
+        raise ValueError(f"module {path!r} gives {len(nodes)} tensors in one forward pass, not 1")
+    return nodes[0]
+
+
+def _why_no_cut(first: fx.Node, last: fx.Node) -> str:
+    """Why the network cannot be started at ``first``, up to ``last``; empty if it can."""
+    seen: set[fx.Node] = set()
+    waiting = [last]
+    while waiting:
+        node = waiting.pop()
+        if node not in seen:
+            seen.add(node)
+            waiting += [] if node is first else node.all_input_nodes
+    if first is last or first not in seen:
+        return "is not before"
+    around = any(node.op == "placeholder" for node in seen - {first})
+    return "is passed by a branch that leads to" if around else ""
+
+
 def _protect_from_in_place(module: nn.Module, graph: fx.Graph) -> None:
     """Turn in-place operations off, except on a fresh tensor with one reader that is no layer."""
     modules = dict(module.named_modules())

@@ -30,7 +30,7 @@ HIDDEN = 0.1  # the one of them at which choices that flip are counted
 KINDS = ("deletion", "insertion")
 BLOCKS = 16  # across the square: what is hidden at once
 RANDOM, EDGES = "random", "edges"  # orders that know nothing of the network
-CHANGES = 0.5  # rank correlation with the map of shuffled weights above which a method does not explain them
+CHANGES = 0.5  # mean rank correlation with the maps of shuffled weights above which a method does not explain them
 _STAGES = 4  # of the network's layers, from the top, that are shuffled one after the other
 _AT_ONCE = 12  # photographs in a forward pass, where there are many
 

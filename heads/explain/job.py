@@ -142,7 +142,8 @@ def plan_explanation(request: ExplainRequest) -> ExplainPlan:
     methods = find_methods(request.methods)
     config = _config(request.run)
     store = FeatureStore.open(request.store or config["store"])
-    head = load_head(request.run / "weights.safetensors", config["layer"])
+    start = config.get("settings", {}).get("finetune_from") or config["layer"]
+    head = load_head(request.run / "weights.safetensors", start, backbone=request.backbone)
     device = choose_device(request.device)
     table = _trials(request, config, store)
     sources = table["source"].tolist() if "source" in table else [config["sources"][0]] * len(table)

@@ -174,7 +174,10 @@ def curve_tests(plan: ExplainPlan, archive: Archive) -> pd.DataFrame:
 
 
 def shuffled_table(plan: ExplainPlan, progress: Callable[[], object] = lambda: None) -> pd.DataFrame:
-    """See ``similarity_to_shuffled``; of a few trials of one source. ``explains`` is False for a method that hardly changes."""
+    """See ``similarity_to_shuffled``; of a few trials of one source.
+
+    ``explains`` is False for a method that hardly changes when the network's layers are shuffled, on the average of the stages.
+    """
     own = [i for i, source in enumerate(plan.sources) if source == plan.sources[0]][:_SHUFFLED]
     trials = []
     for i in own:
@@ -182,8 +185,8 @@ def shuffled_table(plan: ExplainPlan, progress: Callable[[], object] = lambda: N
         trials.append(plan.trial(i, int(trial.logits().argmax()), trial.pixels))
     with reproducible():
         table = similarity_to_shuffled(trials, plan.methods, progress=progress)
-    last = table.groupby("method")["correlation"].last()
-    return table.assign(explains=table["method"].map(last < CHANGES))
+    mean = table[table["share"] > 0].groupby("method")["correlation"].mean()
+    return table.assign(explains=table["method"].map(mean < CHANGES))
 
 
 def _area(values: np.ndarray) -> np.ndarray:

@@ -33,7 +33,7 @@ class Head(nn.Module):
         self.shape = tuple(shape)
         self.n_features = math.prod(shape)
         self.architecture: dict[str, Any] = {}
-        self.trained_on: dict[str, Any] = {}  # of one read from our file: what that says, such as layer and sources
+        self.trained_on: dict[str, Any] = {}  # of one read from our file: ``layer``, and the ``sources`` of its rows
 
     def reset(self, generator: torch.Generator) -> None:
         """Draw the initial weights: torch's defaults, Xavier uniform with bias .01 where the published code does."""
@@ -49,6 +49,10 @@ class Head(nn.Module):
     ) -> torch.Tensor:
         """Logits (n, classes) of ``examples`` (n, n_places), which index the distinct ``rows`` (m, *shape)."""
         raise NotImplementedError
+
+    def backbone_parameters(self) -> list[nn.Parameter]:
+        """Those that are no head's but a backbone's, with a learning rate of their own."""
+        return []
 
     def standardise(self, mean: torch.Tensor, scale: float) -> None:
         """Take the training rows' ``mean`` (features,) off every row and multiply by ``scale``; for heads that want it."""

@@ -80,14 +80,14 @@ class SimilarityHead(Head):
     def logits(
         self, rows: torch.Tensor, examples: torch.Tensor, generator: torch.Generator | None = None
     ) -> torch.Tensor:
-        """As ``forward``; the part of a similarity that the update does not touch is computed without gradient."""
+        """As ``forward``; the part of a similarity that the update does not touch needs a gradient only for ``rows``."""
         left, right = examples[:, [1, 0, 0]].flatten(), examples[:, [2, 2, 1]].flatten()
         if self.rank is None:
             embedded = self.embed(rows)
             similarity = _inner(embedded, left, right)
             lengths = embedded.square().sum(1)
         else:
-            with torch.no_grad():
+            with torch.set_grad_enabled(torch.is_grad_enabled() and rows.requires_grad):
                 x = self.scaled(rows)
                 similarity = _inner(x, left, right)
                 lengths = x.square().sum(1)
@@ -114,7 +114,9 @@ def _inner(x: torch.Tensor, left: torch.Tensor, right: torch.Tensor) -> torch.Te
     """x[left] · x[right] for each pair, (n,): out of all products where rows are few, in pieces where they are many."""
     if len(x) ** 2 <= 100 * len(left):
         return (x @ x.t())[left, right]
-    return torch.cat([(x[a] * x[b]).sum(1) for a, b in zip(left.split(64), right.split(64), strict=True)])
+    pairs = zip(left.split(64), right.split(64), strict=True)
+    # The backward of an embedding is deterministic, unlike an index's.
+    return torch.cat([(F.embedding(a, x) * F.embedding(b, x)).sum(1) for a, b in pairs])
 
 
 build = SimilarityHead
