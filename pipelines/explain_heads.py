@@ -19,7 +19,7 @@ if TYPE_CHECKING:
 
 DEFAULT_RUNS, DEFAULT_OUT = Path("store/runs"), Path("store/explanations")
 METHODS = (
-    *("grad-cam", "grad-cam++", "lrp", "lrp-epsilon", "lrp-gamma", "lrp-alpha-beta"),
+    *("grad-cam", "grad-cam++", "hires-cam", "lrp", "lrp-epsilon", "lrp-gamma", "lrp-alpha-beta"),
     *("guided-backprop", "input-x-gradient", "integrated-gradients", "occlusion"),
 )
 EPILOG = r"""

@@ -37,6 +37,7 @@ if TYPE_CHECKING:
     from matplotlib.axes import Axes
     from matplotlib.figure import Figure
 
+_LIMIT = 99.5  # percentile
 _COLOURS = "RdBu_r"  # blue against, red for: told apart by the colour-blind
 _DARKEST = 0.55  # of 1: how grey a photograph's black is beneath a map
 _HEAD = 0.19  # inches of a line of names, or of a legend
@@ -70,7 +71,8 @@ def draw_trial(
 
     ``pictures`` (place, size, size, 3) uint8 RGB are the squares that the network takes, ``maps`` (place, size, size) float by
     method. Red speaks for the choice that is explained, blue against it. Methods differ in unit, so each row is divided by its
-    own largest absolute value: one scale from -1 to 1 in the whole figure. ``names`` of the places stand above the photographs,
+    own limit: one scale from -1 to 1 in the whole figure. The limit is the 99.5th percentile of the absolute values; what is
+    beyond it has the colour of the end. ``names`` of the places stand above the photographs,
     and ``beneath``, in one line or several, what there is to say of each, such as the head's probability. The photograph of
     the head's choice has a solid blue frame, that of the person's answer a dashed red one. NaN is shown as 0.
     """
@@ -91,7 +93,7 @@ def draw_trial(
             grid.frame(place, colour, dashes, 0.0 if colour == SAME[0] else 0.03)
         if frames:
             grid.legend({SAME: "head's choice", OTHER: "person's answer"}, [frame[1:] for frame in frames])
-        grid.colour_bar("share of the row's largest")
+        grid.colour_bar("share of the row's limit")
     return Path(path)
 
 
@@ -101,8 +103,9 @@ def draw_mean_maps(
     """A row for each face, ``most`` at most: a photograph of it, and each method's mean map over it.
 
     ``pictures`` (size, size, 3) uint8 RGB by face, ``maps`` (face, size, size) by method, with the same faces in the same order,
-    and ``n`` (face), if they have it, the number of maps behind each mean. A column is divided by the largest absolute value of
-    all its faces that are shown, so that faces can be compared: one scale from -1 to 1, red for the choice, blue against it.
+    and ``n`` (face), if they have it, the number of maps behind each mean. A column is divided by the 99.5th percentile of the
+    absolute values of all its faces that are shown, so that faces can be compared: one scale from -1 to 1, red for the choice,
+    blue against it.
     """
     if not maps:
         raise FeatureStoreError("there is no map, so there is nothing to draw.")
@@ -129,7 +132,7 @@ def draw_mean_maps(
     with canvas(path, ONE_COLUMN if len(maps) <= 3 else TWO_COLUMNS) as figure:
         names = [f"{face}{count}" for face, count in zip(faces, counts, strict=True)]
         grid = _Grid(figure, rows, names, ["photograph", *maps], [], False)
-        grid.colour_bar("share of the column's largest")
+        grid.colour_bar("share of the column's limit")
     return Path(path)
 
 
@@ -144,9 +147,10 @@ def _check_sizes(method: str, maps: np.ndarray, pictures: Sequence[np.ndarray] |
 
 
 def _scaled(maps: Any) -> np.ndarray:
-    """Over the largest absolute value of all; NaN as 0."""
+    """Over the ``_LIMIT`` of all absolute values, within -1 … 1; NaN as 0. A few pixels hold most of what some methods give."""
     values = np.nan_to_num(np.asarray(maps, np.float64), nan=0.0, posinf=0.0, neginf=0.0)
-    return np.asarray(values / (np.abs(values).max() or 1.0))
+    strength = np.abs(values)
+    return np.asarray(np.clip(values / (np.percentile(strength, _LIMIT) or strength.max() or 1.0), -1, 1))
 
 
 def _over(picture: np.ndarray, relevance: np.ndarray) -> np.ndarray:
@@ -342,7 +346,7 @@ def draw_deletion(curves: pd.DataFrame, path: FilePath, ylabel: str = "explained
                 axes.fill_between(rows["fraction"], rows["low"], rows["high"], color=colour, alpha=0.15, linewidth=0)
                 axes.plot(rows["fraction"], rows["value"], color=colour, linestyle=dashes)
             shown = "hidden" if kind == "deletion" else "shown"
-            axes.set(xlim=(0, 1), xlabel=f"share of pixels {shown}, the most relevant first")
+            axes.set(xlim=(0, curves["fraction"].max()), xlabel=f"share of pixels {shown}, the most relevant first")
             axes.set_title(kind, pad=3)
         panels[0].set_ylabel(shortened([ylabel], 2, 8)[0])
         lines = _legend(figure, list(panels[0].lines), methods)

@@ -17,6 +17,7 @@ import zarr
 from featurestore.errors import FeatureStoreError
 from featurestore.text import listing
 from heads.explain.checks import FRACTIONS, KINDS
+from heads.explain.methods import METHODS
 from heads.explain.pictures import DIMENSIONS
 
 CHOICES = ("head", "person")
@@ -114,7 +115,9 @@ def open_maps(path: Path) -> xr.Dataset:
         raise FeatureStoreError(f"{path} holds no maps: {error}. Make them: pipelines/explain_heads.py") from None
     if found.attrs.get("format") != FORMAT:
         raise FeatureStoreError(f"{path} is no Zarr of maps that pipelines/explain_heads.py wrote.")
-    return found
+    return found[
+        sorted(found.data_vars, key=lambda name: (list(METHODS).index(name) if name in METHODS else len(METHODS), name))
+    ]
 
 
 def coordinates(trials: pd.DataFrame, keys: list[list[tuple[str, str]]], answers: np.ndarray) -> xr.Dataset:

@@ -66,10 +66,13 @@ class Trial:
 Function = Callable[[Trial], torch.Tensor]
 
 
-def _grad_cam(trial: Trial, plus_plus: bool) -> torch.Tensor:
-    """Selvaraju et al. 2017: maps weighted by their mean gradients. Their ReLU of the sum is left out, so that its sign shows.
+def _cam(trial: Trial, kind: Literal["grad-cam", "grad-cam++", "hires-cam"]) -> torch.Tensor:
+    """Class activation maps: the maps of a layer, weighted and summed, then brought to the square bilinearly.
 
-    Grad-CAM++ (Chattopadhay et al. 2018) weights by positive gradients where these and the maps are strong.
+    Grad-CAM (Selvaraju et al. 2017) weights each map by its mean gradient, wherever in it that is; their ReLU of the sum is
+    left out, so that its sign shows. Grad-CAM++ (Chattopadhay et al. 2018) weights by positive gradients where these and the maps
+    are strong. HiResCAM (Draelos & Carin 2020) takes maps times gradients place by place, which is what a head depends on that
+    reads places apart, as a bridge over flattened maps does.
     """
     inputs = trial.inputs()
     passed = trial.legs.run(inputs)
@@ -77,7 +80,9 @@ def _grad_cam(trial: Trial, plus_plus: bool) -> torch.Tensor:
     maps = passed.maps.float()
     (gradient,) = torch.autograd.grad(trial.value(passed.logits).sum(), passed.maps)
     maps, gradient = maps.detach(), gradient.float()
-    if plus_plus:
+    if kind == "hires-cam":
+        weights = gradient
+    elif kind == "grad-cam++":
         share = gradient**2 / (2 * gradient**2 + maps.sum((2, 3), keepdim=True) * gradient**3 + 1e-6)
         weights = (gradient.clamp(min=0) * torch.where(gradient != 0, share, 0)).sum((2, 3), keepdim=True)
     else:
@@ -239,7 +244,6 @@ def find_methods(names: Iterable[str]) -> list[Method]:
     return [METHODS[name] for name in names]
 
 
-_CAM, _CAM_PLUS_PLUS = (partial(_grad_cam, plus_plus=plus_plus) for plus_plus in (False, True))
 _LRP = partial(_lrp, maps="gamma", vectors="epsilon")
 _RULES: tuple[tuple[Rule, Rule], ...] = (("epsilon", "epsilon"), ("gamma", "gamma"), ("alpha-beta", "epsilon"))
 _LRP_EPSILON, _LRP_GAMMA, _LRP_ALPHA_BETA = (partial(_lrp, maps=maps, vectors=vectors) for maps, vectors in _RULES)
@@ -247,8 +251,9 @@ _PATCHES = float((2 * _WINDOWS - 1) ** 2)
 METHODS: dict[str, Method] = {
     method.name: method
     for method in (
-        Method("grad-cam", "the last maps, weighted by their mean gradients", _CAM, needs="maps"),
-        Method("grad-cam++", "the same, by strong positive gradients", _CAM_PLUS_PLUS, needs="maps"),
+        Method("grad-cam", "the last maps, weighted by mean gradients", partial(_cam, kind="grad-cam"), needs="maps"),
+        Method("grad-cam++", "the same, by strong positive gradients", partial(_cam, kind="grad-cam++"), needs="maps"),
+        Method("hires-cam", "the last maps times their gradients, place by place", partial(_cam, kind="hires-cam"), needs="maps"),
         Method("lrp", "relevance by the gamma rule in convolutions, then epsilon", _LRP, 1.7, conserves="value"),
         Method("lrp-epsilon", "relevance by the epsilon rule", _LRP_EPSILON, 1.5, conserves="value"),
         Method("lrp-gamma", "relevance by the gamma rule", _LRP_GAMMA, 2, conserves="value"),
