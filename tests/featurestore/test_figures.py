@@ -165,10 +165,10 @@ FIGURES: dict[str, tuple[Draw, list[str]]] = {
             "head's choice",
             "person's answer",
             "−1",
-            "share of the row's largest",
+            "share of the row's limit",
         ],
     ),
-    "mean maps": (lambda p, _: means(p), ["f0 (n = 7)", "photograph", "ig", "share of the column's largest"]),
+    "mean maps": (lambda p, _: means(p), ["f0 (n = 7)", "photograph", "ig", "share of the column's limit"]),
     "regions": (lambda p, _: draw_regions(by_region(), p), [*REGIONS, "method 1", "share of the area"]),
     "densities": (lambda p, _: draw_regions(by_region(1), p, "density"), [*REGIONS, "relevance / area"]),
     "deletion": (
