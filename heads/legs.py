@@ -48,6 +48,9 @@ class PairSimilarity(Head):
         return (one * other).sum(1, keepdim=True)
 
 
+_HEADLESS = {"classes": ClassLogits, "similarity": PairSimilarity}
+
+
 @dataclass(frozen=True)
 class Pass:
     """One pass: the head's ``logits`` (n, classes), the layer's ``rows`` and the ``maps`` of another (both n × places, *shape).
@@ -86,12 +89,14 @@ class Legs(nn.Module):
         device: torch.device | str = "cpu",
     ) -> None:
         super().__init__()
+        if not isinstance(head, Head) and head not in _HEADLESS:
+            raise FeatureStoreError(f"`head` is {head!r}; without a trained head it is one of {listing(_HEADLESS)}.")
         self.source, self.device = source, torch.device(device)
         tuned = head if isinstance(head, FinetunedHead) else None
         self.layer = source.layer(_layer_of(head, layer, source))
         head = tuned.head if tuned else head
         if not isinstance(head, Head):
-            head = ClassLogits(self.layer.shape) if head == "classes" else PairSimilarity(self.layer.shape)
+            head = _HEADLESS[head](self.layer.shape)
         if head.shape != self.layer.shape:
             raise FeatureStoreError(
                 f"the head takes rows of {head.shape}; those of {self.layer.name!r} are {self.layer.shape}."

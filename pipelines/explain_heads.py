@@ -41,7 +41,7 @@ Examples:
   # two heads or layers, region by region, on the same trials
   python pipelines/explain_heads.py --compare store/explanations/A store/explanations/B
 
-Run it again after an interruption, or with more methods: what is there is not computed again.
+Run it again after an interruption, or with more methods: maps that are there are not computed again.
 """
 
 
@@ -131,7 +131,7 @@ def _complete_runs(ctx: click.Context, param: click.Parameter, incomplete: str) 
 )
 @click.option(
     "--hide",
-    type=click.FloatRange(0, 1, min_open=True),
+    type=click.FloatRange(0, 1, min_open=True, max_open=True),
     default=0.1,
     show_default=True,
     help="Share of the area that --export-masked hides.",
@@ -139,14 +139,14 @@ def _complete_runs(ctx: click.Context, param: click.Parameter, incomplete: str) 
 @click.option(
     "--out",
     type=click.Path(path_type=Path, file_okay=False),
-    help=f"Folder of the results. [default: {DEFAULT_OUT}/NAME]",
+    help=f"Folder of the results. [default: {DEFAULT_OUT}/NAME; with --compare the first one]",
 )
 @click.option(
     "--compare",
     multiple=True,
     type=click.Path(path_type=Path, file_okay=False),
     metavar="A B …",
-    help="Compare the regions of explanations that are there, on the trials that they share, and stop.",
+    help="Compare the regions of explained runs, folders of --out, on the trials that they share, and stop.",
 )
 @click.option("--dry-run", is_flag=True, help="Print the plan and stop.")
 def main(
@@ -167,13 +167,13 @@ def main(
 ) -> None:
     """Explain a trained head's choices by attribution maps of the photographs, with checks of whether they are true."""
     given = landmarks, mask, mask_names
+    if (mask is None) != (mask_names is None):
+        raise click.UsageError("--mask needs --mask-names, which says what its regions are called, and the reverse.")
     if compare:
-        _compare(compare, given)
+        _compare(compare, options["store"], given, out or compare[0])
         return
     if run is None:
         raise click.UsageError("say which run is explained: --run NAME, a folder of --runs (tab completes it).")
-    if (mask is None) != (mask_names is None):
-        raise click.UsageError("--mask needs --mask-names, which says what its regions are called, and the reverse.")
     from featurestore.figures import check_ending
     from heads.explain.job import ExplainRequest, plan_explanation
 
@@ -203,11 +203,12 @@ def main(
 def _plan_text(plan: "ExplainPlan", out: Path) -> str:
     from featurestore.text import human_bytes, human_duration
 
-    legs, about = plan.any_legs, plan.attributes
+    legs, about, tuned = plan.any_legs, plan.attributes, plan.config.get("settings", {}).get("finetune_from")
     other = " and of the answer where it differs" if plan.request.persons else ""
     lines = [
         f"run        {plan.request.run.name}: {about['head']} on {about['layer']}",
-        f"network    {legs.weights.backbone.name}, weights {about['weights']}, recipe {legs.recipe.name}",
+        f"network    {legs.weights.backbone.name}, weights {about['weights']}, recipe {legs.recipe.name}"
+        + (f"; fine-tuned from {tuned}" if tuned else ""),
         f"trials     {len(plan)} of {plan.request.trials}, {plan.photographs} photographs",
         f"explained  the {plan.request.explained} of the head's choice{other}",
         f"methods    {', '.join(method.name for method in plan.methods)}"
@@ -295,7 +296,7 @@ def _report(plan: "ExplainPlan", archive: "Archive", out: Path, regions_of: "Reg
 
 
 def _as_text(table: "pd.DataFrame") -> str:
-    return str(table.to_string(index=False, float_format=lambda value: f"{value:.3g}"))
+    return str(table.to_string(index=False, na_rep="", float_format=lambda value: f"{value:.3g}"))
 
 
 def _draw(plan: "ExplainPlan", out: Path, n: int) -> None:
@@ -305,25 +306,27 @@ def _draw(plan: "ExplainPlan", out: Path, n: int) -> None:
     click.echo(f"Figures: {', '.join(str(path.relative_to(out)) for path in paths)}")
 
 
-def _compare(folders: tuple[Path, ...], given: tuple[Path | None, ...]) -> None:
+def _compare(folders: tuple[Path, ...], store: Path | None, given: tuple[Path | None, ...], out: Path) -> None:
     from featurestore import FeatureStore
     from heads.explain.archive import open_maps
     from heads.explain.regions import compare_regions, find_regions
     from heads.run_files import write_csv
 
-    runs = {folder.name: open_maps(folder) for folder in folders}
+    alike = len({folder.name for folder in folders}) < len(folders)
+    runs = {str(folder) if alike else folder.name: open_maps(folder) for folder in folders}
     regions = {}
     for name, maps in runs.items():
-        source = FeatureStore.open(maps.attrs["store"]).source(maps.attrs["sources"][0])
+        source = FeatureStore.open(store or maps.attrs["store"]).source(maps.attrs["sources"][0])
         found = find_regions(source, *given)
         if found is None:
             raise click.UsageError(f"{name} is of a source without landmarks: give --landmarks or --mask.")
         regions[name] = found
     table, differences = compare_regions(runs, regions)
-    write_csv(folders[0] / "compared_regions.csv", table)
-    write_csv(folders[0] / "compared_differences.csv", differences)
+    out.mkdir(parents=True, exist_ok=True)
+    write_csv(out / "compared_regions.csv", table)
+    write_csv(out / "compared_differences.csv", differences)
     click.echo(_as_text(differences[differences["choice"] == "head"].drop(columns="choice")))
-    click.echo(f"Kept: {folders[0] / 'compared_regions.csv'}, {folders[0] / 'compared_differences.csv'}")
+    click.echo(f"Kept in {out}: compared_regions.csv, compared_differences.csv")
 
 
 if __name__ == "__main__":

@@ -5,6 +5,7 @@ chunk that is there is finished. ``curve-METHOD`` (trial, kind, fraction) beside
 """
 
 import json
+import os
 from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
@@ -35,7 +36,7 @@ class Archive:
 
     @classmethod
     def make(cls, path: Path, coordinates: xr.Dataset, attributes: Mapping[str, Any]) -> "Archive":
-        """The archive at ``path``, made if it is not there. FeatureStoreError if there is one of something else."""
+        """The archive at ``path``, made if it is not there. FeatureStoreError if there is one of other maps or trials."""
         attributes = json.loads(json.dumps({"format": FORMAT, **attributes}))
         if not path.exists():
             path.parent.mkdir(parents=True, exist_ok=True)
@@ -56,7 +57,18 @@ class Archive:
                 f"{path} holds maps of another {listing(other)}: {found.get(other[0])!r}, not {attributes[other[0]]!r}. Choose "
                 "another folder (`out`), or delete that one."
             )
+        archive._refuse_other_trials(coordinates)
         return archive
+
+    def _refuse_other_trials(self, coordinates: xr.Dataset) -> None:
+        for name in ("trial", "face_id", "view", "answer"):
+            found, asked = self.read(name), coordinates[name].values
+            if found.shape != asked.shape or not (found == asked).all():
+                raise FeatureStoreError(
+                    f"{self.path} holds maps of {found.shape[0]:,} other trials, from {self.read('trial')[0]} on; asked for are "
+                    f"{asked.shape[0]:,}, from {coordinates['trial'].values[0]} on. Give the same `trials`, `n`, `seed` and `where`, "
+                    "or choose another folder (`out`)."
+                )
 
     def add(self, name: str, shape: tuple[int, ...], dimensions: tuple[str, ...]) -> None:
         """A float32 variable (trial, …) of NaN, unless it is there."""
@@ -105,8 +117,9 @@ class Archive:
         return self._group[name]
 
 
-def open_maps(path: Path) -> xr.Dataset:
+def open_maps(path: str | os.PathLike[str]) -> xr.Dataset:
     """The maps of an explanation, lazily, chunk by chunk; FeatureStoreError for a folder that holds none."""
+    path = Path(path).expanduser()
     if (path / "maps.zarr").is_dir():
         path = path / "maps.zarr"
     try:

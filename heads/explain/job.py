@@ -118,12 +118,13 @@ class ExplainPlan:
 
     @cached_property
     def seconds(self) -> float:
-        """What computing takes, from one measured pass of the network forward and backward over a trial."""
-        trial = self.trial(0)
-        METHODS["input-x-gradient"].function(trial)
-        start = time.perf_counter()
-        METHODS["input-x-gradient"].function(trial)
-        once = time.perf_counter() - start
+        """What computing takes, from measured passes of the network forward and backward over a trial."""
+        trial, measured = self.trial(0), []
+        for _ in range(3):  # the first one warms up
+            start = time.perf_counter()
+            METHODS["input-x-gradient"].function(trial)
+            measured.append(time.perf_counter() - start)
+        once = min(measured)
         passes = sum(
             method.passes * (self.request.steps / STEPS if method.conserves == "change" else 1)
             for method in self.methods
@@ -198,10 +199,13 @@ def _trials(request: ExplainRequest, config: dict[str, Any], store: FeatureStore
         raise FeatureStoreError("an identity head has no trials but its own test views: `trials` test.")
     else:
         table = load_trials(Path(request.trials), store, config["sources"][0]).table
+    n = len(table)
     for condition in request.where:
         table = table[rows_that_meet(condition, table)]
     if not len(table):
-        raise FeatureStoreError(f"no trial is left that has {' and '.join(request.where)}.")
+        raise FeatureStoreError(
+            f"none of the {n:,} trials ({request.trials}) meets `where` {' and '.join(request.where)}."
+        )
     if request.n is not None and request.n < len(table):
         chosen = np.random.default_rng(request.seed).choice(len(table), request.n, replace=False)
         table = table.iloc[np.sort(chosen)]
