@@ -65,9 +65,9 @@ class Archive:
             found, asked = self.read(name), coordinates[name].values
             if found.shape != asked.shape or not (found == asked).all():
                 raise FeatureStoreError(
-                    f"{self.path} holds maps of {found.shape[0]:,} other trials, from {self.read('trial')[0]} on; asked for are "
-                    f"{asked.shape[0]:,}, from {coordinates['trial'].values[0]} on. Give the same `trials`, `n`, `seed` and `where`, "
-                    "or choose another folder (`out`)."
+                    f"{self.path} holds maps of {found.shape[0]:,} other trials, from {self.read('trial')[0]} on, not the "
+                    f"{asked.shape[0]:,} from {coordinates['trial'].values[0]} on. Give the same `trials`, `n`, `seed` and "
+                    "`where`, or choose another folder (`out`)."
                 )
 
     def add(self, name: str, shape: tuple[int, ...], dimensions: tuple[str, ...]) -> None:
