@@ -14,12 +14,16 @@ import pytest
 
 from featurestore import FeatureStore
 from featurestore.photos.recipes import recipe_from_dict
+from heads import best_run
 from tests.commands import ROOT, command
 from tests.heads.conftest import write_store, write_trials
 
 pytestmark = pytest.mark.xdist_group("docs")  # one process makes what they share
 # In the order in which a reader meets them: a page may use what an earlier one has made.
-PAGES = ("README.md", "docs/stores.md", "docs/questions.md", "docs/networks.md", "docs/heads.md", "docs/format.md")
+PAGES = (
+    *("README.md", "docs/stores.md", "docs/questions.md", "docs/networks.md", "docs/heads.md", "docs/explanations.md"),
+    "docs/format.md",
+)
 ADDITIONS = (
     "featurestore/networks/tiny_face.py",
     "featurestore/checkpoints/formats/npz.py",
@@ -62,6 +66,10 @@ def test_the_main_job_keeps_keys_and_metadata(folder: Path) -> None:
 @pytest.mark.parametrize("page", PAGES)
 def test_the_commands_and_the_python_of_a_page_run(folder: Path, page: str) -> None:
     for line in commands(page):
+        if "NAME" in line:
+            line = line.replace(
+                "NAME", best_run(folder / "store" / "runs", layer="fc7-relu", head="similarity")["name"]
+            )
         _, script, *arguments = shlex.split(line)
         assert (ROOT / script).is_file()
         done = command(Path(script).stem, *arguments, cwd=folder)
