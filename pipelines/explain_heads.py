@@ -77,6 +77,13 @@ def _complete_runs(ctx: click.Context, param: click.Parameter, incomplete: str) 
     metavar="test|FILE",
     help="Those that the run was tested on, or a file.",
 )
+@click.option(
+    "--on-error",
+    type=click.Choice(["stop", "skip"]),
+    default="stop",
+    show_default=True,
+    help="At faulty trials of a file: stop and list them, or leave them out.",
+)
 @click.option("--n", type=click.IntRange(1), default=50, show_default=True, help="How many of them, drawn by --seed.")
 @click.option("--seed", type=click.IntRange(0), default=0, show_default=True, help="Seed of the trials drawn.")
 @click.option(

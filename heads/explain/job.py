@@ -6,7 +6,7 @@ from collections.abc import Sequence
 from dataclasses import dataclass
 from functools import cached_property
 from pathlib import Path
-from typing import Any
+from typing import Any, Literal
 
 import numpy as np
 import pandas as pd
@@ -38,6 +38,7 @@ class ExplainRequest:
     run: Path
     methods: Sequence[str] = ("grad-cam", "lrp")
     trials: str = TEST
+    on_error: Literal["stop", "skip"] = "stop"
     n: int | None = 50
     seed: int = 0
     where: Sequence[str] = ()
@@ -198,7 +199,7 @@ def _trials(request: ExplainRequest, config: dict[str, Any], store: FeatureStore
     elif config["head"] == "identity":
         raise FeatureStoreError("an identity head has no trials but its own test views: `trials` test.")
     else:
-        table = load_trials(Path(request.trials), store, config["sources"][0]).table
+        table = load_trials(Path(request.trials), store, config["sources"][0], on_error=request.on_error).table
     n = len(table)
     for condition in request.where:
         table = table[rows_that_meet(condition, table)]
