@@ -187,6 +187,8 @@ def main(
     if dry_run:
         return
     _refuse_if_full(plan, out)
+    if export_masked and len(plan.legs) > 1:
+        raise click.UsageError("--export-masked is for trials of one source; choose them with --where.")
     regions_of = _regions(plan, given)
     archive = _explain(plan, out)
     _report(plan, archive, out, regions_of)
@@ -290,7 +292,10 @@ def _report(plan: "ExplainPlan", archive: "Archive", out: Path, regions_of: "Reg
         write_csv(out / "regions_by_view.csv", region_table(open_maps(out), regions_of, by="view"))
         kept.append("regions_by_view.csv")
     else:
-        click.echo("\nNo regions: the source has no landmarks. Give --landmarks (pipelines/find_faces.py) or --mask.")
+        why = "the source has no landmarks" if len(plan.legs) == 1 else "the trials are of several sources"
+        click.echo(
+            f"\nNo regions: {why}. They come from --landmarks (pipelines/find_faces.py) or --mask, and of one source."
+        )
     click.echo(f"\nKept in {out}: maps.zarr, {', '.join(kept)}")
 
 

@@ -58,8 +58,8 @@ class Archive:
             )
         return archive
 
-    def add(self, name: str, shape: tuple[int, ...], dimensions: tuple[str, ...]) -> None:
-        """A float32 variable (trial, …) of NaN, unless it is there."""
+    def add(self, name: str, shape: tuple[int, ...], dimensions: tuple[str, ...], dtype: str = "float32") -> None:
+        """A variable (trial, …) of NaN, or of -1 for whole numbers, unless it is there."""
         if name in self._group:
             if self._array(name).shape != shape:
                 raise FeatureStoreError(f"{self.path} holds {name!r} of another shape. Choose another folder (`out`).")
@@ -68,10 +68,9 @@ class Archive:
             name,
             shape=shape,
             chunks=(1, *shape[1:]),
-            dtype="float32",
-            fill_value=np.nan,
+            dtype=dtype,
+            fill_value=np.nan if dtype == "float32" else -1,
             dimension_names=dimensions,
-            attributes={"_FillValue": "AAAAAAAA+H8="},
         )
 
     def add_method(self, name: str, n: int, square: tuple[int, int, int]) -> None:

@@ -140,7 +140,7 @@ def _lrp(trial: Trial, maps: Rule, vectors: Rule) -> torch.Tensor:
     """See ``heads.explain.relevance``."""
     inputs = trial.inputs()
     low, high = (bound.requires_grad_() for bound in _bounds(trial.legs, inputs))
-    with Rules(inputs.detach().flatten(0, 1), low, high, maps, vectors):
+    with Rules(inputs.detach().flatten(0, 1), low, high, maps, vectors, trial.legs.head):
         value = trial.of_inputs(inputs).sum()
     gradients = torch.autograd.grad(value, [inputs, low, high], allow_unused=True)
     parts = [
