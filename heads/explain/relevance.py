@@ -64,8 +64,9 @@ class _Pending:
 class Rules(TorchFunctionMode):
     """A context in which networks run as always, and gradients are those of LRP.
 
-    ``maps`` is the rule of convolutions, ``vectors`` of linear layers and of all operations with weights of ``head``. The operation that takes ``images`` (n, 3, y, x) itself
-    gets the z-B rule between ``low`` and ``high``, both of that shape. FeatureStoreError at an operation that has no rule here.
+    ``maps`` is the rule of convolutions, ``vectors`` of linear layers and of all operations with weights of ``head``. The
+    operation that takes ``images`` (n, 3, y, x) itself gets the z-B rule between ``low`` and ``high``, both of that shape.
+    FeatureStoreError at an operation that has no rule here.
     """
 
     def __init__(
