@@ -9,6 +9,8 @@ import pandas as pd
 import pytest
 
 from featurestore.store.writer import SourceWriter, store_lock
+from tests.conftest import run_pass
+from tests.heads.tiny_network import NAME, RECIPE
 
 N_FACES, VIEWS = 30, ("frontal", "left", "right", "up")
 SHAPES = {"fc7-relu": (400,), "maxp_5_3": (16, 5, 5)}
@@ -82,6 +84,13 @@ def write_trials(path: Path, n: int, seed: int = 0, raters: int = 1, error: floa
     table = pd.DataFrame(rows[:n], columns=columns)
     table.to_csv(path, index=False)
     return table
+
+
+def cache(images: Path, store: Path, layers: list[str], weights: str = "random:0", backbone: str = NAME) -> None:
+    """Layers of the tiny network, or of another that takes the same pictures, by the real pass."""
+    recipe = store.with_name("tiny.toml")
+    recipe.write_text(RECIPE)
+    run_pass(images, store, layers, backbone=backbone, recipe=str(recipe), weights=weights)
 
 
 @pytest.fixture(scope="session")
