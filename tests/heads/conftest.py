@@ -1,12 +1,14 @@
 """A small store of made-up rows with something to learn, written by the real writer, and judgments of its faces."""
 
 import hashlib
+from collections.abc import Iterator
 from itertools import combinations
 from pathlib import Path
 
 import numpy as np
 import pandas as pd
 import pytest
+import torch
 
 from featurestore.store.writer import SourceWriter, store_lock
 from tests.conftest import run_pass
@@ -105,3 +107,12 @@ def judged(tmp_path_factory: pytest.TempPathFactory) -> Path:
     path = tmp_path_factory.mktemp("judged") / "trials.csv"
     write_trials(path, 900)
     return path
+
+
+@pytest.fixture(scope="module")
+def one_thread() -> Iterator[None]:
+    """Tiny networks in several threads spend their time waiting, where other processes have the cores."""
+    before = torch.get_num_threads()
+    torch.set_num_threads(1)
+    yield
+    torch.set_num_threads(before)

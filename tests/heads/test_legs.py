@@ -24,6 +24,7 @@ from tests.conftest import write_photographs
 from tests.heads.conftest import cache
 from tests.heads.tiny_network import HOOKED, NAME
 
+pytestmark = pytest.mark.usefixtures("one_thread")
 LAYERS = ["block1", "block2", "descriptor"]
 SPEC = with_input_size(get_backbone(NAME), 32)
 SHAPES = layer_shapes(SPEC)
