@@ -164,7 +164,7 @@ def _integrated_gradients(trial: Trial) -> torch.Tensor:
     relevance: torch.Tensor = captum.IntegratedGradients(trial.of_inputs).attribute(
         inputs, torch.zeros_like(inputs), n_steps=trial.steps, internal_batch_size=_several(trial)
     )
-    return relevance[0].sum(1).float()
+    return relevance.detach()[0].sum(1).float()
 
 
 def _occlusion(trial: Trial) -> torch.Tensor:

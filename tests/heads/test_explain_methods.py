@@ -334,7 +334,7 @@ def test_integrated_gradients_are_complete(legs_of: Callable[..., Legs]) -> None
     pytest.importorskip("captum.attr")
     for head, explained, steps in ((odd_one_head(), "logit", 64), ("classes", "margin", 300)):
         trial = trial_of(legs_of(NAME, head), 0, explained=explained, steps=steps)
-        found = METHODS["integrated-gradients"].function(trial).detach()
+        found = METHODS["integrated-gradients"].function(trial)
         assert found.shape == (trial.legs.n_places, 32, 32)
         with torch.no_grad():
             inputs = trial.inputs()
