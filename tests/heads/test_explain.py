@@ -30,6 +30,7 @@ from heads.models.identity import IdentityHead
 from heads.runs import train_run
 from heads.train import Settings
 from heads.trials.tables import FACES, ODD_POSITION, VIEWS
+from pipelines.explain_heads import METHODS as NAMES
 from pipelines.explain_heads import main
 from tests.commands import FORKS
 from tests.conftest import write_photographs
@@ -56,9 +57,10 @@ def folder(tmp_path_factory: pytest.TempPathFactory, one_thread: None) -> Path:
     return folder
 
 
-def train(store: Path, out: Path, head: str, layer: str) -> None:
+def train(store: Path, out: Path, head: str, layer: str, **options) -> None:
     trials = {} if head == "identity" else {"trials": "same-person", "n_trials": 100}
-    grid = plan_grid(GridRequest(store, out, layers=[layer], heads=[head], lr=[1e-3], settings=QUICK, **trials))
+    options = {"settings": QUICK, "lr": [1e-3], **trials, **options}
+    grid = plan_grid(GridRequest(store, out, layers=[layer], heads=[head], **options))
     for task, runs in grid.parts:
         for run in runs:
             train_run(task, run, out)
@@ -249,6 +251,51 @@ def test_every_method_runs(folder: Path, tmp_path: Path) -> None:
     done(command(folder, tmp_path, "--method", *METHODS, *options))
     maps = xr.open_zarr(tmp_path / "maps.zarr", consolidated=False).sel(choice="head")
     assert all(np.isfinite(maps[name].values).all() and np.ptp(maps[name].values) > 0 for name in METHODS)
+
+
+def test_a_fine_tuned_run_is_explained(folder: Path, tmp_path: Path) -> None:
+    """By the network that it tuned: choices are those of its own test, logits not those of the head on rows as they were."""
+    options = {"finetune_from": "block1", "backbone_lr": 0.02, "backbone": NAME}
+    train(folder / "s.zarr", tmp_path / "runs", "similarity", "descriptor", **options)
+    (run,) = (tmp_path / "runs").glob("*-from-block1-*")
+    printed = done(command(folder, tmp_path / "out", "--method", "hires-cam", "--no-checks", "--n", 9, run=str(run)))
+    assert "similarity on descriptor" in printed
+    maps = xr.open_zarr(tmp_path / "out" / "maps.zarr", consolidated=False)
+    tested = pd.read_csv(run / "predictions.csv").loc[maps["trial"].values]
+    assert ((maps["chosen"].values == maps["answer"].values) == tested["correct"]).all()
+    head = load_head(run / "weights.safetensors", "block1", backbone=NAME)
+    source = FeatureStore.open(folder / "s.zarr").source()
+    for i in range(9):
+        keys = [*zip(maps["face_id"].values[i].tolist(), maps["view"].values[i].tolist(), strict=True)]
+        with torch.no_grad():
+            tuned = head(*source.rows("block1").gather(source.find(keys)).split(1))[0]
+            frozen = head.head(*source.rows("descriptor").gather(source.find(keys)).split(1))[0]
+        assert np.allclose(maps["logits"][i], tuned, rtol=1e-3, atol=1e-3)
+        assert not np.allclose(frozen, tuned, rtol=1e-3, atol=1e-3)
+
+
+def test_regions_are_compared_and_photographs_masked(folder: Path, explained: tuple[Path, str], tmp_path: Path) -> None:
+    """The same run twice: no difference. Of the second, photographs with a tenth hidden."""
+    options = ["--method", "lrp", "--no-checks", "--n", 6, "--export-masked", tmp_path / "masked"]
+    done(command(folder, tmp_path / "again", *options))
+    listed = pd.read_csv(tmp_path / "masked" / "masked.csv")
+    assert len(listed) == len([path for path in (tmp_path / "masked").rglob("*.png") if path.is_file()]) > 0
+    line = ["--compare", explained[0], tmp_path / "again", *mask_of(tmp_path)]
+    done(CliRunner().invoke(main, [str(each) for each in line]))
+    differences = pd.read_csv(explained[0] / "compared_differences.csv")
+    assert set(differences["region"]) == {"left", "right"}
+    assert np.allclose(differences["difference"], 0)
+    result = CliRunner().invoke(main, [str(each) for each in line[:3]])
+    assert result.exit_code == 2
+    assert "maps is of a source without landmarks: give --landmarks or --mask" in result.output
+    result = CliRunner().invoke(main, ["--compare", str(explained[0]), str(folder)])
+    assert result.exit_code == 1
+    assert f"{folder} holds no maps" in result.output
+
+
+def test_the_command_knows_all_methods() -> None:
+    """It lists them without importing torch."""
+    assert list(NAMES) == list(METHODS)
 
 
 def test_trials_of_a_file(folder: Path, tmp_path: Path) -> None:
