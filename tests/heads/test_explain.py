@@ -37,7 +37,10 @@ from tests.conftest import write_photographs
 from tests.heads.conftest import cache
 from tests.heads.tiny_network import NAME
 
-pytestmark = pytest.mark.usefixtures("one_thread")
+pytestmark = [
+    pytest.mark.usefixtures("one_thread"),
+    pytest.mark.xdist_group("explained runs"),
+]  # one process makes what they share
 FLAT = f"{__name__}:build_flat"
 QUICK = Settings(batch_size=64, epochs=2, patience=9, threads=1)
 

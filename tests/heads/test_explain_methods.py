@@ -322,7 +322,8 @@ def test_guided_backprop_is_that_of_captum(legs_of: Callable[..., Legs], backbon
     captum = pytest.importorskip("captum.attr")
     trial = trial_of(legs_of(backbone), 5)
     network, x = network_of(NAME, build), trial.inputs()[0]
-    guided = captum.GuidedBackprop(network).attribute(x, target=5)
+    with pytest.warns(UserWarning, match="backward hooks on ReLU"):
+        guided = captum.GuidedBackprop(network).attribute(x, target=5)
     logit = Trial(trial.legs, trial.pixels, 5, "logit")
     same(METHODS["guided-backprop"].function(logit), (guided * x).sum(1).detach())
     plain = captum.InputXGradient(network).attribute(x, target=5).sum(1).detach()
