@@ -246,7 +246,13 @@ def _regions(plan: "ExplainPlan", given: tuple[Path | None, ...]) -> "RegionsOf 
     """Of the source of all trials; None where nothing says where regions are."""
     from heads.explain.regions import find_regions
 
-    return find_regions(plan.any_legs.source, *given) if len(plan.legs) == 1 else None
+    if len(plan.legs) > 1:
+        return None
+    regions_of = find_regions(plan.any_legs.source, *given)
+    if regions_of is not None:
+        for face, view in {key for keys in plan.keys for key in keys}:
+            regions_of(face, view)  # what does not fit is said before hours of computing
+    return regions_of
 
 
 def _report(plan: "ExplainPlan", archive: "Archive", out: Path, regions_of: "RegionsOf | None") -> None:

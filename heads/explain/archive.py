@@ -23,6 +23,7 @@ from heads.explain.pictures import DIMENSIONS
 CHOICES = ("head", "person")
 CURVE = "curve-"  # begins the names of curves
 _TOLD = ("store", "library_versions")  # attributes that make no other maps
+_OF_TRIALS = ("trial", "face_id", "view", "answer")  # what tells trials from others
 FORMAT = "face-featurestore-maps 1"
 
 
@@ -55,6 +56,13 @@ class Archive:
             raise FeatureStoreError(
                 f"{path} holds maps of another {listing(other)}: {found.get(other[0])!r}, not {attributes[other[0]]!r}. Choose "
                 "another folder (`out`), or delete that one."
+            )
+        with xr.open_zarr(path, consolidated=False, chunks=None) as there:
+            same = all(np.array_equal(there[name].values, coordinates[name].values) for name in _OF_TRIALS)
+        if not same:
+            raise FeatureStoreError(
+                f"{path} holds maps of other trials: it was made with another number of them (`n`), `seed`, `where` or file. "
+                "Choose another folder (`out`), or delete that one."
             )
         return archive
 

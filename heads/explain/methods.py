@@ -83,8 +83,8 @@ def _cam(trial: Trial, kind: Literal["grad-cam", "grad-cam++", "hires-cam"]) -> 
     if kind == "hires-cam":
         weights = gradient
     elif kind == "grad-cam++":
-        share = gradient**2 / (2 * gradient**2 + maps.sum((2, 3), keepdim=True) * gradient**3 + 1e-6)
-        weights = (gradient.clamp(min=0) * torch.where(gradient != 0, share, 0)).sum((2, 3), keepdim=True)
+        share = 1 / (2 + maps.sum((2, 3), keepdim=True) * gradient)  # their g² / (2 g² + Σ A g³)
+        weights = (gradient.clamp(min=0) * share).sum((2, 3), keepdim=True)
     else:
         weights = gradient.mean((2, 3), keepdim=True)
     cam = (weights * maps).sum(1, keepdim=True)

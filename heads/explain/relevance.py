@@ -98,7 +98,10 @@ class Rules(TorchFunctionMode):
         if name == "addcmul" and len(args) == 3 and id(args[1]) in self._pending:
             return self._channelwise(self._pending[id(args[1])], *args)
         if before is not None and name in _RELU:
-            return torch.relu(self._ruled(before, before_relu=True))
+            out = torch.relu(self._ruled(before, before_relu=True))
+            if name == "relu_" or kwargs.get("inplace") or True in args[1:]:
+                self._done[id(before.output), False] = out  # what is read from now on
+            return out
         return _other(name, func, self._settled(args), {key: self._settled((kwargs[key],))[0] for key in kwargs})
 
     def _settled(self, values: Any) -> Any:
