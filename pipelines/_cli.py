@@ -83,7 +83,7 @@ def as_typed(message: str) -> str:
     for one, several in (("layer", "layers"), ("source", "sources")):
         if several in options:
             options.setdefault(one, options[several])
-    return re.sub(r"(?<![\w'\"=<>])(?<![\w'\"=<>]\()`(\w+)`", lambda match: options.get(match[1], match[0]), message)
+    return re.sub(r"(?<![\w'\"=<>])(?<!\w\()`(\w+)`", lambda match: options.get(match[1], match[0]), message)
 
 
 def weights_file(given: str, backbone: str, dry_run: bool = False) -> str:

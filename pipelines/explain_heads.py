@@ -194,6 +194,8 @@ def main(
     if dry_run:
         return
     _refuse_if_full(plan, out)
+    if export_masked and len(plan.legs) > 1:
+        raise click.UsageError("--export-masked is for trials of one source; choose them with --where.")
     regions_of = _regions(plan, given)
     archive = _explain(plan, out)
     _report(plan, archive, out, regions_of)
@@ -252,7 +254,13 @@ def _regions(plan: "ExplainPlan", given: tuple[Path | None, ...]) -> "RegionsOf 
     """Of the source of all trials; None where nothing says where regions are."""
     from heads.explain.regions import find_regions
 
-    return find_regions(plan.any_legs.source, *given) if len(plan.legs) == 1 else None
+    if len(plan.legs) > 1:
+        return None
+    regions_of = find_regions(plan.any_legs.source, *given)
+    if regions_of is not None:
+        for face, view in {key for keys in plan.keys for key in keys}:
+            regions_of(face, view)  # what does not fit is said before hours of computing
+    return regions_of
 
 
 def _report(plan: "ExplainPlan", archive: "Archive", out: Path, regions_of: "RegionsOf | None") -> None:
@@ -298,7 +306,10 @@ def _report(plan: "ExplainPlan", archive: "Archive", out: Path, regions_of: "Reg
         write_csv(out / "regions_by_view.csv", region_table(open_maps(out), regions_of, by="view"))
         kept.append("regions_by_view.csv")
     else:
-        click.echo("\nNo regions: the source has no landmarks. Give --landmarks (pipelines/find_faces.py) or --mask.")
+        why = "the source has no landmarks" if len(plan.legs) == 1 else "the trials are of several sources"
+        click.echo(
+            f"\nNo regions: {why}. They come from --landmarks (pipelines/find_faces.py) or --mask, and of one source."
+        )
     click.echo(f"\nKept in {out}: maps.zarr, {', '.join(kept)}")
 
 

@@ -24,6 +24,7 @@ from heads.explain.pictures import DIMENSIONS
 CHOICES = ("head", "person")
 CURVE = "curve-"  # begins the names of curves
 _TOLD = ("store", "library_versions")  # attributes that make no other maps
+_OF_TRIALS = ("trial", "face_id", "view", "answer")  # what tells trials from others
 FORMAT = "face-featurestore-maps 1"
 
 
@@ -57,21 +58,17 @@ class Archive:
                 f"{path} holds maps of another {listing(other)}: {found.get(other[0])!r}, not {attributes[other[0]]!r}. Choose "
                 "another folder (`out`), or delete that one."
             )
-        archive._refuse_other_trials(coordinates)
+        with xr.open_zarr(path, consolidated=False, chunks=None) as there:
+            same = all(np.array_equal(there[name].values, coordinates[name].values) for name in _OF_TRIALS)
+        if not same:
+            raise FeatureStoreError(
+                f"{path} holds maps of other trials: it was made with another number of them (`n`), `seed`, `where` or file. "
+                "Choose another folder (`out`), or delete that one."
+            )
         return archive
 
-    def _refuse_other_trials(self, coordinates: xr.Dataset) -> None:
-        for name in ("trial", "face_id", "view", "answer"):
-            found, asked = self.read(name), coordinates[name].values
-            if found.shape != asked.shape or not (found == asked).all():
-                raise FeatureStoreError(
-                    f"{self.path} holds maps of {found.shape[0]:,} other trials, from {self.read('trial')[0]} on, not the "
-                    f"{asked.shape[0]:,} from {coordinates['trial'].values[0]} on. Give the same `trials`, `n`, `seed` and "
-                    "`where`, or choose another folder (`out`)."
-                )
-
-    def add(self, name: str, shape: tuple[int, ...], dimensions: tuple[str, ...]) -> None:
-        """A float32 variable (trial, …) of NaN, unless it is there."""
+    def add(self, name: str, shape: tuple[int, ...], dimensions: tuple[str, ...], dtype: str = "float32") -> None:
+        """A variable (trial, …) of NaN, or of -1 for whole numbers, unless it is there."""
         if name in self._group:
             if self._array(name).shape != shape:
                 raise FeatureStoreError(f"{self.path} holds {name!r} of another shape. Choose another folder (`out`).")
@@ -80,10 +77,9 @@ class Archive:
             name,
             shape=shape,
             chunks=(1, *shape[1:]),
-            dtype="float32",
-            fill_value=np.nan,
+            dtype=dtype,
+            fill_value=np.nan if dtype == "float32" else -1,
             dimension_names=dimensions,
-            attributes={"_FillValue": "AAAAAAAA+H8="},
         )
 
     def add_method(self, name: str, n: int, square: tuple[int, int, int]) -> None:

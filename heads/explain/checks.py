@@ -127,8 +127,7 @@ def _shuffling(legs: Legs, seed: int) -> Iterator[tuple[str, float]]:
             _shuffle([legs.head], generator)
             yield "head", 0.0
         done = 0
-        for stage in range(1, _STAGES + 1):
-            until = round(stage * len(layers) / _STAGES)
+        for until in sorted({round(stage * len(layers) / _STAGES) for stage in range(1, _STAGES + 1)} - {0}):
             _shuffle(layers[len(layers) - until : len(layers) - done], generator)
             done = until
             yield f"head and the upper {done} of {len(layers)} layers", done / len(layers)

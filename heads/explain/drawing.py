@@ -7,8 +7,10 @@ import pandas as pd
 import torch
 
 from featurestore.figures import draw_deletion, draw_mean_maps, draw_regions, draw_trial
+from featurestore.figures.canvas import COLOURS
 from featurestore.text import in_natural_order
 from heads.explain.archive import CHOICES, open_maps
+from heads.explain.checks import EDGES, RANDOM
 from heads.explain.job import ExplainPlan
 from heads.explain.pictures import mean_maps
 
@@ -16,18 +18,23 @@ _FACES = 8  # whose mean maps are drawn
 
 
 def draw_explanation(plan: ExplainPlan, out: Path, n: int) -> list[Path]:
-    """Draw the first ``n`` trials, and what the CSVs of ``out`` say, into ``out``/figures; returns the files."""
+    """Draw the first ``n`` trials, and what the CSVs of ``out`` say, into ``out``/figures; returns the files.
+
+    Of more methods than a figure tells apart, the first are drawn together.
+    """
     folder = out / "figures"
     folder.mkdir(exist_ok=True)
     paths = [_draw_trial(plan, out, folder, i) for i in range(n)]
     paths.append(_draw_faces(plan, out, folder / "faces.png"))
+    methods = [method.name for method in plan.methods[: len(COLOURS)]]
     if (out / "curves.csv").is_file():
-        paths.append(
-            draw_deletion(pd.read_csv(out / "curves.csv"), folder / "deletion.png", "margin of the head's choice")
-        )
+        table = pd.read_csv(out / "curves.csv")
+        table = table[table["method"].isin([*methods, RANDOM, EDGES])]
+        paths.append(draw_deletion(table, folder / "deletion.png", "margin of the head's choice"))
     if (out / "regions.csv").is_file():
         table = pd.read_csv(out / "regions.csv")
-        paths.append(draw_regions(table[table["choice"] == CHOICES[0]], folder / "regions.png"))
+        table = table[(table["choice"] == CHOICES[0]) & table["method"].isin(methods)]
+        paths.append(draw_regions(table, folder / "regions.png"))
     return paths
 
 

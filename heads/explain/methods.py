@@ -83,8 +83,8 @@ def _cam(trial: Trial, kind: Literal["grad-cam", "grad-cam++", "hires-cam"]) -> 
     if kind == "hires-cam":
         weights = gradient
     elif kind == "grad-cam++":
-        share = gradient**2 / (2 * gradient**2 + maps.sum((2, 3), keepdim=True) * gradient**3 + 1e-6)
-        weights = (gradient.clamp(min=0) * torch.where(gradient != 0, share, 0)).sum((2, 3), keepdim=True)
+        share = 1 / (2 + maps.sum((2, 3), keepdim=True) * gradient)  # their g² / (2 g² + Σ A g³)
+        weights = (gradient.clamp(min=0) * share).sum((2, 3), keepdim=True)
     else:
         weights = gradient.mean((2, 3), keepdim=True)
     cam = (weights * maps).sum(1, keepdim=True)
@@ -140,7 +140,7 @@ def _lrp(trial: Trial, maps: Rule, vectors: Rule) -> torch.Tensor:
     """See ``heads.explain.relevance``."""
     inputs = trial.inputs()
     low, high = (bound.requires_grad_() for bound in _bounds(trial.legs, inputs))
-    with Rules(inputs.detach().flatten(0, 1), low, high, maps, vectors):
+    with Rules(inputs.detach().flatten(0, 1), low, high, maps, vectors, trial.legs.head):
         value = trial.of_inputs(inputs).sum()
     gradients = torch.autograd.grad(value, [inputs, low, high], allow_unused=True)
     parts = [
@@ -164,7 +164,7 @@ def _integrated_gradients(trial: Trial) -> torch.Tensor:
     relevance: torch.Tensor = captum.IntegratedGradients(trial.of_inputs).attribute(
         inputs, torch.zeros_like(inputs), n_steps=trial.steps, internal_batch_size=_several(trial)
     )
-    return relevance[0].sum(1).float()
+    return relevance.detach()[0].sum(1).float()
 
 
 def _occlusion(trial: Trial) -> torch.Tensor:

@@ -13,6 +13,7 @@ from typing import Any, Literal
 
 import torch
 import torch.nn.functional as F
+from torch import nn
 from torch.overrides import TorchFunctionMode
 
 from featurestore.errors import FeatureStoreError
@@ -35,7 +36,7 @@ _NATIVE = {  # value and gradient of these are relevance already
     *("cat", "concat", "stack", "__getitem__", "unbind", "split", "chunk", "squeeze", "unsqueeze", "expand", "expand_as"),
     *("pad", "dropout", "dropout2d", "dropout_", "max_pool2d", "max_pool2d_with_indices", "adaptive_max_pool2d", "max", "amax"),
     *("avg_pool2d", "adaptive_avg_pool2d", "embedding", "detach", "requires_grad_", "roll", "type_as", "maximum", "batch_norm"),
-    *("_max_pool2d", "boolean_dispatch", "feature_dropout", "alpha_dropout", "unsafe_chunk", "narrow", "select", "index_select"),
+    *("_max_pool2d", "narrow", "select", "index_select"),
 }  # fmt: skip
 _PRODUCTS = {"mul", "mul_", "__mul__", "__rmul__", "__imul__", "matmul", "__matmul__", "bmm", "mm"}
 _QUOTIENTS = {"div", "div_", "true_divide", "__truediv__", "__itruediv__"}
@@ -63,8 +64,9 @@ class _Pending:
 class Rules(TorchFunctionMode):
     """A context in which networks run as always, and gradients are those of LRP.
 
-    ``maps`` is the rule of convolutions, ``vectors`` of linear layers. The operation that takes ``images`` (n, 3, y, x) itself
-    gets the z-B rule between ``low`` and ``high``, both of that shape. FeatureStoreError at an operation that has no rule here.
+    ``maps`` is the rule of convolutions, ``vectors`` of linear layers and of all operations with weights of ``head``. The
+    operation that takes ``images`` (n, 3, y, x) itself gets the z-B rule between ``low`` and ``high``, both of that shape.
+    FeatureStoreError at an operation that has no rule here.
     """
 
     def __init__(
@@ -74,10 +76,12 @@ class Rules(TorchFunctionMode):
         high: torch.Tensor,
         maps: Rule = "gamma",
         vectors: Rule = "epsilon",
+        head: nn.Module | None = None,
     ) -> None:
         super().__init__()
         self._images, self._low, self._high = images, low, high
         self._maps, self._vectors = maps, vectors
+        self._of_head = frozenset(map(id, head.parameters())) if head else frozenset()
         self._pending: dict[int, _Pending] = {}
         self._done: dict[tuple[int, bool], torch.Tensor] = {}
 
@@ -94,7 +98,10 @@ class Rules(TorchFunctionMode):
         if name == "addcmul" and len(args) == 3 and id(args[1]) in self._pending:
             return self._channelwise(self._pending[id(args[1])], *args)
         if before is not None and name in _RELU:
-            return torch.relu(self._ruled(before, before_relu=True))
+            out = torch.relu(self._ruled(before, before_relu=True))
+            if name == "relu_" or kwargs.get("inplace") or True in args[1:]:
+                self._done[id(before.output), False] = out  # what is read from now on
+            return out
         return _other(name, func, self._settled(args), {key: self._settled((kwargs[key],))[0] for key in kwargs})
 
     def _settled(self, values: Any) -> Any:
@@ -124,7 +131,7 @@ class Rules(TorchFunctionMode):
         if not x.requires_grad:
             return operation(x, weight, bias)
         convolution = func is not F.linear
-        rule = self._maps if convolution else self._vectors
+        rule = self._maps if convolution and id(weight) not in self._of_head else self._vectors
         with torch.no_grad():
             output = operation(x, weight, bias)
         return self._wait(_Pending(output.requires_grad_(), operation, x, weight.detach(), bias, rule, convolution))

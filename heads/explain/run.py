@@ -63,11 +63,11 @@ def explain(plan: ExplainPlan, out: Path, progress: Progress = lambda what, n: N
                 _explain_trial(plan, archive, i, missing)
             progress("explained", 1)
     logits = archive.read(_LOGITS)
-    archive.add("chosen", (n,), ("trial",))
+    archive.add("chosen", (n,), ("trial",), "int64")
     archive.add("probability", logits.shape, ("trial", "class"))
     for i, row in enumerate(logits):
         if not archive.done("probability", i):
-            archive.write("chosen", i, np.asarray(row.argmax(), np.float32))
+            archive.write("chosen", i, np.asarray(row.argmax(), np.int64))
             archive.write("probability", i, np.exp(row - row.max()) / np.exp(row - row.max()).sum())
     return archive
 

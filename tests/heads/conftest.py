@@ -1,14 +1,18 @@
 """A small store of made-up rows with something to learn, written by the real writer, and judgments of its faces."""
 
 import hashlib
+from collections.abc import Iterator
 from itertools import combinations
 from pathlib import Path
 
 import numpy as np
 import pandas as pd
 import pytest
+import torch
 
 from featurestore.store.writer import SourceWriter, store_lock
+from tests.conftest import run_pass
+from tests.heads.tiny_network import NAME, RECIPE
 
 N_FACES, VIEWS = 30, ("frontal", "left", "right", "up")
 SHAPES = {"fc7-relu": (400,), "maxp_5_3": (16, 5, 5)}
@@ -84,6 +88,13 @@ def write_trials(path: Path, n: int, seed: int = 0, raters: int = 1, error: floa
     return table
 
 
+def cache(images: Path, store: Path, layers: list[str], weights: str = "random:0", backbone: str = NAME) -> None:
+    """Layers of the tiny network, or of another that takes the same pictures, by the real pass."""
+    recipe = store.with_name("tiny.toml")
+    recipe.write_text(RECIPE)
+    run_pass(images, store, layers, backbone=backbone, recipe=str(recipe), weights=weights)
+
+
 @pytest.fixture(scope="session")
 def made(tmp_path_factory: pytest.TempPathFactory) -> Path:
     """The made-up store; read only."""
@@ -96,3 +107,12 @@ def judged(tmp_path_factory: pytest.TempPathFactory) -> Path:
     path = tmp_path_factory.mktemp("judged") / "trials.csv"
     write_trials(path, 900)
     return path
+
+
+@pytest.fixture(scope="module")
+def one_thread() -> Iterator[None]:
+    """Tiny networks in several threads spend their time waiting, where other processes have the cores."""
+    before = torch.get_num_threads()
+    torch.set_num_threads(1)
+    yield
+    torch.set_num_threads(before)

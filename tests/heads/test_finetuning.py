@@ -35,9 +35,9 @@ from heads.schedule import run_grid
 from heads.tasks import Task
 from heads.train import Epoch, Preparation, Settings
 from tests.commands import FORKS, command
-from tests.conftest import run_pass, write_photographs
-from tests.heads.conftest import write_store
-from tests.heads.tiny_network import NAME, RECIPE
+from tests.conftest import write_photographs
+from tests.heads.conftest import cache, write_store
+from tests.heads.tiny_network import NAME
 
 SPEC = with_input_size(get_backbone(NAME), 32)
 SHAPES = layer_shapes(SPEC)
@@ -50,12 +50,6 @@ def cached(tmp_path_factory: pytest.TempPathFactory) -> Path:
     folder = tmp_path_factory.mktemp("cached")
     cache(write_photographs(folder / "photographs", 8, 3), folder / "s.zarr", ["block1", "flatten", "descriptor"])
     return folder / "s.zarr"
-
-
-def cache(images: Path, store: Path, layers: list[str], weights: str = "random:0") -> None:
-    recipe = store.with_name("tiny.toml")
-    recipe.write_text(RECIPE)
-    run_pass(images, store, layers, backbone=NAME, recipe=str(recipe), weights=weights)
 
 
 def grid_of(store: Path, out: Path, **options) -> Grid:
