@@ -24,6 +24,7 @@ from heads.finetuning import FinetunedHead
 from heads.models.base import Head
 
 _BATCH = 8  # photographs in a forward pass, where many are computed
+_FEWEST = 5  # places across: in coarser maps nothing of a face can be told apart
 _ROUNDED = {"float16": 1e-3, "float32": 0.0}  # share of a value that is lost where rows are stored so
 
 
@@ -69,9 +70,9 @@ class Legs(nn.Module):
     ``source`` says network, weights and recipe. ``head`` is a trained head; ``classes``, the layer's values as logits; or
     ``similarity``, the cosine of two items' rows. A head that ``load_head`` read from our own file knows its layer; for
     others ``layer`` is given. ``maps`` is a layer of maps (channel, y, x) on the way whose values ``run`` gives beside; without
-    a name it is the last one. ``weights`` is the file that the source was made with, where it is one; ``backbone`` names a
-    network of the user's own, which is then imported. A fine-tuned head brings its part of the network along. All is float32; the
-    head is not copied, but put into eval mode and frozen.
+    a name it is the last of 5 × 5 places or more. ``weights`` is the file that the source was made with, where it is one;
+    ``backbone`` names a network of the user's own, which is then imported. A fine-tuned head brings its part of the network
+    along. All is float32; the head is not copied, but put into eval mode and frozen.
 
     FeatureStoreError for a head that was trained on another source or layer, for weights that are not the source's, and for a
     layer of another shape than the head takes.
@@ -230,11 +231,15 @@ def _layer_of(head: Head | str, layer: str | None, source: Source) -> str:
 
 
 def last_maps(spec: BackboneSpec, layer: str) -> str | None:
-    """The last layer up to ``layer`` that gives maps (channel, y, x) of more than one place; None if there is none."""
+    """The last layer up to ``layer`` that gives maps (channel, y, x), of ``_FEWEST`` places across if there is such a one.
+
+    None if there is none at all.
+    """
     names = list(spec.layers)
     names = names[: names.index(layer) + 1]
     shapes = layer_shapes(spec, names)
-    return next((name for name in reversed(names) if _are_maps(shapes.get(name, ()))), None)
+    found = [name for name in reversed(names) if _are_maps(shapes.get(name, ()))]
+    return next((name for name in found if min(shapes[name][1:]) >= _FEWEST), found[0] if found else None)
 
 
 def _are_maps(shape: tuple[int, ...]) -> bool:

@@ -102,7 +102,7 @@ def _complete_runs(ctx: click.Context, param: click.Parameter, incomplete: str) 
     help="The choice's logit, or its margin over the runner-up.",
 )
 @click.option("--head-only", is_flag=True, help="Explain the head's choice alone, not the answer where that differs.")
-@click.option("--maps", metavar="LAYER", help="Layer whose maps Grad-CAM weights. [default: the last that has some]")
+@click.option("--maps", metavar="LAYER", help="Layer whose maps Grad-CAM weights. [default: the last of 5 × 5 places]")
 @click.option(
     "--steps", type=click.IntRange(2), default=64, show_default=True, help="integrated-gradients: points on the path."
 )

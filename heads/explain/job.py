@@ -1,6 +1,5 @@
 """What is to be explained: a finished run, some of its test trials, methods; all checked before anything is computed."""
 
-import hashlib
 import json
 import time
 from collections.abc import Sequence
@@ -104,7 +103,6 @@ class ExplainPlan:
             "persons": self.request.persons,
             "classes": list(getattr(legs.head, "faces", [])),
             "trials": self.request.trials,
-            "items": hashlib.sha256(repr((self.sources, self.keys, self.answers.tolist())).encode()).hexdigest(),
             "library_versions": library_versions(),
         }
 
