@@ -66,7 +66,8 @@ class Rules(TorchFunctionMode):
 
     ``maps`` is the rule of convolutions, ``vectors`` of linear layers and of all operations with weights of ``head``. The
     operation that takes ``images`` (n, 3, y, x) itself gets the z-B rule between ``low`` and ``high``, both of that shape.
-    FeatureStoreError at an operation that has no rule here.
+    What is explained is computed within the context too: the last operation gets its rule when it is read. FeatureStoreError at
+    an operation that has no rule here.
     """
 
     def __init__(
