@@ -21,7 +21,7 @@ from tests.heads.conftest import write_store, write_trials
 pytestmark = pytest.mark.xdist_group("docs")  # one process makes what they share
 # In the order in which a reader meets them: a page may use what an earlier one has made.
 PAGES = (
-    *("README.md", "docs/stores.md", "docs/questions.md", "docs/networks.md", "docs/heads.md", "docs/explanations.md"),
+    *("README.md", "docs/explanations.md", "docs/stores.md", "docs/questions.md", "docs/networks.md", "docs/heads.md"),
     "docs/format.md",
 )
 ADDITIONS = (

@@ -223,7 +223,7 @@ def test_a_dry_run_writes_nothing(folder: Path, tmp_path: Path) -> None:
     before = files(folder)
     printed = done(command(folder, tmp_path / "out", "--dry-run", "--method", "integrated-gradients", "grad-cam"))
     assert "nothing is run" in printed
-    assert "maps of pool" in printed
+    assert "maps of block2" in printed
     assert "takes      about" in printed
     assert not list(tmp_path.iterdir())
     assert files(folder) == before
@@ -321,8 +321,8 @@ def test_trials_of_a_file(folder: Path, tmp_path: Path) -> None:
     ("options", "message"),
     [
         (["--method", "lpr"], "there is no method 'lpr'. Did you mean lrp"),
-        (["--where", "correct == 'maybe'"], "no trial is left that has"),
-        (["--maps", "descriptor"], "not maps (channel, y, x). The last that does: pool"),
+        (["--where", "correct == 'maybe'"], "meets --where"),
+        (["--maps", "descriptor"], "not maps (channel, y, x). The last that does: block2"),
         (["--weights", "random:1"], "random:1 is not the weights of"),
         (
             ["--backbone", "other:network"],

@@ -197,7 +197,7 @@ def test_what_a_head_was_trained_on_is_asked(source: Source, tmp_path: Path) -> 
         ({"weights": "random:1"}, "random:1 is not the weights of"),
         ({"layer": "pool"}, "layer 'pool' is not in .*--layers pool"),
         ({"layer": "block1", "maps": "block2"}, "'block2' comes after 'block1', where the head is.*: block1"),
-        ({"maps": "flatten"}, r"'flatten' gives \(32,\), not maps \(channel, y, x\). The last that does: pool"),
+        ({"maps": "flatten"}, r"'flatten' gives \(32,\), not maps \(channel, y, x\). The last that does: block2"),
         ({"maps": "block9"}, "block9"),
     ],
 )
