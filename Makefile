@@ -23,7 +23,7 @@ photos: .venv/ready ## a trained network beside a random one, on real photograph
 	$(BIN)/python pipelines/compare_networks.py store/photos.zarr --out store/photos_layers.csv
 
 test: .venv/ready lint ## check style and types, run all tests
-	OMP_NUM_THREADS=1 $(BIN)/python -m pytest -n logical --maxprocesses 4 --dist loadgroup
+	$(BIN)/python -m pytest -n logical --maxprocesses 4 --dist loadgroup
 
 lint: .venv/ready ## check style and types
 	$(BIN)/ruff check .
