@@ -5,7 +5,7 @@ import os
 import shutil
 import tempfile
 from collections.abc import Callable, Iterable, Iterator
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 
 import numpy as np
@@ -13,12 +13,11 @@ import torch
 
 from featurestore.caching.compute import compute, refuse_non_finite
 from featurestore.caching.extractor import load_extractor
-from featurestore.caching.provenance import precision_of, recipe_of
+from featurestore.caching.provenance import photo_of, precision_of, recipe_of
 from featurestore.checkpoints.weights import Weights
 from featurestore.devices import PRECISIONS, reproducible
 from featurestore.errors import FeatureStoreError
 from featurestore.keys import FLIPPED
-from featurestore.photos.boxes import place_of
 from featurestore.photos.loading import Failure, Photo, batches
 from featurestore.store.reader import Source
 from featurestore.store.zarr_format import Layer
@@ -152,12 +151,13 @@ def _computed(
 
 
 def _photos(source: Source, items: np.ndarray, mirrored: bool) -> Iterator[Photo]:
-    recipe = recipe_of(source)
-    keys, table = source.keys[items], source.items.iloc[items]
-    for number, ((face, view), item) in enumerate(zip(keys, table.to_dict("records"), strict=True)):
+    for number, item in enumerate(items):
+        photo = replace(photo_of(source, int(item)), row=number)
         if mirrored:
+            view = photo.view
             view = view.removesuffix(FLIPPED) if view.endswith(FLIPPED) else view + FLIPPED
-        yield Photo(face, view, item["path"], number, item["image_sha256"] or None, place_of(item, recipe))
+            photo = replace(photo, view=view)
+        yield photo
 
 
 def absent_photographs(source: Source, items: np.ndarray) -> list[str]:

@@ -12,7 +12,7 @@ from torch import nn
 
 from featurestore.caching.extractor import load_extractor
 from featurestore.caching.provenance import photo_of, precision_of, recipe_of, weights_of
-from featurestore.caching.verify import TOLERANCE
+from featurestore.caching.verify import TOLERANCE, difference
 from featurestore.devices import reproducible
 from featurestore.errors import FeatureStoreError
 from featurestore.networks.shapes import layer_shapes
@@ -163,14 +163,12 @@ class Legs(nn.Module):
         with torch.no_grad(), reproducible(), self._as_cached():
             for batch in self._photographs(np.unique(items)):
                 inputs = self.recipe.normalise(batch.pixels.to(self.device))
-                live = self.backbone(inputs)[self.layer.name].flatten(1).cpu().double()
-                cached = rows.gather(batch.rows).flatten(1).double()
-                off = (live - cached).abs().amax(1) / cached.abs().amax(1).clamp_min(1e-30)
-                off = torch.where(off.isfinite(), off, torch.inf)
-                worst = int(off.argmax())
-                if not off[worst] <= most:
-                    raise self._other_network(str(batch.photos[worst]), float(off[worst]), most)
-                largest = max(largest, float(off[worst]))
+                live = self.backbone(inputs)[self.layer.name].cpu().numpy()
+                for photo, cached, row in zip(batch.photos, rows.gather(batch.rows).numpy(), live, strict=True):
+                    off = difference(cached, row)
+                    if not off <= most:
+                        raise self._other_network(str(photo), off, most)
+                    largest = max(largest, off)
                 progress(len(batch.rows))
         return largest
 

@@ -7,6 +7,7 @@ from typing import TYPE_CHECKING, Any
 import click
 from click.shell_completion import CompletionItem
 
+from heads.explain.names import METHODS
 from pipelines._cli import Command, progress_bar
 from pipelines._params import Device, Expression
 
@@ -18,10 +19,6 @@ if TYPE_CHECKING:
     from heads.explain.regions import RegionsOf
 
 DEFAULT_RUNS, DEFAULT_OUT = Path("store/runs"), Path("store/explanations")
-METHODS = (
-    *("grad-cam", "grad-cam++", "hires-cam", "lrp", "lrp-epsilon", "lrp-gamma", "lrp-alpha-beta"),
-    *("guided-backprop", "input-x-gradient", "integrated-gradients", "occlusion"),
-)
 EPILOG = r"""
 Examples:
 
@@ -50,6 +47,10 @@ def _complete_runs(ctx: click.Context, param: click.Parameter, incomplete: str) 
     return [CompletionItem(name) for name in found if name.startswith(incomplete)]
 
 
+def _complete_methods(ctx: click.Context, param: click.Parameter, incomplete: str) -> list[CompletionItem]:
+    return [CompletionItem(name, help=note) for name, note in METHODS.items() if name.startswith(incomplete)]
+
+
 @click.command(cls=Command, epilog=EPILOG)
 @click.option("--run", metavar="NAME", shell_complete=_complete_runs, help="A finished run of --runs, or its folder.")
 @click.option(
@@ -65,9 +66,7 @@ def _complete_runs(ctx: click.Context, param: click.Parameter, incomplete: str) 
     multiple=True,
     default=("grad-cam", "lrp"),
     metavar="NAME …",
-    shell_complete=lambda ctx, param, incomplete: [
-        CompletionItem(name) for name in METHODS if name.startswith(incomplete)
-    ],
+    shell_complete=_complete_methods,
     help=f"Any of {', '.join(METHODS)}. [default: grad-cam lrp]",
 )
 @click.option(
@@ -193,7 +192,7 @@ def main(
     click.echo(f"Plan{' (nothing is run)' if dry_run else ''}\n{_plan_text(plan, out)}\n")
     if dry_run:
         return
-    _refuse_if_full(plan, out)
+    plan.refuse_if_full(out)
     if export_masked and len(plan.legs) > 1:
         raise click.UsageError("--export-masked is for trials of one source; choose them with --where.")
     regions_of = _regions(plan, given)
@@ -228,26 +227,13 @@ def _plan_text(plan: "ExplainPlan", out: Path) -> str:
     return "\n".join(f"  {line}" for line in lines)
 
 
-def _refuse_if_full(plan: "ExplainPlan", out: Path) -> None:
-    import shutil
-
-    from featurestore.errors import FeatureStoreError
-    from featurestore.text import human_bytes
-
-    out.mkdir(parents=True, exist_ok=True)
-    free = shutil.disk_usage(out).free
-    if plan.maps_bytes > free:
-        raise FeatureStoreError(
-            f"the maps need up to {human_bytes(plan.maps_bytes)} in {out}, where {human_bytes(free)} are free. Explain fewer "
-            "trials (`n`) or methods, or choose another disk (`out`)."
-        )
-
-
 def _explain(plan: "ExplainPlan", out: Path) -> "Archive":
     from heads.explain.run import explain
 
-    with progress_bar(len(plan), "explaining", " trials") as bar:
-        return explain(plan, out, lambda what, n: bar.update(n) if what == "explained" else None)
+    with progress_bar(plan.photographs, "comparing with cached rows", " photographs") as compared:
+        plan.check(compared.update)
+    with progress_bar(len(plan), "explaining", " trials") as explained:
+        return explain(plan, out, explained.update)
 
 
 def _regions(plan: "ExplainPlan", given: tuple[Path | None, ...]) -> "RegionsOf | None":
@@ -292,7 +278,7 @@ def _report(plan: "ExplainPlan", archive: "Archive", out: Path, regions_of: "Reg
         )
         with progress_bar(None, "shuffling weights", " stages") as bar:
             shuffled = steps.shuffled_table(plan, bar.update)
-        keep("shuffled", shuffled, "Rank correlation with the maps of shuffled weights", shuffled.drop(columns="n"))
+        keep("shuffled", shuffled, "Rank correlation with the maps of shuffled weights, mean of n trials")
         for method in sorted(set(shuffled.loc[~shuffled["explains"], "method"])):
             click.echo(f"{method} does not explain the network: its maps hardly change when the weights are shuffled.")
     if regions_of is not None:
@@ -301,7 +287,7 @@ def _report(plan: "ExplainPlan", archive: "Archive", out: Path, regions_of: "Reg
 
         regions = region_table(open_maps(out), regions_of)
         head = regions[regions["choice"] == "head"]
-        told = head[["method", "region", "share", "share_low", "share_high", "area", "density"]]
+        told = head[["method", "region", "n", "share", "share_low", "share_high", "area", "density"]]
         keep("regions", regions, "Share of relevance by region, with intervals over faces", told)
         write_csv(out / "regions_by_view.csv", region_table(open_maps(out), regions_of, by="view"))
         kept.append("regions_by_view.csv")

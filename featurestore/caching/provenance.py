@@ -83,4 +83,4 @@ def photo_of(source: Source, row: int) -> Photo:
     face, view = source.keys[row]
     item = source.items.iloc[row]
     place = place_of(item, recipe_of(source))
-    return Photo(face, view, item["path"], row=row, sha256=item["image_sha256"], place=place)
+    return Photo(face, view, item["path"], row=row, sha256=item["image_sha256"] or None, place=place)

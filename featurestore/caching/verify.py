@@ -224,10 +224,10 @@ def recompute_some(
                         stored = stored_row(source.layers[name], row)
                     if stored is None:
                         continue
-                    difference = _difference(stored, expected)
-                    largest[name] = max(largest.get(name, 0.0), difference)
-                    if not difference <= TOLERANCE[precision]:
-                        damage.append(_differs(source, name, row, difference, TOLERANCE[precision]))
+                    off = difference(stored, expected)
+                    largest[name] = max(largest.get(name, 0.0), off)
+                    if not off <= TOLERANCE[precision]:
+                        damage.append(_differs(source, name, row, off, TOLERANCE[precision]))
     return Recomputation(largest, tuple(damage), tuple(failures))
 
 
@@ -242,8 +242,8 @@ def _layers_of(source: Source, spec: BackboneSpec) -> list[str]:
     return layers
 
 
-def _difference(stored: np.ndarray, expected: np.ndarray) -> float:
-    """The largest one, as a share of the largest value expected."""
+def difference(stored: np.ndarray, expected: np.ndarray) -> float:
+    """The largest one between two rows, as a share of the largest value expected; NaN if either holds NaN."""
     scale = float(np.abs(expected.astype(np.float64)).max()) or 1.0
     return float(np.abs(stored.astype(np.float64) - expected).max()) / scale
 

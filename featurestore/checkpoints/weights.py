@@ -77,8 +77,7 @@ def open_weights(given: str, spec: BackboneSpec) -> Weights:
 
     ``packaged`` is the file of an installed Python package; see ``packaged_file``. A run is given by its folder. A file's format
     and layout are recognised by content; see ``formats`` and ``layouts``. Raises FeatureStoreError for a missing file, an
-    unreadable or unsafe one, and for
-    missing, unexpected or differently shaped keys.
+    unreadable or unsafe one, and for missing, unexpected or differently shaped keys.
     """
     kind, _, seed = given.partition(":")
     if kind == "random":

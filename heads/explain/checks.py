@@ -1,7 +1,8 @@
 """Is an explanation true? Checks of maps against the network that they are about.
 
 Deletion and insertion: blocks of the photographs are blurred, or shown in blurred ones, the most relevant first, beside orders
-that know nothing of the network. Randomised weights: a map that stays the same when weights are shuffled does not explain them.
+that know nothing of the network. Randomised weights: a map that stays the same when weights are shuffled does not explain them
+(Adebayo et al. 2018, "Sanity Checks for Saliency Maps").
 """
 
 from collections.abc import Callable, Iterator, Mapping, Sequence
@@ -14,42 +15,17 @@ import torch
 from scipy import stats
 from torch import nn
 
+from heads.explain.blocks import block_pixels, block_sums
 from heads.explain.methods import Method, Trial
 from heads.legs import Legs
 
-FRACTIONS = (
-    0.0,
-    0.02,
-    0.05,
-    0.1,
-    0.15,
-    0.2,
-    0.3,
-)  # of the photographs' area; what comes later is hardly the most relevant
+# Of the photographs' area: what comes later is hardly the most relevant.
+FRACTIONS = (0.0, 0.02, 0.05, 0.1, 0.15, 0.2, 0.3)
 HIDDEN = 0.1  # the one of them at which choices that flip are counted
 KINDS = ("deletion", "insertion")
-BLOCKS = 16  # across the square: what is hidden at once
 RANDOM, EDGES = "random", "edges"  # orders that know nothing of the network
 CHANGES = 0.5  # mean rank correlation with the maps of shuffled weights above which a method does not explain them
 _STAGES = 4  # of the network's layers, from the top, that are shuffled one after the other
-_AT_ONCE = 12  # photographs in a forward pass, where there are many
-
-
-def block_sums(maps: torch.Tensor | np.ndarray) -> np.ndarray:
-    """Sums over blocks of (places, y, x): (places, BLOCKS, BLOCKS) float64, fewer of a square of fewer pixels."""
-    values = np.asarray(maps, np.float64)
-    starts = _block_edges(values.shape[-1])[:-1]
-    return np.asarray(np.add.reduceat(np.add.reduceat(values, starts, axis=1), starts, axis=2))
-
-
-def block_pixels(blocks: np.ndarray, size: int) -> np.ndarray:
-    """(places, BLOCKS, BLOCKS) to the pixels (places, size, size) of each."""
-    of_pixel = np.repeat(np.arange(blocks.shape[-1]), np.diff(_block_edges(size)))
-    return np.asarray(blocks[:, of_pixel][:, :, of_pixel])
-
-
-def _block_edges(size: int) -> np.ndarray:
-    return np.linspace(0, size, min(BLOCKS, size) + 1).round().astype(np.int64)
 
 
 def most(scores: np.ndarray, fraction: float) -> np.ndarray:
@@ -59,7 +35,7 @@ def most(scores: np.ndarray, fraction: float) -> np.ndarray:
     return chosen.reshape(scores.shape)
 
 
-def blind_orders(trial: Trial, seed: int) -> dict[str, np.ndarray]:
+def baseline_orders(trial: Trial, seed: int) -> dict[str, np.ndarray]:
     """Scores of blocks that know nothing of the network: random numbers by ``seed``, and Sobel gradients of the photographs."""
     grey = trial.pixels.float().mean(-1).numpy()
     edges = np.stack([np.hypot(cv2.Sobel(each, -1, 1, 0), cv2.Sobel(each, -1, 0, 1)) for each in grey])
@@ -82,7 +58,7 @@ def curves(trial: Trial, orders: Mapping[str, np.ndarray]) -> dict[str, np.ndarr
             chosen = np.stack([block_pixels(most(scores, fraction), size) for fraction in FRACTIONS])
             first = torch.from_numpy(chosen)[:, :, None].to(inputs.device)
             masked = torch.cat([torch.where(first, hidden, inputs), torch.where(first, inputs, hidden)])
-            parts = masked.split(max(1, _AT_ONCE // inputs.shape[1]))
+            parts = masked.split(trial.at_once)
             values = torch.cat([trial.of_inputs(part) for part in parts])
             found[name] = values.float().cpu().numpy().reshape(len(KINDS), len(FRACTIONS))
     return found
@@ -99,11 +75,11 @@ def similarity_to_shuffled(
     Rows: method, ``shuffled`` (what is), ``share`` of the network's layers that are, ``correlation``: Spearman's, over blocks,
     mean over ``trials``. Weights are shuffled within each tensor, from the top down, and put back at the end.
     """
-    before = {method.name: [block_sums(method.function(trial)) for trial in trials] for method in methods}
+    before = {method.name: [block_sums(method.function(trial).cpu().numpy()) for trial in trials] for method in methods}
     rows = []
     for shuffled, share in _shuffling(trials[0].legs, seed):
         for method in methods:
-            after = [block_sums(method.function(trial)) for trial in trials]
+            after = [block_sums(method.function(trial).cpu().numpy()) for trial in trials]
             correlations = [_rank_correlation(*pair) for pair in zip(before[method.name], after, strict=True)]
             row = {"method": method.name, "shuffled": shuffled, "share": share}
             rows.append({**row, "correlation": float(np.mean(correlations)), "n": len(trials)})

@@ -30,7 +30,7 @@ def draw_explanation(plan: ExplainPlan, out: Path, n: int) -> list[Path]:
     if (out / "curves.csv").is_file():
         table = pd.read_csv(out / "curves.csv")
         table = table[table["method"].isin([*methods, RANDOM, EDGES])]
-        paths.append(draw_deletion(table, folder / "deletion.png", "margin of the head's choice"))
+        paths.append(draw_deletion(table, folder / "deletion.png", "margin" + _random(plan)))
     if (out / "regions.csv").is_file():
         table = pd.read_csv(out / "regions.csv")
         table = table[(table["choice"] == CHOICES[0]) & table["method"].isin(methods)]
@@ -41,6 +41,12 @@ def draw_explanation(plan: ExplainPlan, out: Path, n: int) -> list[Path]:
 def squares(plan: ExplainPlan, pixels: torch.Tensor) -> np.ndarray:
     """The recipe's pixels (n, size, size, 3) as they look: R, G, B."""
     return np.asarray(pixels.flip(-1) if plan.any_legs.recipe.channels == "BGR" else pixels)
+
+
+def _random(plan: ExplainPlan) -> str:
+    """What figures say of a network of drawn numbers."""
+    weights = plan.any_legs.weights
+    return " (random weights)" if weights.random or weights.random_start else ""
 
 
 def _draw_trial(plan: ExplainPlan, out: Path, folder: Path, i: int) -> Path:
@@ -61,6 +67,8 @@ def _draw_trial(plan: ExplainPlan, out: Path, folder: Path, i: int) -> Path:
         faces = plan.attributes["classes"]
         beneath = [f"{faces[chosen]}: p = {probabilities[chosen]:.2f}"]
         marks = {}
+    if _random(plan):
+        beneath[0] += f"\n{_random(plan).strip()}"
     path = folder / f"trial-{int(one['trial']):06d}.png"
     return draw_trial(squares(plan, trial.pixels), drawn, path, names=names, beneath=beneath, **marks)
 

@@ -1,9 +1,10 @@
 """What is to be explained: a finished run, some of its test trials, methods; all checked before anything is computed."""
 
 import json
+import shutil
 import time
-from collections.abc import Sequence
-from dataclasses import dataclass
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass, field
 from functools import cached_property
 from pathlib import Path
 from typing import Any, Literal
@@ -16,7 +17,7 @@ from featurestore import FeatureStore
 from featurestore.conditions import rows_that_meet
 from featurestore.devices import choose_device
 from featurestore.errors import FeatureStoreError
-from featurestore.text import near_matches
+from featurestore.text import human_bytes, near_matches
 from featurestore.versions import library_versions
 from heads.checkpoints import load_head
 from heads.explain.checks import FRACTIONS, KINDS
@@ -66,6 +67,7 @@ class ExplainPlan:
     sources: list[str]
     keys: list[list[tuple[str, str]]]
     answers: np.ndarray
+    _checked: set[str] = field(default_factory=set, repr=False)  # sources
 
     def __len__(self) -> int:
         return len(self.table)
@@ -105,6 +107,24 @@ class ExplainPlan:
             "trials": self.request.trials,
             "library_versions": library_versions(),
         }
+
+    def check(self, progress: Callable[[int], object] = lambda n: None) -> None:
+        """Compare live activations with the cached rows of all items, once; see ``Legs.check``."""
+        for name, legs in self.legs.items():
+            if name not in self._checked:
+                own = [self.items(i) for i, source in enumerate(self.sources) if source == name]
+                legs.check(np.concatenate(own), progress)
+                self._checked.add(name)
+
+    def refuse_if_full(self, out: Path) -> None:
+        """FeatureStoreError if the disk of ``out``, which is made, cannot take the maps."""
+        out.mkdir(parents=True, exist_ok=True)
+        free = shutil.disk_usage(out).free
+        if self.maps_bytes > free:
+            raise FeatureStoreError(
+                f"the maps need up to {human_bytes(self.maps_bytes)} in {out}, where {human_bytes(free)} are free. Explain fewer "
+                "trials (`n`) or methods, or choose another disk (`out`)."
+            )
 
     @property
     def photographs(self) -> int:

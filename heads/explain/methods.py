@@ -1,4 +1,4 @@
-"""Attribution methods by name: for one trial, how much each pixel of its photographs speaks for a choice.
+"""Attribution methods (``names`` says what they show): for one trial, how much each pixel of its photographs speaks for a choice.
 
 Every method maps a ``Trial`` to relevance (places, y, x) float32: positive for the choice that is explained, negative against it.
 """
@@ -43,6 +43,11 @@ class Trial:
     def inputs(self) -> torch.Tensor:
         """(1, places, 3, size, size), a leaf whose gradient can be asked for."""
         return self.legs.inputs(self.pixels[None]).detach().requires_grad_()
+
+    @property
+    def at_once(self) -> int:
+        """Examples in a forward pass, where many are computed."""
+        return max(1, _AT_ONCE // self.legs.n_places)
 
     def value(self, logits: torch.Tensor) -> torch.Tensor:
         """(n, classes) to what is explained, (n,)."""
@@ -162,7 +167,7 @@ def _integrated_gradients(trial: Trial) -> torch.Tensor:
     captum = _captum()
     inputs = trial.inputs()
     relevance: torch.Tensor = captum.IntegratedGradients(trial.of_inputs).attribute(
-        inputs, torch.zeros_like(inputs), n_steps=trial.steps, internal_batch_size=_several(trial)
+        inputs, torch.zeros_like(inputs), n_steps=trial.steps, internal_batch_size=trial.at_once
     )
     return relevance.detach()[0].sum(1).float()
 
@@ -196,10 +201,6 @@ def _occlusion(trial: Trial) -> torch.Tensor:
     return torch.stack(out)
 
 
-def _several(trial: Trial) -> int:
-    return max(1, _AT_ONCE // trial.legs.n_places)
-
-
 def _captum() -> Any:
     try:
         from captum import attr
@@ -219,7 +220,6 @@ class Method:
     """
 
     name: str
-    note: str
     function: Function
     passes: float = 1.0
     needs: Literal["", "maps"] = ""
@@ -251,18 +251,16 @@ _PATCHES = float((2 * _WINDOWS - 1) ** 2)
 METHODS: dict[str, Method] = {
     method.name: method
     for method in (
-        Method("grad-cam", "the last maps, weighted by mean gradients", partial(_cam, kind="grad-cam"), needs="maps"),
-        Method("grad-cam++", "the same, by strong positive gradients", partial(_cam, kind="grad-cam++"), needs="maps"),
-        Method("hires-cam", "the last maps times their gradients, place by place", partial(_cam, kind="hires-cam"), needs="maps"),
-        Method("lrp", "relevance by the gamma rule in convolutions, then epsilon", _LRP, 1.7, conserves="value"),
-        Method("lrp-epsilon", "relevance by the epsilon rule", _LRP_EPSILON, 1.5, conserves="value"),
-        Method("lrp-gamma", "relevance by the gamma rule", _LRP_GAMMA, 2, conserves="value"),
-        Method("lrp-alpha-beta", "relevance by alpha 2, beta 1 in convolutions", _LRP_ALPHA_BETA, 2.5, conserves="value"),
-        Method("guided-backprop", "input times gradient, by positive gradients at ReLUs", _guided_backprop),
-        Method("input-x-gradient", "input times gradient", _input_times_gradient),
-        Method(
-            "integrated-gradients", "gradients on the way from the mean colour", _integrated_gradients, STEPS, conserves="change"
-        ),
-        Method("occlusion", "what a window of the mean colour takes away", _occlusion, _PATCHES / 2),
+        Method("grad-cam", partial(_cam, kind="grad-cam"), needs="maps"),
+        Method("grad-cam++", partial(_cam, kind="grad-cam++"), needs="maps"),
+        Method("hires-cam", partial(_cam, kind="hires-cam"), needs="maps"),
+        Method("lrp", _LRP, 1.7, conserves="value"),
+        Method("lrp-epsilon", _LRP_EPSILON, 1.5, conserves="value"),
+        Method("lrp-gamma", _LRP_GAMMA, 2, conserves="value"),
+        Method("lrp-alpha-beta", _LRP_ALPHA_BETA, 2.5, conserves="value"),
+        Method("guided-backprop", _guided_backprop),
+        Method("input-x-gradient", _input_times_gradient),
+        Method("integrated-gradients", _integrated_gradients, STEPS, conserves="change"),
+        Method("occlusion", _occlusion, _PATCHES / 2),
     )
-}  # fmt: skip
+}

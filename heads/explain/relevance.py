@@ -94,8 +94,8 @@ class Rules(TorchFunctionMode):
         if func in _LINEAR:
             return self._linear(func, *self._settled(args), **kwargs)
         before = self._pending.get(id(args[0])) if args else None
-        if before is not None and name == "batch_norm":
-            return self._normalised(before, func, args, kwargs)
+        if before is not None and func is F.batch_norm:
+            return self._normalised(before, *args, **kwargs)
         if name == "addcmul" and len(args) == 3 and id(args[1]) in self._pending:
             return self._channelwise(self._pending[id(args[1])], *args)
         if before is not None and name in _RELU:
@@ -137,17 +137,23 @@ class Rules(TorchFunctionMode):
             output = operation(x, weight, bias)
         return self._wait(_Pending(output.requires_grad_(), operation, x, weight.detach(), bias, rule, convolution))
 
-    def _normalised(self, pending: _Pending, func: Any, args: Any, kwargs: Any) -> torch.Tensor:
-        names = ("x", "mean", "variance", "weight", "bias", "training", "momentum", "eps")
-        given = {**dict(zip(names, args, strict=False)), **kwargs}
+    def _normalised(
+        self,
+        pending: _Pending,
+        maps: torch.Tensor,
+        running_mean: torch.Tensor,
+        running_var: torch.Tensor,
+        weight: torch.Tensor | None = None,
+        bias: torch.Tensor | None = None,
+        training: bool = False,
+        momentum: float = 0.1,
+        eps: float = 1e-5,
+    ) -> torch.Tensor:
+        """As ``torch.nn.functional.batch_norm``, in eval mode."""
         with torch.no_grad():
-            output: torch.Tensor = func(*args, **kwargs)
-            scale = (given.get("variance", kwargs.get("running_var")) + given.get("eps", 1e-5)).rsqrt()
-            if given.get("weight") is not None:
-                scale = scale * given["weight"]
-            shift = -given.get("mean", kwargs.get("running_mean")) * scale
-            if given.get("bias") is not None:
-                shift = shift + given["bias"]
+            scale = (running_var + eps).rsqrt() * (1 if weight is None else weight)
+            shift = (0 if bias is None else bias) - running_mean * scale
+            output = F.batch_norm(maps, running_mean, running_var, weight, bias, False, momentum, eps)
         return self._wait(pending.scaled(scale, shift, output.requires_grad_()))
 
     def _channelwise(self, pending: _Pending, shift: torch.Tensor, maps: torch.Tensor, scale: torch.Tensor) -> Any:

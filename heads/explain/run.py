@@ -12,6 +12,7 @@ from featurestore.errors import FeatureStoreError
 from featurestore.intervals import clustered_mean
 from heads.comparison import holm
 from heads.explain.archive import CHOICES, CURVE, Archive, coordinates
+from heads.explain.blocks import block_sums
 from heads.explain.checks import (
     CHANGES,
     EDGES,
@@ -19,8 +20,7 @@ from heads.explain.checks import (
     HIDDEN,
     KINDS,
     RANDOM,
-    blind_orders,
-    block_sums,
+    baseline_orders,
     curves,
     similarity_to_shuffled,
 )
@@ -33,18 +33,14 @@ _TOLERATED = 0.01  # of what is explained, that the sum of relevance may be off
 _SHUFFLED = 3  # trials that are explained again with shuffled weights
 _LOGITS, _BASELINE = "logits", "baseline_logits"
 
-Progress = Callable[[str, int], object]
 
-
-def explain(plan: ExplainPlan, out: Path, progress: Progress = lambda what, n: None) -> Archive:
+def explain(plan: ExplainPlan, out: Path, progress: Callable[[int], object] = lambda n: None) -> Archive:
     """Compute what ``out``/maps.zarr lacks of a plan, and return it; every map that is there already is left as it is.
 
-    Live activations are first compared with the cached rows of all items. ``progress`` is told what was done, ``compared``
-    items or ``explained`` trials, and how many.
+    Live activations are first compared with the cached rows of all items, unless ``plan.check`` did so. ``progress`` is told
+    how many trials were explained.
     """
-    for name, legs in plan.legs.items():
-        own = [plan.items(i) for i, source in enumerate(plan.sources) if source == name]
-        legs.check(np.concatenate(own), lambda n: progress("compared", n))
+    plan.check()
     n, square = len(plan), plan.any_legs.shape[:3]
     archive = Archive.make(out / MAPS, coordinates(plan.table, plan.keys, plan.answers), plan.attributes)
     classes = plan.trial(0).logits().shape
@@ -61,7 +57,7 @@ def explain(plan: ExplainPlan, out: Path, progress: Progress = lambda what, n: N
             missing = [name for name in wanted if not archive.done(name, i)]
             if missing:
                 _explain_trial(plan, archive, i, missing)
-            progress("explained", 1)
+            progress(1)
     logits = archive.read(_LOGITS)
     archive.add("chosen", (n,), ("trial",), "int64")
     archive.add("probability", logits.shape, ("trial", "class"))
@@ -100,7 +96,7 @@ def _explain_trial(plan: ExplainPlan, archive: Archive, i: int, missing: list[st
             archive.write(method.name, i, maps)
     lacking = [name.removeprefix(CURVE) for name in missing if name.startswith(CURVE)]
     if lacking:
-        orders = blind_orders(trial, plan.table.index[i])
+        orders = baseline_orders(trial, plan.table.index[i])
         orders |= {method.name: block_sums(archive.read(method.name, i)[0]) for method in plan.methods}
         chosen = Trial(trial.legs, trial.pixels, choices[0], "margin")
         for order, found in curves(chosen, {order: orders[order] for order in lacking}).items():

@@ -21,10 +21,10 @@ from featurestore.photos.decode import ImageError, decode
 from featurestore.photos.geometry import inverse, moved, square_to_photograph
 from featurestore.photos.loading import read_photo
 from featurestore.store.reader import Source
+from heads.explain.blocks import BLOCKS, block_edges, block_sums
 from heads.explain.pictures import Picture, pictures
 
 TABLE = "masked.csv"
-_BLOCKS = 16  # along one side of the square, unless it is said how large they are
 
 
 def export_masked(
@@ -53,7 +53,7 @@ def export_masked(
     as they are, and for a share, block or fill that cannot be.
     """
     size, folder = recipe_of(source).size, Path(folder)
-    block = max(1, size // _BLOCKS) if block is None else block
+    block = max(1, size // BLOCKS) if block is None else block
     _check(maps, size, share, block, fill)
     rows = []
     for picture in pictures(maps, [method], [choice]):
@@ -109,7 +109,7 @@ class _Blocks:
 
     def __init__(self, size: int, block: int, affine: np.ndarray, rgb: np.ndarray) -> None:
         self.side = round(size / block)
-        self.edges = np.rint(np.linspace(0, size, self.side + 1)).astype(int)
+        self.edges = block_edges(size, self.side)
         y, x = np.mgrid[: self.side, : self.side].reshape(2, -1)
         left, top, right, bottom = self.edges[x], self.edges[y], self.edges[x + 1], self.edges[y + 1]
         self.areas = (right - left) * (bottom - top) / size**2
@@ -124,9 +124,7 @@ class _Blocks:
     def _blocks_of_pixels(self, height: int, width: int, affine: np.ndarray, size: int) -> np.ndarray:
         """(height, width): the block that each pixel of the photograph is in, -1 outside of the square."""
         across, down = np.arange(width, dtype=np.float32), np.arange(height, dtype=np.float32)[:, None]
-        of_square = np.repeat(np.arange(self.side), np.diff(self.edges)).astype(
-            np.int32
-        )  # the column of a pixel, or its row
+        of_square = np.repeat(np.arange(self.side, dtype=np.int32), np.diff(self.edges))  # a pixel's column, or row
         blocks, inside = np.zeros((height, width), np.int32), np.ones((height, width), bool)
         for (along_x, along_y, start), times in zip(inverse(affine).astype(np.float32), (1, self.side), strict=True):
             there = np.rint(along_x * across + along_y * down + start).astype(np.int32)
@@ -137,8 +135,7 @@ class _Blocks:
 
     def sums(self, values: np.ndarray) -> np.ndarray:
         """(n,) of (y, x)."""
-        rows = np.add.reduceat(values.astype(np.float64), self.edges[:-1], axis=0)
-        return np.asarray(np.add.reduceat(rows, self.edges[:-1], axis=1)).ravel()
+        return block_sums(values, self.side).ravel()
 
     def chosen(self, relevance: np.ndarray, share: float, rng: np.random.Generator) -> dict[str, np.ndarray]:
         """The blocks of each kind, as many of both."""

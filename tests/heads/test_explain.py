@@ -23,6 +23,7 @@ from heads import load_head
 from heads.explain.checks import FRACTIONS, KINDS, curves, most, similarity_to_shuffled
 from heads.explain.job import ExplainRequest, plan_explanation
 from heads.explain.methods import METHODS, Method, Trial
+from heads.explain.names import METHODS as NAMES
 from heads.explain.run import explain, shuffled_table
 from heads.grid import GridRequest, plan_grid
 from heads.legs import Legs
@@ -30,7 +31,6 @@ from heads.models.identity import IdentityHead
 from heads.runs import train_run
 from heads.train import Settings
 from heads.trials.tables import FACES, ODD_POSITION, VIEWS
-from pipelines.explain_heads import METHODS as NAMES
 from pipelines.explain_heads import main
 from tests.commands import FORKS
 from tests.conftest import write_photographs
@@ -193,7 +193,7 @@ def test_what_is_there_is_not_computed_again(folder: Path, explained: tuple[Path
 
 def _explain(request: ExplainRequest, out: Path, pipe: Connection) -> None:
     torch.set_num_threads(1)
-    explain(plan_explanation(request), out, lambda what, n: pipe.send(what))
+    explain(plan_explanation(request), out, pipe.send)
 
 
 def test_a_killed_explanation_goes_on_to_the_same_bytes(folder: Path, tmp_path: Path) -> None:
@@ -207,7 +207,7 @@ def test_a_killed_explanation_goes_on_to_the_same_bytes(folder: Path, tmp_path: 
     there.close()
     explained = 0
     while explained < 2:
-        explained += here.recv() == "explained"
+        explained += here.recv()
     process.kill()
     process.join()
     chunks = tmp_path / "killed" / "maps.zarr" / "occlusion" / "c"
@@ -469,7 +469,7 @@ def test_shuffled_weights_are_put_back(planted: Legs, seen: list[dict[str, torch
         return trial.pixels.float().mean(-1)
 
     trials = trials_of(planted, 1)
-    table = similarity_to_shuffled(trials, [Method("look", "", look)])
+    table = similarity_to_shuffled(trials, [Method("look", look)])
     shuffled = [{name for name in state if not torch.equal(state[name], seen[0][name])} for state in seen]
     assert shuffled[:2] == [set(), set()]
     assert shuffled[2] and all(name.startswith("head.") for name in shuffled[2])
@@ -481,13 +481,13 @@ def test_shuffled_weights_are_put_back(planted: Legs, seen: list[dict[str, torch
     assert table["share"].tolist()[-1] == 1
     with pytest.raises(RuntimeError, match="a method fails"):
         while True:
-            similarity_to_shuffled(trials, [Method("look", "", look)])
+            similarity_to_shuffled(trials, [Method("look", look)])
     assert all(torch.equal(weight, seen[0][name]) for name, weight in planted.state_dict().items())
 
 
 def test_a_method_that_ignores_the_network_does_not_explain_it(folder: Path) -> None:
     plan = plan_explanation(ExplainRequest(run_of(folder), ["lrp"], n=1, backbone=NAME, device="cpu"))
-    brightness = Method("brightness", "", lambda trial: trial.pixels.float().mean(-1))
+    brightness = Method("brightness", lambda trial: trial.pixels.float().mean(-1))
     table = shuffled_table(replace(plan, methods=[brightness, METHODS["occlusion"]])).set_index("method")
     assert np.allclose(table.loc["brightness", "correlation"], 1)
     assert not table.loc["brightness", "explains"].any()
