@@ -270,6 +270,7 @@ def _report(plan: "ExplainPlan", archive: "Archive", out: Path, regions_of: "Reg
         )
     if plan.request.checks:
         write_csv(out / "curves.csv", steps.curve_table(plan, archive))
+        kept.append("curves.csv")
         tests = steps.curve_tests(plan, archive)
         keep(
             "deletion",

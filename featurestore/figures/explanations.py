@@ -74,7 +74,7 @@ def draw_trial(
     own limit: one scale from -1 to 1 in the whole figure. The limit is the 99.5th percentile of the absolute values; what is
     beyond it has the colour of the end. ``names`` of the places stand above the photographs,
     and ``beneath``, in one line or several, what there is to say of each, such as the head's probability. The photograph of
-    the head's choice has a solid blue frame, that of the person's answer a dashed red one. NaN is shown as 0.
+    the head's choice has a solid blue frame, that of the answer given a dashed red one. NaN is shown as 0.
     """
     places, rows = len(pictures), [list(pictures)]
     if not maps or not places:
@@ -92,7 +92,7 @@ def draw_trial(
             # The dashed frame is within the solid one, so that both are seen around one photograph.
             grid.frame(place, colour, dashes, 0.0 if colour == SAME[0] else 0.03)
         if frames:
-            grid.legend({SAME: "head's choice", OTHER: "person's answer"}, [frame[1:] for frame in frames])
+            grid.legend({SAME: "head's choice", OTHER: "answer given"}, [frame[1:] for frame in frames])
         grid.colour_bar("share of the row's limit")
     return Path(path)
 

@@ -163,7 +163,7 @@ FIGURES: dict[str, tuple[Draw, list[str]]] = {
             "grad-cam",
             "lrp",
             "head's choice",
-            "person's answer",
+            "answer given",
             "−1",
             "share of the row's limit",
         ],
@@ -347,7 +347,7 @@ def test_frames_say_who_chose_what(tmp_path: Path, drawn: Drawn) -> None:
     assert frames(drawn("trial")["svg"]) == (2, 2)  # and in the legend
     assert frames(a_trial(tmp_path / "a.svg", chosen=1)) == (2, 0)
     assert frames(a_trial(tmp_path / "b.svg", chosen=1, answer=1)) == (2, 2)
-    assert "person's answer" not in texts(a_trial(tmp_path / "c.svg", chosen=1))
+    assert "answer given" not in texts(a_trial(tmp_path / "c.svg", chosen=1))
 
 
 def test_regions_stand_from_hair_to_background(drawn: Drawn) -> None:
