@@ -131,14 +131,17 @@ def _needs_processes(advice: str) -> FeatureStoreError:
 
 
 def _quieten(stack: ExitStack) -> None:
-    """Dask's log lines below errors stay out of the output, in this process and those it starts; ``stack`` undoes it."""
+    """Dask's log lines below errors stay out of the output, of its workers all; ``stack`` undoes it.
+
+    A worker's own errors come as its run's result; what it logs beside them is of the stopping, such as a heartbeat cut short.
+    """
     import dask
 
     for handler in logging.getLogger("distributed").handlers:
         stack.callback(handler.setLevel, handler.level)
     _log_from(logging.ERROR)
     # Workers read it from their environment, as they set up logging when they import distributed.
-    stack.enter_context(dask.config.set({"distributed.nanny.pre-spawn-environ.DASK_LOGGING__DISTRIBUTED": "error"}))
+    stack.enter_context(dask.config.set({"distributed.nanny.pre-spawn-environ.DASK_LOGGING__DISTRIBUTED": "critical"}))
 
 
 def _log_from(level: int) -> None:
