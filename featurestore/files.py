@@ -5,6 +5,7 @@ import errno
 import hashlib
 import os
 import re
+import stat
 import sys
 import weakref
 from collections.abc import Callable, Iterator
@@ -15,6 +16,30 @@ from typing import Any
 from featurestore.errors import FeatureStoreError
 
 PARTIAL = ".partial"  # ending of a file or folder that is being written or removed; readers never open it
+
+
+def read_file(path: Path, most: int = 1 << 30) -> bytes:
+    """The content of a file. OSError also for what is none (a folder, device, pipe) and for more than ``most`` bytes."""
+    fd = open_file(path)
+    try:
+        size = os.fstat(fd).st_size
+        if size > most:
+            raise OSError(errno.EFBIG, f"it has {size} bytes, more than the {most} that it can need", str(path))
+        with os.fdopen(fd, "rb", closefd=False) as file:
+            return file.read(size)
+    finally:
+        os.close(fd)
+
+
+def open_file(path: Path) -> int:
+    """A file opened for reading: its descriptor. OSError also for a device or a pipe, without waiting for it."""
+    fd = os.open(path, os.O_RDONLY | os.O_NONBLOCK | os.O_CLOEXEC)
+    mode = os.fstat(fd).st_mode
+    if stat.S_ISREG(mode):
+        return fd
+    os.close(fd)
+    what = "a folder" if stat.S_ISDIR(mode) else "a device or a pipe"
+    raise OSError(errno.EINVAL, f"it is {what}, not a file", str(path))
 
 
 def sha256_of(path: str | os.PathLike[str]) -> str:

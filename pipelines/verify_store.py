@@ -1,4 +1,4 @@
-"""Check a store: every record, a few of them recomputed; repair what is damaged."""
+"""Check a store: every byte of it, a few rows recomputed; repair what is damaged."""
 
 from pathlib import Path
 from typing import TYPE_CHECKING
@@ -12,7 +12,6 @@ if TYPE_CHECKING:
     from collections.abc import Sequence
 
     from featurestore.caching.verify import Damage, Recomputation, StoreReport
-    from featurestore.checkpoints.weights import Weights
     from featurestore.store.reader import FeatureStore, Source
 
 EPILOG = r"""
@@ -56,21 +55,40 @@ def main(
     repair: bool,
     device: str,
 ) -> None:
-    """Check the checksum, keys, NaN and infinity of every record of STORE; exit status 1 if anything is wrong."""
+    """Check every document, record and checksum of STORE, keys, NaN and infinity; exit status 1 if anything is wrong."""
     from featurestore.errors import FeatureStoreError
     from featurestore.store.reader import FeatureStore
 
+    sound = _check_files(store, repair)
     opened = FeatureStore.open(store)
     if backbone and all(found.attributes["backbone"] != backbone for found in opened.sources.values()):
         names = sorted({found.attributes["backbone"] for found in opened.sources.values()})
         raise FeatureStoreError(f"no source of {store} was computed by {backbone!r}, but by {', '.join(names)}.")
-    sound = True
     for found in [opened.source(source)] if source else opened.sources.values():
         sound &= _verify(opened, found, weights, backbone, n_recompute, repair, device)
     if not opened.sources:
         click.echo(f"{store} holds no source.")
     if not sound:
         click.get_current_context().exit(1)
+
+
+def _check_files(store: Path, repair: bool) -> bool:
+    """Documents, coordinates and checksums; whether they are right by now."""
+    from featurestore.store.integrity import check_files, restore
+    from featurestore.store.writer import is_being_written, store_lock
+
+    damage = check_files(store)
+    if damage and is_being_written(store):
+        click.echo("  note   documents and coordinates not checked: the store is being written")
+        return True
+    for found in damage:
+        click.echo(f"  WRONG  {found}")
+    if damage and repair:
+        with store_lock(store, "pipelines/verify_store.py --repair"):
+            lost = restore(check_files(store))
+        click.echo(f"  {len(damage) - len(lost)} of {len(damage)} files repaired")
+        return not lost
+    return not damage
 
 
 def _verify(
@@ -96,34 +114,41 @@ def _verify(
         try:
             recomputed = recompute_some(source, weights_of(source, weights, backbone), choose_device(device), report, n)
         except FeatureStoreError as error:
-            if weights or repair or backbone == source.attributes["backbone"]:
+            if weights or backbone == source.attributes["backbone"]:
                 raise
             not_recomputed = [f"nothing recomputed: {error}"]
     not_recomputed += [f"not recomputed: {failure}" for failure in recomputed.failures]
     _print(report, recomputed, not_recomputed)
     damage = (*report.damage, *recomputed.damage)
     if repair and damage:
-        return _repair(store, source, damage, weights_of(source, weights, backbone), device)
+        return _repair(store, source, damage, weights, backbone, device)
     return report.sound and not recomputed.damage
 
 
 def _repair(
-    store: "FeatureStore", source: "Source", damage: "Sequence[Damage]", weights: "Weights", device: str
+    store: "FeatureStore",
+    source: "Source",
+    damage: "Sequence[Damage]",
+    weights: str | None,
+    backbone: str | None,
+    device: str,
 ) -> bool:
-    from featurestore.caching.repair import repair_job, repair_plan
+    from featurestore.caching.provenance import weights_of
+    from featurestore.caching.repair import keep_intact, repair_job, repair_plan
     from featurestore.caching.run import cache_layers
     from featurestore.caching.verify import Recomputation, check_source
     from featurestore.store.reader import FeatureStore
     from featurestore.store.writer import store_lock
 
-    job = repair_job(store, source, weights, device)
     with store_lock(store.path, "pipelines/verify_store.py --repair"):
-        plan = repair_plan(store, source, damage)
+        plan = repair_plan(store, source, keep_intact(store, source, damage))
         click.echo(f"\nRepair\n{plan}\n")
-        plan.refuse_if_full()
-        with progress_bar(plan.images, "recomputing") as bar:
-            summary = cache_layers(job, plan, bar.update)
-    note_left_out(summary.failures, "not repaired")
+        if plan.images:
+            plan.refuse_if_full()
+            job = repair_job(store, source, weights_of(source, weights, backbone), device)
+            with progress_bar(plan.images, "recomputing") as bar:
+                summary = cache_layers(job, plan, bar.update)
+            note_left_out(summary.failures, "not repaired")
     after = check_source(FeatureStore.open(store.path).source(source.name))
     _print(after, Recomputation(), [])
     return after.sound

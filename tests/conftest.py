@@ -13,7 +13,8 @@ from featurestore.caching.job import CachingRequest, prepare_job
 from featurestore.caching.planning import make_plan
 from featurestore.caching.run import Summary, cache_layers
 from featurestore.photos.keys import find_faces
-from featurestore.store.writer import store_lock
+from featurestore.store.writer import SourceWriter, store_lock
+from featurestore.store.zarr_format import source_document
 from tests.commands import ROOT
 
 SHARED = Path(os.environ.get("FEATURESTORE_SHARED", ROOT.parent / "shared"))
@@ -64,6 +65,21 @@ def run_pass(images: Path, store: Path, layers: list[str], **options) -> Summary
     job = prepare_job(request_for(images, store, layers, **options))
     with store_lock(store, "test"):
         return cache_layers(job, make_plan(job))
+
+
+def forget_shard(store: Path, layer: str, number: int) -> None:
+    """As if one shard of a layer had never been computed."""
+    writer = SourceWriter(store, FeatureStore.open(store).source(layers=[layer]).name, {})
+    found = writer.layers[layer]
+    rows = found.shard_rows(number)
+    writer.note(layer, rows.start, np.full(len(rows), -1))
+    writer.publish()
+    found.shard_path(number).unlink()
+
+
+def signed(document: dict) -> dict:
+    """A source's document that was edited, with the checksum that it has now."""
+    return source_document(document["attributes"], document["consolidated_metadata"]["metadata"])
 
 
 # The cheapest layers of the real network: what a test of storing needs is real rows, not many of them.

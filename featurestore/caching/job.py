@@ -1,8 +1,6 @@
 """What a caching run was asked for, checked: names, weights, device, and the source they make."""
 
-import json
 from dataclasses import dataclass, replace
-from hashlib import sha256
 from pathlib import Path
 from typing import Any, Literal
 
@@ -20,6 +18,7 @@ from featurestore.networks.spec import BackboneSpec
 from featurestore.photos.boxes import numbers
 from featurestore.photos.keys import FoundFaces
 from featurestore.photos.recipes import BOX_MARGIN, Recipe
+from featurestore.store.zarr_format import source_name
 from featurestore.versions import library_versions
 
 BATCH_SIZE = {"cpu": 16, "cuda": 64, "mps": 32}
@@ -81,8 +80,7 @@ class CachingJob:
     @property
     def source_name(self) -> str:
         """Backbone and a hash of the identity: the group's name."""
-        digest = sha256(json.dumps(self.identity, sort_keys=True).encode()).hexdigest()
-        return f"{self.spec.name.replace(':', '-')}-{digest[:12]}"  # a colon is no part of a folder's name everywhere
+        return source_name(self.identity)
 
     @property
     def attributes(self) -> dict[str, Any]:

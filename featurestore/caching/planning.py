@@ -17,8 +17,8 @@ from featurestore.photos.loading import Failure, Photo
 from featurestore.store.reader import FeatureStore, Source
 from featurestore.store.rows import present_rows
 from featurestore.store.shards import DamagedShard, thread_pool
-from featurestore.store.writer import free_bytes, refuse_other_folder
-from featurestore.store.zarr_format import DTYPES, METADATA, Layer
+from featurestore.store.writer import free_bytes, refuse_old_version, refuse_other_folder
+from featurestore.store.zarr_format import CHECKSUMS, DTYPES, METADATA, Layer
 from featurestore.text import listing
 from featurestore.versions import library_versions
 
@@ -31,7 +31,7 @@ def make_plan(job: CachingJob, progress: CountPhotographs = lambda n: None) -> P
     If the source holds items, all photographs are hashed, to notice changed and renamed ones; ``progress`` counts them.
     """
     request = job.request
-    ours = [*KEY, "path", "image_sha256", "item", *BOX, *LANDMARKS]
+    ours = [*KEY, "path", "image_sha256", "item", CHECKSUMS, *BOX, *LANDMARKS]
     theirs = [name for name in request.faces.table.columns if name not in ours]
     clash = [name for name in theirs if name in job.spec.layers] + [name for name in ours if name in job.layers]
     if clash:
@@ -99,6 +99,7 @@ def _existing_source(store: Path, name: str) -> Source | None:
     refuse_other_folder(store)
     if not (store / METADATA).exists():
         return None
+    refuse_old_version(store)
     return FeatureStore.open(store).sources.get(name)
 
 

@@ -1,6 +1,6 @@
-"""Exactly what is damaged, computed again: the plan and the job for ``run.cache_layers``."""
+"""What is damaged put right: records that are whole are kept, exactly the others are computed again."""
 
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from pathlib import Path
 
 import numpy as np
@@ -16,21 +16,49 @@ from featurestore.keys import KEY
 from featurestore.networks.digests import graph_digest
 from featurestore.photos.keys import FoundFaces
 from featurestore.store.reader import FeatureStore, Source
-from featurestore.store.writer import free_bytes
+from featurestore.store.rows import noted_rows, whole_records
+from featurestore.store.shards import ShardWriter
+from featurestore.store.writer import SourceWriter, free_bytes
 from featurestore.text import listing
 
 
-def repair_plan(store: FeatureStore, source: Source, damage: Sequence[Damage]) -> Plan:
-    """What has to be computed to repair ``damage``, and nothing else."""
-    parts = []
-    for layer in source.layers.values():
-        needed = np.zeros(source.n_items, bool)
-        for found in damage:
-            if found.layer == layer.name:
-                rows = layer.shard_rows(found.shard) if found.row < 0 else [found.row]
-                needed[list(rows)] = True
-        if needed.any():
-            parts.append(LayerPlan(layer, False, np.ones(source.n_items, bool), needed))
+def keep_intact(store: FeatureStore, source: Source, damage: Sequence[Damage]) -> dict[str, np.ndarray]:
+    """Write shards damaged as a whole anew, under ``store_lock``, from those of their records that are noted of their rows.
+
+    Returns bool per item of each layer: the rows that are lost, which have to be computed again.
+    """
+    writer = SourceWriter(store.path, source.name, {})
+    lost = {}
+    for name in dict.fromkeys(found.layer for found in damage):
+        layer, here = source.layers[name], [found for found in damage if found.layer == name]
+        lost[name] = np.zeros(source.n_items, bool)
+        lost[name][[found.row for found in here if found.row >= 0]] = True
+        noted = noted_rows(layer)
+        assert noted is not None  # writers refuse format version 1
+        for shard in sorted({found.shard for found in here if found.row < 0 <= found.shard}):
+            rows = layer.shard_rows(shard)
+            gone = noted[rows.start : rows.stop] >= 0
+            new: ShardWriter | None = None
+            for row, record in whole_records(layer, shard):
+                if layer.record.checksum(record) != noted[row]:
+                    continue
+                new = new or writer.open_shard(name, shard, end=len(rows))
+                new.write_record(row - rows.start, record)
+                gone[row - rows.start] = False
+            if new:
+                new.commit()
+            lost[name][rows.start : rows.stop] |= gone
+    writer.publish()
+    return lost
+
+
+def repair_plan(store: FeatureStore, source: Source, lost: Mapping[str, np.ndarray]) -> Plan:
+    """What has to be computed to bring back the rows that are ``lost`` (bool per item, by layer), and nothing else."""
+    parts = [
+        LayerPlan(source.layers[name], False, np.ones(source.n_items, bool), rows)
+        for name, rows in lost.items()
+        if rows.any()
+    ]
     table = source.items.reset_index()
     return Plan(
         store=store.path,

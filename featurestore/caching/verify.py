@@ -1,5 +1,6 @@
 """Every record of a source checked against its checksum, and a few rows computed again."""
 
+import os
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass, field
 from itertools import combinations
@@ -17,9 +18,10 @@ from featurestore.networks.registry import known_backbone
 from featurestore.networks.shapes import layer_shapes
 from featurestore.networks.spec import BackboneSpec
 from featurestore.photos.loading import Failure, batches
+from featurestore.store.checksums import NOT_ITS_OWN
 from featurestore.store.reader import Source
-from featurestore.store.rows import open_shard, stored_row
-from featurestore.store.shards import DamagedShard, read_record, thread_pool
+from featurestore.store.rows import noted_rows, open_shard, stored_row
+from featurestore.store.shards import DamagedShard, ShardIndex, read_record, thread_pool
 from featurestore.store.zarr_format import Layer
 from featurestore.text import listing
 
@@ -86,14 +88,23 @@ class _ShardCheck:
 
 
 def check_source(source: Source, progress: Callable[[int], object] = lambda n: None) -> StoreReport:
-    """Checksum, length, NaN and infinity of every record, keys, and layers that repeat each other. Reads everything once."""
+    """Every byte of every shard, NaN and infinity, keys, and layers that repeat each other. Reads everything once.
+
+    A record has to be whole and the one that is noted of its item; what lies between records has to be zero.
+    """
     names = [f"({face!r}, {view!r})" for face, view in source.keys]
     checksums: dict[str, np.ndarray] = {}
     records, damage, absent = 0, [], {}
     for name, layer in source.layers.items():
         checks = []
+        try:
+            noted = noted_rows(layer)
+        except DamagedShard as error:
+            damage.append(Damage(name, -1, -1, "", str(error)))
+            progress(layer.n_items)
+            continue
         for check in thread_pool().map(
-            lambda shard, layer=layer: _check_shard(layer, shard, names), range(layer.n_shards)
+            lambda shard, layer=layer, noted=noted: _check_shard(layer, shard, names, noted), range(layer.n_shards)
         ):
             checks.append(check)
             progress(len(check.checksums))
@@ -135,33 +146,51 @@ def _copies(source: Source) -> Iterator[str]:
         yield f"{len(copies)} items have the same photograph as another: {', '.join(pairs)}{more}"
 
 
-def _check_shard(layer: Layer, shard: int, names: list[str]) -> _ShardCheck:
+def _check_shard(layer: Layer, shard: int, names: list[str], noted: np.ndarray | None) -> _ShardCheck:
     rows = layer.shard_rows(shard)
     checksums = np.full(len(rows), -1, np.int64)
     damage: list[Damage] = []
     records = 0
     try:
         with open_shard(layer, shard) as opened:
-            if opened is None:
-                return _ShardCheck(0, len(rows), [], checksums)
-            fd, index = opened
-            for slot in np.flatnonzero(index.present[: len(rows)]):
-                row = rows.start + int(slot)
+            present = opened[1].present[: len(rows)] if opened else np.zeros(len(rows), bool)
+            cached = present if noted is None else noted[rows.start : rows.stop] >= 0
+            for row in (rows.start + np.flatnonzero(cached & ~present)).tolist():
+                damage.append(Damage(layer.name, shard, row, names[row], "the row was cached and is gone"))
+            for slot in np.flatnonzero(cached & present).tolist():
+                assert opened
+                row = rows.start + slot
                 records += 1
                 try:
-                    record = read_record(fd, index, int(slot))
+                    record = read_record(*opened, slot)
                     values = layer.record.decode(record)
                     checksums[slot] = layer.record.checksum(record)
+                    if noted is not None and checksums[slot] != noted[row]:
+                        raise DamagedShard(NOT_ITS_OWN)
                     bad = int((~np.isfinite(values)).sum())
                     if bad:
                         damage.append(Damage(layer.name, shard, row, names[row], f"{bad} values are NaN or infinite"))
                 except DamagedShard as error:
                     damage.append(Damage(layer.name, shard, row, names[row], str(error)))
-            absent = int((~index.present[: len(rows)]).sum())
+            if opened and _filled_gap(layer, *opened):
+                damage.append(Damage(layer.name, shard, -1, "", "bytes between its records are not zero"))
+            absent = int((~cached).sum())
     except DamagedShard as error:
         problem = f"{error} ({len(rows)} items)"
         return _ShardCheck(0, 0, [Damage(layer.name, shard, -1, "", problem)], checksums)
     return _ShardCheck(records, absent, damage, checksums)
+
+
+def _filled_gap(layer: Layer, fd: int, index: ShardIndex) -> bool:
+    """Whether anything but zeros lies where a shard has no record: before the next one, and in empty slots."""
+    record = layer.record
+    if record.alignment == 1 or record.compress != "none":
+        return False
+    for slot in range(int(np.flatnonzero(index.present).max(initial=-1)) + 1):
+        start = record.nbytes if index.present[slot] else 0
+        if any(os.pread(fd, record.stride - start, slot * record.stride + start)):
+            return True
+    return False
 
 
 def _repeats(source: Source, checksums: dict[str, np.ndarray], spec: BackboneSpec | None) -> Iterator[str]:

@@ -17,7 +17,7 @@ from featurestore.photos.csv_files import read_csv
 from featurestore.text import listing, natural_order, near_matches
 
 IMAGE_SUFFIXES = frozenset({".png", ".jpg", ".jpeg", ".pgm", ".ppm", ".bmp", ".tif", ".tiff", ".webp"})
-RESERVED = re.compile(r"item|image_sha256|zarr\.json|.*\.partial|(channel|y|x|feature|token)_[0-9]+")
+RESERVED = re.compile(r"item|checksums|image_sha256|zarr\.json|.*\.partial|(channel|y|x|feature|token)_[0-9]+")
 
 # Layouts of published face sets; matched against the path below the folder, without its ending.
 # "folders" is also VGGFace2 (n000129/0003_01). Deeper trees are refused rather than guessed at.

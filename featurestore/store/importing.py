@@ -31,7 +31,9 @@ _READ_AT_ONCE = 1 << 26  # bytes
 _SHARD_BYTES = 1 << 28
 _SLOTS = 256  # of a shard, unless its rows are large
 _UNKNOWN = "unknown"
-_TAKEN = re.compile(r"item|items|zarr\.json|.*\.partial|(channel|y|x|feature|token)_[0-9]+")  # as photos.keys has them
+_TAKEN = re.compile(
+    r"item|items|checksums|zarr\.json|.*\.partial|(channel|y|x|feature|token)_[0-9]+"
+)  # as photos.keys has them
 
 
 @dataclass(frozen=True)

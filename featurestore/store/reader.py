@@ -19,18 +19,10 @@ import numpy as np
 import pandas as pd
 
 from featurestore.errors import FeatureStoreError
-from featurestore.files import OpenFolder, safe_name
+from featurestore.files import OpenFolder
 from featurestore.keys import FLIPPED, KEY, place_columns
-from featurestore.store.zarr_format import (
-    METADATA,
-    Layer,
-    claims_to_be_layer,
-    is_coordinate,
-    parse_layer,
-    read_coordinate,
-    read_document,
-    source_names,
-)
+from featurestore.store.contents import contents_of
+from featurestore.store.zarr_format import METADATA, Layer, read_coordinate, read_document, source_names
 from featurestore.text import in_natural_order, listing, natural_order, near_matches
 
 if TYPE_CHECKING:
@@ -39,7 +31,6 @@ if TYPE_CHECKING:
 
     from featurestore.store.rows import Rows
 
-Document = dict[str, Any]  # JSON
 _MOST_COMPARED = 10_000  # names in the search for one that is near another
 Part: TypeAlias = "str | SupportsIndex"  # of a key: an integer stands for its digits
 Keys: TypeAlias = "str | tuple[Part, Part] | Iterable[tuple[Part, Part] | str] | pd.MultiIndex | pd.DataFrame"
@@ -62,23 +53,15 @@ class Source:
         )  # before its document is read: what follows belongs to this folder or is refused
         with self.opened.unchanged():
             document = read_document(self.folder)
-        self.attributes: dict[str, Any] = document["attributes"]
         try:
-            arrays: dict[str, Document] = document["consolidated_metadata"]["metadata"]
-            self._coordinates = {name: arrays[name] for name in self.attributes["coordinates"].split()}
-            self.n_items: int = arrays[KEY[0]]["shape"][0]
-            problem = _problem(self.attributes, arrays, self._coordinates)
-        except (KeyError, IndexError, TypeError, AttributeError) as error:
-            problem = f"{type(error).__name__} {error}"
-        if problem:
+            contents = contents_of(document, self.folder)
+        except FeatureStoreError as error:
             raise FeatureStoreError(
-                f"{self.folder / METADATA} is damaged or was written by another program: {problem}. "
-                "Restore it from a copy, or cache the source again."
-            )
-        others = {name: document for name, document in arrays.items() if name not in self._coordinates}
-        parsed = {name: parse_layer(name, document, self.folder) for name, document in others.items()}
-        self.layers: dict[str, Layer] = {name: layer for name, layer in parsed.items() if layer}
-        self.foreign = {name: others[name] for name, layer in parsed.items() if not layer}  # arrays that are not ours
+                f"{self.folder / METADATA} is damaged or was written by another program: {error}. "
+                f"Restore it: pipelines/verify_store.py {store} --repair"
+            ) from None
+        self.attributes, self.n_items, self.version = contents.attributes, contents.n_items, contents.version
+        self.coordinates, self.layers, self.foreign = contents.coordinates, contents.layers, contents.foreign
 
     def __repr__(self) -> str:
         return f"<Source {self.name}: {self.n_items} items, {len(self.layers)} layers ({', '.join(self.layers)})>"
@@ -91,13 +74,18 @@ class Source:
     @cached_property
     def items(self) -> pd.DataFrame:
         """One row per item in row order, indexed by (face_id, view): path, image_sha256 and the user's metadata."""
-        columns = {name: self.coordinate(name) for name in self._coordinates if name not in KEY}
+        columns = {name: self.coordinate(name) for name in self.coordinates if name not in KEY}
         return pd.DataFrame(columns, index=self.keys)
 
     def coordinate(self, name: str) -> np.ndarray:
         """One coordinate's values, (n_items,): an object array of str, or numbers."""
+        document = self.coordinates[name]
         with self.opened.unchanged():
-            return read_coordinate(self.folder / name, self._coordinates[name])
+            return read_coordinate(self.folder / name, document, document["data_type"], self.digests(name))
+
+    def digests(self, name: str) -> list[int] | None:
+        """crc32c of each chunk of a coordinate, as the source's document says them; None in format version 1."""
+        return self.attributes["digests"][name] if self.version > 1 else None
 
     @property
     def weights(self) -> str:
@@ -123,9 +111,7 @@ class Source:
 
     def _first_of_photograph(self, mirrored_is_another: bool) -> np.ndarray:
         names = [
-            name
-            for name in ("image_sha256", *place_columns(self.attributes.get("recipe")))
-            if name in self._coordinates
+            name for name in ("image_sha256", *place_columns(self.attributes.get("recipe"))) if name in self.coordinates
         ]
         table = pd.DataFrame({name: self.coordinate(name) for name in names}, index=self.keys)
         return first_of_photograph(table, mirrored_is_another)
@@ -207,12 +193,12 @@ class Source:
             )
         return self.layers[name]
 
-    def rows(self, layer: str) -> "Rows":
-        """Memory-mapped rows of one layer."""
+    def rows(self, layer: str, verify: bool = False) -> "Rows":
+        """Memory-mapped rows of one layer. With ``verify`` each is checked, whenever it is gathered, to be its item's."""
         from featurestore.store.rows import Rows  # opening a store and reading its keys needs no torch
 
         with self.opened.unchanged():
-            return Rows(self.layer(layer), self.find)
+            return Rows(self.layer(layer), self.find, verify)
 
     def dask(self, layer: str) -> "da.Array":
         """The layer as a lazy Dask array (item, *shape); rows that are not cached are NaN."""
@@ -238,10 +224,13 @@ class FeatureStore:
     def open(cls, path: str | os.PathLike[str]) -> "FeatureStore":
         """Open for reading. FeatureStoreError if ``path`` is missing, is no store, or has another format version."""
         root = Path(path)
-        if not root.exists():
-            raise FeatureStoreError(f"there is no store {root}. Make it: pipelines/cache_layers.py --store {root}")
-        read_document(root)
-        return cls(root, {name: Source(root, name) for name in source_names(root)})
+        try:
+            if not root.exists():
+                raise FeatureStoreError(f"there is no store {root}. Make it: pipelines/cache_layers.py --store {root}")
+            read_document(root)
+            return cls(root, {name: Source(root, name) for name in source_names(root)})
+        except (OSError, ValueError) as error:  # ValueError: a path with a NUL
+            raise FeatureStoreError(f"{root} cannot be read: {getattr(error, 'strerror', None) or error}.") from None
 
     def __repr__(self) -> str:
         return f"<FeatureStore {self.path}: {', '.join(map(repr, self.sources.values())) or 'empty'}>"
@@ -317,9 +306,9 @@ class FeatureStore:
             return sources[0].find(keys, columns, face=face)
         return self.source(source, [layer] if layer else ()).find(keys, columns, face=face)
 
-    def rows(self, layer: str, source: str | None = None) -> "Rows":
-        """Memory-mapped rows; see ``Rows.gather``. Without ``source``: of the only source that holds the layer."""
-        return self.source(source, [layer]).rows(layer)
+    def rows(self, layer: str, source: str | None = None, verify: bool = False) -> "Rows":
+        """Memory-mapped rows; see ``Source.rows``. Without ``source``: of the only source that holds the layer."""
+        return self.source(source, [layer]).rows(layer, verify)
 
     def dask(self, layer: str, source: str | None = None) -> "da.Array":
         """A lazy Dask array; see ``Source.dask``. Without ``source``: of the only source that holds the layer."""
@@ -347,31 +336,6 @@ def first_of_photograph(items: pd.DataFrame, mirrored_is_another: bool) -> np.nd
     _, first, group = np.unique(group, return_index=True, return_inverse=True)
     unknown = table["image_sha256"].isna() | table["image_sha256"].isin(["", "0" * 64])
     return np.where(unknown, own, first[group]).astype(np.int64)
-
-
-def _problem(attributes: dict[str, Any], arrays: dict[str, Document], coordinates: dict[str, Document]) -> str:
-    """What is wrong with a source's document; empty if nothing is."""
-    missing = [name for name in ("backbone", "weights", "recipe", "precision") if name not in attributes]
-    if missing:
-        return f"it has no attribute {listing(missing)}"
-    texts = [name for name in ("backbone", "weights", "precision") if not isinstance(attributes[name], str)]
-    if texts or not isinstance(attributes["recipe"], dict):
-        return f"its attribute {(texts or ['recipe'])[0]} is of another type"
-    unsafe = [name for name in arrays if not safe_name(name)]
-    if unsafe:
-        return f"{unsafe[0]!r} cannot name an array"
-    n_items = arrays[KEY[0]]["shape"][0]
-    for name in [*KEY, *coordinates]:
-        if name not in coordinates or not is_coordinate(arrays[name]) or arrays[name]["shape"] != [n_items]:
-            return f"coordinate {name!r} is not one of {n_items} items"
-    slots = set()
-    for name, document in arrays.items():
-        if claims_to_be_layer(document):
-            layer = parse_layer(name, document, Path())
-            if layer is None or layer.n_items != n_items:
-                return f"array {name!r} is not a layer of {n_items} items as this version writes them"
-            slots.add(layer.slots)
-    return f"layers have different numbers of items to a shard: {sorted(slots)}" if len(slots) > 1 else ""
 
 
 def _key_index(keys: Keys, columns: Mapping[str, str]) -> pd.MultiIndex:

@@ -7,7 +7,7 @@ from pathlib import Path
 from featurestore.errors import FeatureStoreError
 from featurestore.files import PARTIAL, folder_bytes
 from featurestore.store.reader import FeatureStore
-from featurestore.store.writer import SourceWriter, drop_leftovers, publish_root
+from featurestore.store.writer import SourceWriter, drop_leftovers, publish_root, refuse_old_version
 from featurestore.text import near_matches
 
 
@@ -36,6 +36,7 @@ def removal_of(store: FeatureStore, source: str | None, layer: str | None) -> Re
 
 def remove(store: Path, removal: Removal) -> None:
     """Carry it out, under ``store_lock``, in one step for readers; ``finish_removals`` ends what was killed after that."""
+    refuse_old_version(store)
     if removal.layer is None:
         going = store / (removal.source + PARTIAL)
         (store / removal.source).rename(going)
@@ -47,6 +48,7 @@ def remove(store: Path, removal: Removal) -> None:
 
 def finish_removals(store: Path) -> list[str]:
     """Delete what killed writers left, under ``store_lock``; what was being removed: ``source`` or ``source/layer``."""
+    refuse_old_version(store)
     removed = [name for name in drop_leftovers(store) if not (store / name).exists()]
     publish_root(store)
     return removed

@@ -17,10 +17,11 @@ import numpy as np
 from featurestore.errors import FeatureStoreError
 from featurestore.files import PARTIAL, exchange, folder_bytes
 from featurestore.keys import KEY
+from featurestore.store.checksums import NOT_ITS_OWN, Checksums
 from featurestore.store.reader import Source
 from featurestore.store.rows import open_shard
 from featurestore.store.shards import DamagedShard, ShardWriter, read_record
-from featurestore.store.writer import SourceWriter, drop_leftovers, free_bytes, publish_root
+from featurestore.store.writer import SourceWriter, drop_leftovers, free_bytes, publish_root, refuse_old_version
 from featurestore.store.zarr_format import METADATA, Layer
 from featurestore.text import human_bytes
 
@@ -34,6 +35,7 @@ def remove_items(store: Path, name: str, rows: np.ndarray, progress: CountRows =
     Memory is bounded by one row; the disk has to take the rows that stay a second time. Raises FeatureStoreError for a damaged
     record, too little disk, a file system that cannot exchange folders, and if no item would stay; nothing has changed then.
     """
+    refuse_old_version(store)
     drop_leftovers(store)
     source = Source(store, name)
     stay = np.setdiff1d(np.arange(source.n_items), rows)
@@ -59,6 +61,7 @@ def rename_items(store: Path, name: str, renamed: Mapping[Key, tuple[str, str, s
     Shards are linked, or copied where the disk has no links. Raises FeatureStoreError as ``remove_items`` does, and for keys that
     would be there twice.
     """
+    refuse_old_version(store)
     drop_leftovers(store)
     source = Source(store, name)
     rows = source.find(list(renamed))
@@ -75,6 +78,7 @@ def rename_items(store: Path, name: str, renamed: Mapping[Key, tuple[str, str, s
             for shard in range(layer.n_shards):
                 if layer.shard_path(shard).exists():
                     _link(layer.shard_path(shard), writer.layers[layer.name].shard_path(shard))
+            writer.note(layer.name, 0, Checksums(layer)[range(layer.n_items)])
         writer.append(table)
 
 
@@ -102,6 +106,7 @@ def _replacement(source: Source) -> Iterator[SourceWriter]:
 
 def _copy_rows(layer: Layer, writer: SourceWriter, rows: np.ndarray, progress: CountRows) -> None:
     """Records of ``rows`` (int, increasing), closed up; absent ones stay absent."""
+    noted = Checksums(layer)[range(layer.n_items)]
     with ExitStack() as reading:
         at, opened = -1, None
         for shard, start in enumerate(range(0, len(rows), layer.slots)):
@@ -113,9 +118,14 @@ def _copy_rows(layer: Layer, writer: SourceWriter, rows: np.ndarray, progress: C
                         reading.close()
                         at = row // layer.slots
                         opened = reading.enter_context(open_shard(layer, at))
-                    if opened is not None and opened[1].present[row % layer.slots]:
+                    if noted[row] >= 0:
+                        if opened is None or not opened[1].present[row % layer.slots]:
+                            raise DamagedShard("the row was cached and is gone")
+                        record = read_record(*opened, row % layer.slots)
+                        if layer.record.checksum(record) != noted[row]:
+                            raise DamagedShard(NOT_ITS_OWN)
                         new = new or writer.open_shard(layer.name, shard, end=len(part))
-                        new.write_record(slot, read_record(*opened, row % layer.slots))
+                        new.write_record(slot, record)
                     progress(1)
                 if new:
                     new.commit()

@@ -11,13 +11,16 @@ import numbers
 import os
 import weakref
 from collections.abc import Callable, Iterator
-from contextlib import closing, contextmanager
+from contextlib import ExitStack, contextmanager
 from typing import Any
 
 import numpy as np
 import torch
+from crc32c import crc32c
 
 from featurestore.errors import FeatureStoreError
+from featurestore.files import open_file
+from featurestore.store.checksums import NOT_ITS_OWN, Checksums
 from featurestore.store.shards import DamagedShard, ShardIndex, read_index, read_record, thread_pool
 from featurestore.store.zarr_format import Layer
 
@@ -38,15 +41,28 @@ class Rows:
     ``rows["s12", "3"]`` and ``rows[5]`` are one item's row, ``rows["s12"]`` and ``rows[2:5]`` several, as CPU tensors;
     ``numpy.asarray(rows)`` reads all of them. ``find`` gives the row numbers of keys, as ``Source.find`` does. A view of the
     files as they were when it was made: rows that a caching run adds later need a new ``Rows``.
+
+    With ``verify`` every row that is gathered is compared with the checksum that the store holds of it, apart from the row: a
+    record that was damaged, or stands in another one's place, raises DamagedShard. Without it only those of compressed layers
+    are checked, and against their own checksum alone.
     """
 
-    def __init__(self, layer: Layer, find: Callable[[Any], np.ndarray] | None = None) -> None:
+    def __init__(self, layer: Layer, find: Callable[[Any], np.ndarray] | None = None, verify: bool = False) -> None:
+        if verify and layer.version == 1:
+            raise FeatureStoreError(
+                f"{layer.store} has format version 1, which holds no checksums apart from the rows, so `verify` can compare them "
+                f"with nothing. Upgrade it: pipelines/upgrade_store.py {layer.store}"
+            )
         self.layer = layer
         self._find = find
         self.shape = (layer.n_items, *layer.shape)
         self.dtype: torch.dtype = getattr(torch, layer.dtype.name)
         self._row_shape, self._elements = layer.shape, layer.record.elements
+        noted = noted_rows(layer)  # before the shards: what is noted is in them
+        self._checksums = noted if verify else None
         self._region, positions, self._lengths = _map_shards(layer)
+        if noted is not None:
+            positions[noted < 0] = -1
         self._view: torch.Tensor | None = None
         if layer.compress == "none":
             if (positions[positions >= 0] % layer.dtype.itemsize).any():
@@ -92,7 +108,7 @@ class Rows:
 
         ``out`` is filled and returned if given: contiguous, of this dtype and exactly that shape. Reusing it is
         what makes small batches fast. Raises IndexError for an index outside 0 … len - 1, FeatureStoreError for a
-        row that is not cached, DamagedShard for a compressed record that fails its checksum.
+        row that is not cached, DamagedShard for a compressed record that fails its checksum, or with ``verify`` any that does.
         """
         index = _as_index(indices)
         n = index.shape[0]
@@ -106,6 +122,8 @@ class Rows:
             positions = torch.index_select(self._positions, 0, index)
             if self._view is not None:
                 torch.index_select(self._view, 0, positions, out=flat)
+                if self._checksums is not None:
+                    self._compare(index, flat.numpy())
             else:
                 self._decode(index, positions, flat.numpy())
         except IndexError:
@@ -140,12 +158,35 @@ class Rows:
             raise IndexError("an absent row")
         content, decode = self._region.content(), self.layer.record.decode
 
-        def put(i: int, start: int, length: int) -> None:
-            out[i] = decode(content[start : start + length])
+        def put(i: int, row: int, start: int, length: int) -> None:
+            record = content[start : start + length]
+            out[i] = decode(record)
+            if self._checksums is not None and self.layer.record.checksum(record) != self._checksums[row]:
+                raise self._not_its_own(row)
 
         lengths = self._lengths[rows.numpy()].tolist()
-        for _ in thread_pool().map(put, range(len(lengths)), positions.tolist(), lengths):
+        for _ in thread_pool().map(put, range(len(lengths)), rows.tolist(), positions.tolist(), lengths):
             pass
+
+    def _compare(self, rows: torch.Tensor, values: np.ndarray) -> None:
+        """DamagedShard if a row of ``values`` (n, elements) is not what was noted of the item."""
+        assert self._checksums is not None
+        found = thread_pool().map(crc32c, values.view(np.uint8))
+        for row, due, checksum in zip(rows.tolist(), self._checksums[rows.numpy()].tolist(), found, strict=True):
+            if checksum != due:
+                raise self._not_its_own(row)
+
+    def _not_its_own(self, row: int) -> DamagedShard:
+        layer = self.layer
+        return DamagedShard(
+            f"layer {layer.name!r}, row {row}: {NOT_ITS_OWN}. If a caching run has written it anew since these rows were "
+            f"opened, open them again; otherwise repair it: pipelines/verify_store.py {layer.store} --repair"
+        )
+
+
+def noted_rows(layer: Layer) -> np.ndarray | None:
+    """int64 per item: the checksum that its record has to end in, -1 if no row is cached; None in format version 1."""
+    return Checksums(layer)[range(layer.n_items)] if layer.version > 1 else None
 
 
 def _map_shards(layer: Layer) -> tuple["_Region", np.ndarray, np.ndarray]:
@@ -211,19 +252,27 @@ def _mmap(address: int | None, nbytes: int, protection: int, flags: int, fd: int
 
 
 @contextmanager
-def open_shard(layer: Layer, shard: int) -> Iterator[tuple[int, ShardIndex] | None]:
-    """A shard's file and its index; None if it has not been written."""
+def open_shard(layer: Layer, shard: int, anywhere: bool = False) -> Iterator[tuple[int, ShardIndex] | None]:
+    """A shard's file and its index; None if it has not been written. DamagedShard if it cannot be read; see ``read_index``."""
+    path = layer.shard_path(shard)
     try:
-        file = layer.shard_path(shard).open("rb", buffering=0)
+        fd = open_file(path)
     except FileNotFoundError:
         yield None
         return
-    with closing(file):
-        yield file.fileno(), read_index(file.fileno(), layer.slots, layer.record, layer.shard_path(shard))
+    except OSError as error:
+        raise DamagedShard(f"{path} cannot be read: {error.strerror or error}") from None
+    try:
+        yield fd, read_index(fd, layer.slots, layer.record, path, anywhere)
+    finally:
+        os.close(fd)
 
 
 def read_shard(layer: Layer, shard: int, part: slice = slice(None)) -> np.ndarray:
-    """Rows of one shard, or a ``part`` of them, (n, *shape), read-only; absent ones are NaN. Mapped where the file allows."""
+    """Rows of one shard, or a ``part`` of them, (n, *shape), read-only; absent ones are NaN. Mapped where the file allows.
+
+    DamagedShard for rows that were cached and are gone.
+    """
     rows = layer.shard_rows(shard)
     slots = range(len(rows))[part]
     with open_shard(layer, shard) as opened:
@@ -232,11 +281,18 @@ def read_shard(layer: Layer, shard: int, part: slice = slice(None)) -> np.ndarra
             inner = np.empty(layer.shape, layer.dtype).strides
             shape = (len(rows), *layer.shape)
             return np.ndarray(shape, layer.dtype, mapped, strides=(layer.record.stride, *inner))[part]
+        present = opened[1].present[: len(rows)] if opened is not None else np.zeros(len(rows), bool)
+        gone = ~present & (Checksums(layer)[rows] >= 0) if layer.version > 1 else np.zeros(len(rows), bool)
+        if gone.any():
+            raise DamagedShard(
+                f"layer {layer.name!r} of {layer.folder.parent}: {int(gone.sum())} rows that were cached are gone, the first is "
+                f"row {rows[int(gone.argmax())]}. Compute them again: pipelines/verify_store.py {layer.store} --repair"
+            )
         values = np.full((len(slots), *layer.shape), np.nan, layer.dtype)
         if opened is not None:
             fd, index = opened
             for i, slot in enumerate(slots):
-                if index.present[slot]:
+                if present[slot]:
                     values[i] = layer.record.decode(read_record(fd, index, slot)).reshape(layer.shape)
         return values
 
@@ -250,15 +306,44 @@ def stored_row(layer: Layer, row: int) -> np.ndarray | None:
         return layer.record.decode(read_record(*opened, slot))
 
 
+def whole_records(layer: Layer, shard: int) -> Iterator[tuple[int, bytes]]:
+    """Rows of a shard, by number, with their records that match their own checksums, wherever in the file they lie.
+
+    Where the index is lost, uncompressed records are looked for in the places that they have to be in.
+    """
+    rows, record = layer.shard_rows(shard), layer.record
+    with ExitStack() as reading:
+        try:
+            opened = reading.enter_context(open_shard(layer, shard, anywhere=True))
+            if opened is None:
+                return
+            fd, index = opened
+            places = [(int(index.offsets[slot]), int(index.nbytes[slot])) for slot in range(len(rows))]
+        except DamagedShard:
+            path = layer.shard_path(shard)
+            if record.compress != "none" or not path.is_file():
+                return
+            fd = reading.enter_context(path.open("rb")).fileno()
+            places = [(slot * record.stride, record.nbytes) for slot in range(len(rows))]
+        for row, (offset, nbytes) in zip(rows, places, strict=True):
+            content = os.pread(fd, nbytes, offset) if offset >= 0 else b""
+            try:
+                record.decode(content)
+            except DamagedShard:
+                continue
+            yield row, content
+
+
 def present_rows(layer: Layer) -> np.ndarray:
-    """bool per item: whether its row is in the store, read from the shard indexes alone."""
+    """bool per item: whether its row is in the store, by the shards' indexes and what is noted of them; rows are not read."""
     present = np.zeros(layer.n_items, bool)
     for shard in range(layer.n_shards):
         rows = layer.shard_rows(shard)
         with open_shard(layer, shard) as opened:
             if opened is not None:
                 present[rows.start : rows.stop] = opened[1].present[: len(rows)]
-    return present
+    noted = noted_rows(layer)
+    return present if noted is None else present & (noted >= 0)
 
 
 def _as_index(indices: Indices) -> torch.Tensor:

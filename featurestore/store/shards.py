@@ -4,14 +4,16 @@ A shard is a standard Zarr v3 ``sharding_indexed`` chunk whose inner chunk is on
 
     record of slot 0 | crc32c u32 | record of slot 1 | crc32c u32 | … | (offset u64, nbytes u64) per slot | crc32c u32
 
-Without compression every record has the same length and slot ``i`` begins at ``i * (row_bytes + 4)``, so the file
-can be memory-mapped as a strided array. A slot without a record has ``(2**64 - 1, 2**64 - 1)`` in the index.
+Without compression every record has the same length and slot ``i`` begins at ``i * stride``, the length rounded up to 64 bytes
+(in format version 1 not rounded), so that the file can be memory-mapped as a strided array of aligned rows; the bytes between
+are zero. Compressed records follow each other without gaps. A slot without a record has ``(2**64 - 1, 2**64 - 1)`` in the index.
 """
 
 import errno
 import os
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from concurrent.futures import ThreadPoolExecutor
+from contextlib import AbstractContextManager, nullcontext
 from dataclasses import dataclass
 from functools import cache
 from pathlib import Path
@@ -27,6 +29,9 @@ from featurestore.files import PARTIAL
 Compress = Literal["none", "zstd", "blosc"]
 COMPRESS: tuple[Compress, ...] = ("none", "zstd", "blosc")
 CRC_BYTES = 4
+ALIGNMENT = 64  # bytes: a cache line, and the widest register
+
+KEPT = -2  # in the place of the checksum of a record that was carried over
 
 _ABSENT = np.uint64(2**64 - 1)
 _BUFFERS_PER_WRITE = 512  # under IOV_MAX, which is 1024 on Linux and macOS
@@ -48,11 +53,15 @@ def thread_pool() -> ThreadPoolExecutor:
 
 @dataclass(frozen=True)
 class RecordFormat:
-    """How one item's row becomes a record: element type, length in elements, compression."""
+    """How one item's row becomes a record: element type, length in elements, compression; where records begin.
+
+    Uncompressed ones begin at multiples of ``alignment`` bytes, which is 1 in format version 1.
+    """
 
     dtype: np.dtype
     elements: int
     compress: Compress
+    alignment: int = ALIGNMENT
 
     @property
     def row_bytes(self) -> int:
@@ -62,6 +71,11 @@ class RecordFormat:
     @property
     def stride(self) -> int:
         """Bytes from one uncompressed record to the next."""
+        return -(-self.nbytes // self.alignment) * self.alignment
+
+    @property
+    def nbytes(self) -> int:
+        """Bytes of an uncompressed record, checksum included."""
         return self.row_bytes + CRC_BYTES
 
     def largest_shard(self, slots: int) -> int:
@@ -139,8 +153,11 @@ def index_bytes(slots: int) -> int:
     return 16 * slots + CRC_BYTES
 
 
-def read_index(fd: int, slots: int, record: RecordFormat, name: object) -> ShardIndex:
-    """The index of an open shard. Raises DamagedShard if it cannot be trusted to point inside the file."""
+def read_index(fd: int, slots: int, record: RecordFormat, name: object, anywhere: bool = False) -> ShardIndex:
+    """The index of an open shard. Raises DamagedShard if it points outside the file, or to other places than records have.
+
+    With ``anywhere`` records may lie as another program would put them.
+    """
     size = os.fstat(fd).st_size
     length = index_bytes(slots)
     if size < length:
@@ -152,10 +169,30 @@ def read_index(fd: int, slots: int, record: RecordFormat, name: object) -> Shard
     absent = (pairs == _ABSENT).all(axis=1)
     offsets, nbytes = np.where(absent[:, None], 0, pairs).T
     inside = (offsets <= size) & (nbytes <= size) & (offsets + nbytes <= np.uint64(size - length))
-    plain = record.compress != "none" or (nbytes[~absent] == record.stride).all()
+    plain = record.compress != "none" or (nbytes[~absent] == record.nbytes).all()
     if not inside.all() or not plain:
         raise DamagedShard(f"{name}: the index points outside the file or at records of another length")
-    return ShardIndex(np.where(absent, -1, offsets.astype(np.int64)), nbytes.astype(np.int64))
+    index = ShardIndex(np.where(absent, -1, offsets.astype(np.int64)), nbytes.astype(np.int64))
+    problem = "" if anywhere else _misplaced(index, record, size - length)
+    if problem:
+        raise DamagedShard(f"{name}: {problem}; bytes were lost or put in, or another program wrote it")
+    return index
+
+
+def _misplaced(index: ShardIndex, record: RecordFormat, end: int) -> str:
+    """What is wrong with the places of a shard's records, whose index begins at byte ``end``; empty if nothing is."""
+    slots = np.flatnonzero(index.present)
+    offsets, nbytes = index.offsets[slots], index.nbytes[slots]
+    if record.alignment == 1:  # in version 1 records may lie anywhere, as those of a shard that was upgraded do
+        due, last = offsets, int((offsets + nbytes).max(initial=0))
+        last += -last % ALIGNMENT if last != end else 0
+    elif record.compress == "none":
+        due, last = slots * record.stride, (int(slots[-1]) + 1) * record.stride if len(slots) else 0
+    else:
+        due, last = np.cumsum(nbytes) - nbytes, int(nbytes.sum())
+    if not np.array_equal(offsets, due):
+        return f"{int((offsets != due).sum())} records do not begin where they have to"
+    return "" if last == end else f"the records end at byte {last}, the index begins at {end}"
 
 
 class ShardWriter:
@@ -163,13 +200,25 @@ class ShardWriter:
 
     ``keep`` are slots of the present file to carry over byte for byte unless they are rewritten, so that a run
     which ends early loses no row; ``end`` is one past the last slot that will be written, for preallocation.
-    A full disk is met here, before anything is computed into the file.
+    A full disk is met here, before anything is computed into the file. ``noting`` is entered, with each slot's checksum, while
+    the shard is put in its place: int64 (slots,), -1 where there is no record, KEPT where one was carried over.
     """
 
-    def __init__(self, path: Path, record: RecordFormat, slots: int, *, keep: Sequence[int] = (), end: int = 0) -> None:
+    def __init__(
+        self,
+        path: Path,
+        record: RecordFormat,
+        slots: int,
+        *,
+        keep: Sequence[int] = (),
+        end: int = 0,
+        noting: Callable[[np.ndarray], AbstractContextManager[object]] = lambda checksums: nullcontext(),
+    ) -> None:
         self.path = path
         self.record = record
         self.slots = slots
+        self._noting = noting
+        self._checksums = np.full(slots, -1, np.int64)
         self._pairs = np.full((slots, 2), _ABSENT, "<u8")
         self._position = 0
         self._kept = sorted(keep)
@@ -219,7 +268,8 @@ class ShardWriter:
             os.ftruncate(self._fd, end)
         os.fdatasync(self._fd) if hasattr(os, "fdatasync") else os.fsync(self._fd)
         self._close()
-        os.replace(self._partial, self.path)
+        with self._noting(self._checksums):
+            os.replace(self._partial, self.path)
 
     def abandon(self) -> None:
         """Drop what was written; the present file, if there is one, stays as it is."""
@@ -235,7 +285,7 @@ class ShardWriter:
     def _write_run(self, slots: Sequence[int], rows: np.ndarray) -> None:
         if self.record.compress != "none":
             for slot, encoded in zip(slots, thread_pool().map(self.record.encode, rows), strict=True):
-                self._note(slot, len(encoded))
+                self._note(slot, len(encoded), self.record.checksum(encoded))
                 _write_all(self._fd, [encoded])
             return
         content = np.ascontiguousarray(rows).data.cast("B")
@@ -244,16 +294,17 @@ class ShardWriter:
             range(first, min(first + _ROWS_PER_WRITE, len(slots))) for first in range(0, len(slots), _ROWS_PER_WRITE)
         ]
 
-        def checksums(group: range) -> list[bytes]:
-            return [crc32c(content[i * length : (i + 1) * length]).to_bytes(CRC_BYTES, "little") for i in group]
+        def checksums(group: range) -> list[int]:
+            return [crc32c(content[i * length : (i + 1) * length]) for i in group]
 
         # One thread sums ahead while this one hands bytes to the kernel: both are as fast as memory.
         for group, sums in zip(groups, thread_pool().map(checksums, groups), strict=True):
             buffers: list[bytes | memoryview] = []
             for i, checksum in zip(group, sums, strict=True):
                 self._place(slots[i], buffers)
-                buffers += [content[i * length : (i + 1) * length], checksum]
-                self._note(slots[i], self.record.stride)
+                tail = checksum.to_bytes(CRC_BYTES, "little").ljust(self.record.stride - length, b"\0")
+                buffers += [content[i * length : (i + 1) * length], tail]
+                self._note(slots[i], self.record.nbytes, checksum)
             _write_all(self._fd, buffers)
 
     def _place(self, slot: int, buffers: list[bytes | memoryview]) -> None:
@@ -268,20 +319,24 @@ class ShardWriter:
         os.lseek(self._fd, offset, os.SEEK_SET)
         self._position = offset
 
-    def _note(self, slot: int, nbytes: int) -> None:
+    def _note(self, slot: int, nbytes: int, checksum: int) -> None:
         self._pairs[slot] = self._position, nbytes
-        self._position += nbytes
+        self._checksums[slot] = checksum
+        self._position += nbytes if self.record.compress != "none" else self.record.stride
 
     def _carry_over(self, before: int) -> None:
         while self._kept and self._kept[0] < before:
             slot = self._kept.pop(0)
             assert self._old is not None
             self._copy(slot, read_record(self._old, self._old_index, slot))
+            self._checksums[slot] = KEPT
 
     def _copy(self, slot: int, record: bytes) -> None:
         if self.record.compress == "none":
             self._place(slot, [])
-        self._note(slot, len(record))
+            record = record.ljust(self.record.stride, b"\0")
+        nbytes = len(record) if self.record.compress != "none" else self.record.nbytes
+        self._note(slot, nbytes, self.record.checksum(record[:nbytes]))
         _write_all(self._fd, [record])
 
 

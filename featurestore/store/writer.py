@@ -1,8 +1,8 @@
 """The one writer of a store: its lock, its source's metadata, its shards.
 
-Order makes it safe. Shards and coordinate chunks are written first, each by rename; the source's document is renamed
-last and is what readers go by. A process killed in between leaves files that nothing refers to, and
-``SourceWriter`` drops them before it writes anything else.
+Order makes it safe. Shards are written first, then the checksums of their rows and coordinate chunks, each by rename; the
+source's document is renamed last and is what readers go by. A process killed in between leaves files that nothing refers to,
+and ``SourceWriter`` drops them before it writes anything else. A row is forgotten in the checksums before it is written anew.
 """
 
 import json
@@ -10,33 +10,41 @@ import os
 import platform
 import shutil
 from collections.abc import Iterator, Mapping, Sequence
-from contextlib import contextmanager
-from dataclasses import replace
+from contextlib import contextmanager, nullcontext
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
 
 import numpy as np
 import pandas as pd
+from crc32c import crc32c
 from filelock import FileLock, Timeout
 
 from featurestore.errors import FeatureStoreError
-from featurestore.files import PARTIAL, write_atomically
+from featurestore.files import PARTIAL, OpenFolder, read_file
 from featurestore.keys import KEY
+from featurestore.store.checksums import Checksums, checksum_metadata
 from featurestore.store.reader import Source
 from featurestore.store.rows import open_shard
-from featurestore.store.shards import DamagedShard, ShardWriter
+from featurestore.store.shards import KEPT, DamagedShard, ShardWriter
 from featurestore.store.zarr_format import (
+    CHECKSUMS,
     COORDINATE_CHUNK,
+    FORMAT_VERSION,
     METADATA,
     Layer,
+    checksums_group,
+    chunk_names,
     coordinate_chunk,
+    coordinate_content,
     coordinate_kind,
     coordinate_metadata,
-    encode_coordinate,
+    document_bytes,
     read_document,
     root_document,
     source_document,
     source_names,
+    write_chunk,
     write_json,
 )
 
@@ -70,6 +78,19 @@ def store_lock(store: Path, doing: str) -> Iterator[None]:
         lock.release()
 
 
+def is_being_written(store: Path) -> bool:
+    """Whether somebody holds ``store_lock`` now."""
+    path = store.resolve()
+    path = path.with_name(path.name + ".lock")
+    try:
+        with FileLock(path, timeout=0) if path.exists() else nullcontext():
+            return False
+    except Timeout:
+        return True
+    except OSError:  # a disk that cannot be written is not being written
+        return False
+
+
 def _holder(path: Path) -> str:
     try:
         holder = json.loads(path.read_text("utf-8"))
@@ -97,6 +118,17 @@ def refuse_other_folder(store: Path) -> None:
         raise FeatureStoreError(f"{store} is {what}, not a store. Choose another `store`.")
 
 
+def refuse_old_version(store: Path) -> None:
+    """FeatureStoreError for a store, or one with a source, of an earlier format version: that is only read."""
+    for folder in [store, *(store / name for name in source_names(store))]:
+        version = read_document(folder)["attributes"]["format_version"]
+        if version != FORMAT_VERSION:
+            raise FeatureStoreError(
+                f"{folder} has format version {version}, which is read but not written. Upgrade the store, which computes "
+                f"nothing: pipelines/upgrade_store.py {store}"
+            )
+
+
 def publish_root(store: Path) -> None:
     """Bring the root's document in step with its sources'; touches no file if it is."""
     documents = {name: read_document(store / name) for name in source_names(store)}
@@ -121,6 +153,7 @@ def drop_leftovers(store: Path) -> list[str]:
             layer not in read_document(source)["consolidated_metadata"]["metadata"]
         ):  # otherwise killed before it was taken out
             shutil.rmtree(source / layer, ignore_errors=True)
+            shutil.rmtree(source / CHECKSUMS / layer, ignore_errors=True)
             gone.append(f"{source.name}/{layer}")
         marker.unlink()
     for partial in [path for name in source_names(store) for path in (store / name).rglob("*" + PARTIAL)]:
@@ -134,35 +167,51 @@ class SourceWriter:
 
     ``table`` holds the registered items' coordinates in row order, columns ``face_id, view, path, image_sha256`` and
     the user's. ``foreign`` are the documents of arrays of other programs, for a source that is made anew. Nothing is visible to
-    readers before ``publish``.
+    readers before ``publish``. FeatureStoreError for a store of format version 1, unless it is being ``upgraded``.
     """
 
     def __init__(
-        self, store: Path, name: str, attributes: Mapping[str, Any], foreign: Mapping[str, Any] | None = None
+        self,
+        store: Path,
+        name: str,
+        attributes: Mapping[str, Any],
+        foreign: Mapping[str, Any] | None = None,
+        upgraded: bool = False,
     ) -> None:
         self.store = store
         self.folder = store / name
         self.layers: dict[str, Layer] = {}
         self._parts: list[pd.DataFrame] = []
         self._foreign: dict[str, Any] = dict(foreign or {})
+        self._checksums: dict[str, Checksums] = {}
+        self._written: dict[str, _Written] = {}  # the coordinates on disk
+        self._replaced = False  # whether values may be others than those on disk
+        self._unpublished_changes = False
         refuse_other_folder(store)
-        if (store / METADATA).exists():
-            read_document(store)
-        else:
+        if not (store / METADATA).exists():
             write_json(store / METADATA, root_document({}))
+        if not upgraded:
+            refuse_old_version(store)
         drop_leftovers(store)
+        self._opened = OpenFolder(store)
         if (self.folder / METADATA).exists():
             source = Source(store, name)
             self.attributes = source.attributes
-            self.layers = dict(source.layers)
+            self.layers = {each: replace(layer, version=FORMAT_VERSION) for each, layer in source.layers.items()}
             self._foreign = source.foreign
             self._parts = [source.items.reset_index()]
-            self._drop_unregistered()
+            self._checksums = {each: Checksums(layer) for each, layer in self.layers.items()}
+            for each, document in source.coordinates.items():
+                names = chunk_names(document)
+                self._written[each] = _Written(document["data_type"], names, list(source.digests(each) or ()))
+                self._replaced |= names != 0 and not upgraded  # killed while values were changed
+            self._unpublished_changes = self._replaced or upgraded
+            if not upgraded:
+                self._drop_unregistered()
         else:
             shutil.rmtree(self.folder, ignore_errors=True)  # a source that never got its document
             self.attributes = dict(attributes)
         self._published = self.n_items  # rows before this one have their coordinates on disk
-        self._unpublished_changes = False
 
     @property
     def table(self) -> pd.DataFrame:
@@ -178,8 +227,12 @@ class SourceWriter:
 
     def add_layer(self, name: str, shape: tuple[int, ...], dtype: str, compress: str, slots: int) -> Layer:
         """Declare a layer; its rows are absent until shards hold them."""
-        shutil.rmtree(self.folder / name, ignore_errors=True)  # left by a run that was killed before it published
+        if name == CHECKSUMS:
+            raise FeatureStoreError(f"a layer cannot be named {name!r}: the store keeps its checksums under that name.")
+        for folder in (self.folder / name, self.folder / CHECKSUMS / name):
+            shutil.rmtree(folder, ignore_errors=True)  # left by a run that was killed before it published
         self.layers[name] = Layer(name, shape, np.dtype(dtype), compress, slots, self.n_items, self.folder / name)
+        self._checksums[name] = Checksums(self.layers[name])
         self._unpublished_changes = True
         return self.layers[name]
 
@@ -187,26 +240,45 @@ class SourceWriter:
         """Take a layer out and publish that, then delete its files; killed in between, ``drop_leftovers`` deletes them."""
         marker = self.folder / (name + _REMOVED)
         marker.touch()
-        folder = self.layers.pop(name).folder
+        folder, noted = self.layers.pop(name).folder, self._checksums.pop(name).folder
         self._unpublished_changes = True
         self.publish()
         shutil.rmtree(folder)
+        shutil.rmtree(noted)
         marker.unlink()
 
     def open_shard(self, layer: str, shard: int, keep: Sequence[int] = (), end: int = 0) -> ShardWriter:
         """A writer for one shard of one layer; see ShardWriter."""
-        found = self.layers[layer]
-        return ShardWriter(found.shard_path(shard), found.record, found.slots, keep=keep, end=end)
+        self._require_store()
+        found, noted = self.layers[layer], self._checksums[layer]
+        first = shard * found.slots
+
+        @contextmanager
+        def noting(written: np.ndarray) -> Iterator[None]:
+            before = noted[range(first, first + found.slots)]
+            after = np.where(written == KEPT, before, written)
+            if noted.forget(first + np.flatnonzero(before != after)):
+                noted.save()
+            yield
+            noted.note(first, after)
+
+        return ShardWriter(found.shard_path(shard), found.record, found.slots, keep=keep, end=end, noting=noting)
+
+    def note(self, layer: str, start: int, checksums: np.ndarray) -> None:
+        """The checksums (int64, -1 for none) of rows from ``start`` on whose shards are in their places already."""
+        self._checksums[layer].note(start, checksums)
 
     def present_slots(self, layer: str, shard: int) -> np.ndarray:
         """bool per slot of a shard: whether it holds a registered item's row. A lost index holds none."""
         found = self.layers[layer]
+        first = shard * found.slots
         try:
             with open_shard(found, shard) as opened:
                 present = opened[1].present.copy() if opened else np.zeros(found.slots, bool)
         except DamagedShard:
             present = np.zeros(found.slots, bool)
-        present[max(0, self.n_items - shard * found.slots) :] = False
+        present &= self._checksums[layer][range(first, first + found.slots)] >= 0
+        present[max(0, self.n_items - first) :] = False
         return present
 
     def append(self, table: pd.DataFrame) -> None:
@@ -217,39 +289,72 @@ class SourceWriter:
     def replace_table(self, table: pd.DataFrame) -> None:
         """Put other values into the coordinates; items and their order must stay the same."""
         self._parts = [table.reset_index(drop=True)]
-        self._published = 0
+        self._replaced = True
         self._unpublished_changes = True
 
     def publish(self) -> None:
         """Show readers everything committed so far, in one step; touches no file if nothing changed."""
+        self._require_store()
+        for noted in self._checksums.values():
+            noted.save()
         if self._unpublished_changes:
-            self._publish_source()
+            changed = self._changed_columns() if self._replaced else set()
+            if changed:  # under names that no published document describes, and then under the usual ones
+                self._publish_source(changed)
+            self._publish_source(set())
+            self._published = self.n_items
+            self._unpublished_changes = self._replaced = False
         publish_root(self.store)  # also after a kill just before it
 
-    def _publish_source(self) -> None:
+    def _require_store(self) -> None:
+        """FeatureStoreError if the store was removed, or another one put in its place, since this writer was made."""
+        with self._opened.unchanged():
+            pass
+
+    def _changed_columns(self) -> set[str]:
+        """Coordinates whose published values are others now, or of another type."""
+        published, changed = self.table.iloc[: self._published], set()
+        for name, written in self._written.items():
+            values = published[name].to_numpy()
+            kind = coordinate_kind(values)
+            if kind != written.kind or [_digest(part, kind) for part in _chunks(values)] != written.digests:
+                changed.add(name)
+        return changed
+
+    def _publish_source(self, moved: set[str]) -> None:
+        """Write what has changed and then the source's document; the chunks of ``moved`` coordinates under other names."""
         table = self.table
         kinds = {str(name): coordinate_kind(table[name].to_numpy()) for name in table.columns}
-        arrays = {name: coordinate_metadata(kind, len(table)) for name, kind in kinds.items()}
-        for name, kind in kinds.items():
-            self._write_chunks(name, table[name].to_numpy(), kind)
+        arrays: dict[str, Any] = {
+            name: coordinate_metadata(kind, len(table), int(name in moved)) for name, kind in kinds.items()
+        }
+        for name in kinds:
+            self._write_chunks(name, table[name].to_numpy(), arrays[name])
+        arrays[CHECKSUMS] = checksums_group()
         for name, layer in self.layers.items():
             self.layers[name] = replace(layer, n_items=len(table))
             arrays[name] = self.layers[name].metadata()
+            arrays[f"{CHECKSUMS}/{name}"] = checksum_metadata(len(table))
         self.attributes["coordinates"] = " ".join(kinds)
+        self.attributes["digests"] = {name: self._written[name].digests for name in kinds}
         for name, document in arrays.items():
             _write_if_changed(self.folder / name / METADATA, document)
-        write_json(self.folder / METADATA, source_document(self.attributes, {**arrays, **self._foreign}))
-        for name, kind in kinds.items():
-            _drop_other_chunks(self.folder / name, kind)
-        self._published = len(table)
-        self._unpublished_changes = False
+        write_json(self.folder / METADATA, source_document(self.attributes, {**arrays, **self._foreign}, self._foreign))
+        for name in kinds:
+            _drop_other_chunks(self.folder / name, arrays[name])
 
-    def _write_chunks(self, name: str, values: np.ndarray, kind: str) -> None:
-        if self._published == len(values):
-            return
-        for chunk in range(self._published // COORDINATE_CHUNK, -(-len(values) // COORDINATE_CHUNK)):
-            part = values[chunk * COORDINATE_CHUNK : (chunk + 1) * COORDINATE_CHUNK]
-            write_atomically(coordinate_chunk(self.folder / name, kind, chunk), encode_coordinate(part, kind))
+    def _write_chunks(self, name: str, values: np.ndarray, document: Mapping[str, Any]) -> None:
+        """Those that are not on disk already."""
+        kind, names = document["data_type"], chunk_names(document)
+        before = self._written.get(name)
+        known = before.digests if before and (before.kind, before.names) == (kind, names) else []
+        start = 0 if self._replaced else min(self._published // COORDINATE_CHUNK, len(known))
+        digests = known[:start]
+        for chunk, part in enumerate(_chunks(values[start * COORDINATE_CHUNK :]), start):
+            digests.append(_digest(part, kind))
+            if digests[chunk : chunk + 1] != known[chunk : chunk + 1]:
+                write_chunk(coordinate_chunk(self.folder / name, document, chunk), part, kind)
+        self._written[name] = _Written(kind, names, digests)
 
     def _drop_unregistered(self) -> None:
         """Remove the rows that a killed caching run wrote and whose items it never registered.
@@ -274,24 +379,39 @@ class SourceWriter:
                 self.open_shard(layer.name, last, keep=keep).commit()
 
 
-def _drop_other_chunks(folder: Path, kind: str) -> None:
-    """Remove chunks of the type that a coordinate had before."""
-    keep = coordinate_chunk(folder, kind, 0)
+@dataclass
+class _Written:
+    """A coordinate on disk: its type, how its chunks are named, and the digest of each one's values."""
+
+    kind: str
+    names: int
+    digests: list[int]
+
+
+def _chunks(values: np.ndarray) -> list[np.ndarray]:
+    return [values[start : start + COORDINATE_CHUNK] for start in range(0, len(values), COORDINATE_CHUNK)]
+
+
+def _digest(values: np.ndarray, kind: str) -> int:
+    return crc32c(coordinate_content(values, kind))
+
+
+def _drop_other_chunks(folder: Path, document: Mapping[str, Any]) -> None:
+    """Remove chunks under the names that a coordinate's had before."""
+    keep = coordinate_chunk(folder, document, 0)
     for path in folder.iterdir():
         if path.is_dir():
             if path != keep.parent:
                 shutil.rmtree(path)
-        elif path.name != METADATA and (
-            keep.parent != folder or path.name.startswith("c") != keep.name.startswith("c")
-        ):
+        elif path.name != METADATA and keep.parent != folder:
             path.unlink()
 
 
 def _write_if_changed(path: Path, document: Mapping[str, Any]) -> None:
     try:
-        if json.loads(path.read_text("utf-8")) == document:
+        if read_file(path) == document_bytes(document):
             return
-    except (OSError, ValueError):
+    except OSError:
         pass
     write_json(path, document)
 

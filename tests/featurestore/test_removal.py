@@ -19,7 +19,7 @@ from featurestore.store.rewriting import remove_items, rename_items
 from featurestore.store.shards import DamagedShard
 from featurestore.store.writer import store_lock
 from tests.commands import FORKS
-from tests.conftest import LAYERS, run_pass, write_photographs
+from tests.conftest import LAYERS, forget_shard, run_pass, write_photographs
 from tests.featurestore.test_cache import contents, values
 
 GONE = [("f1", "2"), ("f3", "1"), ("f5", "2")]  # in three shards of four items; the last item of all among them
@@ -58,7 +58,7 @@ def test_absent_rows_stay_absent_and_what_others_wrote_stays(photographs: Path, 
     run_pass(photographs, store, LAYERS)
     source = FeatureStore.open(store).source()
     before = values(store)
-    source.layers[LAYERS[0]].shard_path(1).unlink()  # items 4 to 7
+    forget_shard(store, LAYERS[0], 1)  # items 4 to 7
     group = zarr.open_group(store / source.name, mode="r+", use_consolidated=False)
     group.create_array("rdm", data=np.eye(3))
     (store / source.name / "notes.txt").write_text("mine")

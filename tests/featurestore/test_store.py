@@ -14,8 +14,12 @@ import zarr
 from dask.system import CPU_COUNT
 
 from featurestore import FeatureStore, FeatureStoreError
+from featurestore.caching.repair import keep_intact
+from featurestore.caching.verify import check_source
 from featurestore.store import lazy
 from featurestore.store.lazy import block_bounds
+from featurestore.store.shards import DamagedShard
+from featurestore.store.writer import store_lock
 from tests.conftest import LAYERS, run_pass, write_photographs
 
 KEPT = Path(__file__).parent / "data" / "version-1.zarr"
@@ -155,9 +159,9 @@ def test_what_is_not_a_store_is_refused(tmp_path: Path, small_store: Path) -> No
     shutil.copytree(small_store, tmp_path / "new.zarr")
     root = tmp_path / "new.zarr" / "zarr.json"
     document = json.loads(root.read_text())
-    document["attributes"]["format_version"] = 2
+    document["attributes"]["format_version"] = 3
     root.write_text(json.dumps(document))
-    with pytest.raises(FeatureStoreError, match="format version 2; this program reads version 1"):
+    with pytest.raises(FeatureStoreError, match="format version 3; this program reads versions 1, 2"):
         FeatureStore.open(tmp_path / "new.zarr")
     root.write_text("{")
     with pytest.raises(FeatureStoreError, match="damaged"):
@@ -230,15 +234,25 @@ def test_other_readers_read_compressed_layers(tmp_path: Path, compress: str) -> 
     assert np.array_equal(tensorstore.open(spec, read=True).result()[:].read().result(), expected)
 
 
-def test_shards_written_by_zarr_python_are_read(tmp_path: Path, small_store: Path) -> None:
-    """The format is Zarr's, not ours: the same array written by another program gathers the same rows."""
+def test_shards_written_by_zarr_python_are_put_in_order(tmp_path: Path, small_store: Path) -> None:
+    """Another program puts the same records elsewhere in a shard: refused, and brought back without computing."""
     shutil.copytree(small_store, tmp_path / "s.zarr")
     source = FeatureStore.open(tmp_path / "s.zarr").source()
     expected = source.rows("maxp_2_2").gather(range(10)).numpy()
     shutil.rmtree(tmp_path / "s.zarr" / source.name / "maxp_2_2" / "c")
     array = zarr.open_group(tmp_path / "s.zarr" / source.name, mode="r+", use_consolidated=False)["maxp_2_2"]
     array[:] = expected
-    assert np.array_equal(FeatureStore.open(tmp_path / "s.zarr").rows("maxp_2_2").gather(range(10)).numpy(), expected)
+    opened = FeatureStore.open(tmp_path / "s.zarr")
+    with pytest.raises(DamagedShard, match="records do not begin where they have to"):
+        opened.rows("maxp_2_2")
+    with store_lock(tmp_path / "s.zarr", "test"):
+        lost = keep_intact(opened, opened.source(), check_source(opened.source()).damage)
+    assert not lost["maxp_2_2"].any()
+    assert np.array_equal(opened.rows("maxp_2_2", verify=True).gather(range(10)).numpy(), expected)
+    layers = [store / source.name / "maxp_2_2" for store in (small_store, tmp_path / "s.zarr")]
+    assert [[path.read_bytes() for path in sorted(layer.rglob("c/*/0/0/0"))] for layer in layers[:1]] == [
+        [path.read_bytes() for path in sorted(layers[1].rglob("c/*/0/0/0"))]
+    ]
 
 
 def test_the_kept_store_of_version_1_opens(tmp_path: Path) -> None:

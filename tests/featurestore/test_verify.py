@@ -15,7 +15,7 @@ from featurestore.devices import choose_device
 from featurestore.store.writer import SourceWriter, store_lock
 from pipelines.verify_store import main as verify_store
 from tests.commands import command
-from tests.conftest import LAYERS, run_pass, write_photographs
+from tests.conftest import LAYERS, forget_shard, run_pass, signed, write_photographs
 
 
 @pytest.fixture
@@ -92,6 +92,7 @@ def test_rows_that_are_not_the_networks_are_found(store: Path) -> None:
         shard_writer = writer.open_shard(LAYERS[1], 0, keep=[1, 2, 3], end=4)
         shard_writer.write([0], np.ones((1, layer.record.elements), np.float32))
         shard_writer.commit()
+        writer.publish()
     assert check_source(source).sound
     found = command("verify_store", store, "--device", "cpu")
     assert found.returncode == 1
@@ -103,9 +104,11 @@ def test_nan_and_infinity_are_found(store: Path, value: float) -> None:
     source = FeatureStore.open(store).source()
     rows = np.zeros((1, source.layers[LAYERS[1]].record.elements), np.float32)
     rows[0, 7] = value
-    shard_writer = SourceWriter(store, source.name, {}).open_shard(LAYERS[1], 1, keep=[0, 1, 3], end=4)
+    writer = SourceWriter(store, source.name, {})
+    shard_writer = writer.open_shard(LAYERS[1], 1, keep=[0, 1, 3], end=4)
     shard_writer.write([2], rows)
     shard_writer.commit()
+    writer.publish()
     (damage,) = check_source(source).damage
     assert str(damage) == "layer maxp_2_2, shard 1, item ('f4', '1'): 1 values are NaN or infinite"
 
@@ -145,7 +148,7 @@ def test_copies_are_noted_and_are_no_damage(tmp_path: Path) -> None:
 
 
 def test_unfinished_is_not_damaged(store: Path) -> None:
-    shard(store, LAYERS[0], 1).unlink()
+    forget_shard(store, LAYERS[0], 1)
     found = command("verify_store", store, "--device", "cpu")
     assert "layer maxp_1_2: 4 rows not cached yet" in found.stdout
     assert found.returncode == 0
@@ -165,7 +168,7 @@ def test_a_repeated_key_is_reported(store: Path) -> None:
     table.loc[1, "view"] = "1"
     writer.replace_table(table)
     writer.publish()
-    assert json.loads((store / "zarr.json").read_text())["attributes"]["format_version"] == 1
+    assert json.loads((store / "zarr.json").read_text())["attributes"]["format_version"] == 2
     assert check_source(FeatureStore.open(store).source()).suspicious == ("key ('f1', '1') is there twice",)
     with pytest.raises(FeatureStoreError, match="twice, so its rows cannot be identified"):
         FeatureStore.open(store).find([("f1", "1")])
@@ -190,7 +193,7 @@ def test_attributes_that_are_untrue(small_store: Path, tmp_path: Path, changed: 
     (document,) = tmp_path.glob("s.zarr/*/zarr.json")
     content = json.loads(document.read_text())
     content["attributes"].update(changed)
-    document.write_text(json.dumps(content))
+    document.write_text(json.dumps(signed(content)))
     done = CliRunner().invoke(verify_store, [str(tmp_path / "s.zarr")])
     assert done.exception is None or isinstance(done.exception, SystemExit), done.exception
     assert "nothing recomputed: " in done.output or "is of another type" in done.output
