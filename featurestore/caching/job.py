@@ -90,6 +90,7 @@ class CachingJob:
             "weights_name": self.weights.name,
             "licence": self.weights.licence,
             "library_versions": library_versions(),
+            "batch_size": self.batch_size,
         }
 
 

@@ -45,7 +45,8 @@ class LayerPlan:
 class Plan:
     """Everything a caching run will do to one source of one store.
 
-    ``existing`` and ``new`` are the coordinates of registered items (as they will be) and of items to append.
+    ``existing`` and ``new`` are the coordinates of registered items (as they will be) and of items to append. ``beside`` (bool per
+    registered item) are computed too and not written: with them the others are in the batches that they were in at first.
     """
 
     store: Path
@@ -57,6 +58,7 @@ class Plan:
     table_changed: bool
     changed: tuple[str, ...]
     recompute: np.ndarray
+    beside: np.ndarray | None = None
     failures: tuple[Failure, ...] = ()
     left_out: tuple[str, ...] = ()
     free: int = 0
@@ -65,8 +67,8 @@ class Plan:
 
     @property
     def to_fill(self) -> np.ndarray:
-        """Rows of registered items that some layer lacks or that are recomputed, in order."""
-        needed = np.zeros(len(self.existing), bool)
+        """Rows of registered items that are computed: what some layer lacks, what is recomputed, what is ``beside`` it."""
+        needed = np.zeros(len(self.existing), bool) if self.beside is None else self.beside.copy()
         for part in self.layers:
             needed |= part.needed
         return np.flatnonzero(needed)

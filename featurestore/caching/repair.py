@@ -53,7 +53,10 @@ def keep_intact(store: FeatureStore, source: Source, damage: Sequence[Damage]) -
 
 
 def repair_plan(store: FeatureStore, source: Source, lost: Mapping[str, np.ndarray]) -> Plan:
-    """What has to be computed to bring back the rows that are ``lost`` (bool per item, by layer), and nothing else."""
+    """What has to be computed to bring back the rows that are ``lost`` (bool per item, by layer), and nothing else.
+
+    The last digits of a row can depend on how many others are in its batch, so whole batches are computed, as the pass had them.
+    """
     parts = [
         LayerPlan(source.layers[name], False, np.ones(source.n_items, bool), rows)
         for name, rows in lost.items()
@@ -70,8 +73,20 @@ def repair_plan(store: FeatureStore, source: Source, lost: Mapping[str, np.ndarr
         table_changed=False,
         changed=(),
         recompute=np.zeros(source.n_items, bool),
+        beside=_in_batches_of(source, lost),
         free=free_bytes(store.path),
     )
+
+
+def _in_batches_of(source: Source, lost: Mapping[str, np.ndarray]) -> np.ndarray:
+    """bool per item: those that were in one batch with a lost row of theirs. Batches begin anew with each shard."""
+    slots = next((layer.slots for layer in source.layers.values()), 1)
+    size = source.attributes.get("batch_size")
+    size = min(size, slots) if isinstance(size, int) and size > 0 else 1
+    rows = np.arange(source.n_items)
+    batch = rows // slots * slots + rows % slots // size
+    needed = np.logical_or.reduce([np.zeros(source.n_items, bool), *lost.values()])
+    return np.isin(batch, batch[needed])
 
 
 def repair_job(store: FeatureStore, source: Source, weights: Weights, device: str) -> CachingJob:
@@ -87,6 +102,8 @@ def repair_job(store: FeatureStore, source: Source, weights: Weights, device: st
         recipe=source.attributes["recipe"]["name"],
         device=device,
         precision=precision_of(source),
+        batch_size=source.attributes.get("batch_size"),
+        on_error="skip",
     )
     spec = weights.backbone
     shapes = {name: source.layers[name].shape for name in layers}

@@ -101,6 +101,7 @@ def check_source(source: Source, progress: Callable[[int], object] = lambda n: N
             noted = noted_rows(layer)
         except DamagedShard as error:
             damage.append(Damage(name, -1, -1, "", str(error)))
+            checksums[name] = np.full(layer.n_items, -1, np.int64)
             progress(layer.n_items)
             continue
         for check in thread_pool().map(
