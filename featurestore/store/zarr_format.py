@@ -245,9 +245,10 @@ def decode_coordinate(content: bytes, kind: str, n: int, digest: int | None = No
     if len(content) < CRC_BYTES or crc32c(content[:-CRC_BYTES]) != int.from_bytes(content[-CRC_BYTES:], "little"):
         raise ValueError("the chunk does not match its checksum")
     raw = _unpacked(content[:-CRC_BYTES], kind)
+    held = int.from_bytes(raw[:4], "little") if kind == "string" else len(raw) // np.dtype(_NUMBERS[kind][0]).itemsize
+    if held != COORDINATE_CHUNK:  # before memory is taken for as many as it says
+        raise ValueError(f"the chunk has {held} values, not {COORDINATE_CHUNK}")
     values = VLenUTF8().decode(raw) if kind == "string" else np.frombuffer(raw, _NUMBERS[kind][0])
-    if len(values) != COORDINATE_CHUNK:
-        raise ValueError(f"the chunk has {len(values)} values, not {COORDINATE_CHUNK}")
     values = values[:n]
     if digest is not None and crc32c(raw if n == COORDINATE_CHUNK else coordinate_content(values, kind)) != digest:
         raise ValueError("the chunk is sound but not the one that belongs here")
