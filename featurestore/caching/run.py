@@ -95,6 +95,8 @@ class _Run:
                 self._end_recompute(hashes)
         if len(plan.new):
             self._stage(plans, photos_to_append(self.job, plan), plan.new)
+        if self.summary.computed:
+            self.writer.require_written()
 
     def _publish_table(self) -> None:
         """Publish new layers (still without rows) and metadata; changed photographs lose their hash until all is recomputed."""

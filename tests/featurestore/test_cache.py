@@ -432,3 +432,27 @@ def test_a_column_with_a_layers_name_is_refused(tmp_path: Path) -> None:
     with pytest.raises(FeatureStoreError, match=r"'maxp_1_2' is the name of a column .* and of a layer"):
         run_pass(write_table(images, maxp_1_2=1), tmp_path / "s.zarr", LAYERS)
     assert not (tmp_path / "s.zarr").exists()
+
+
+@pytest.mark.parametrize("removed", ["*", "*/maxp_1_2/c/0", "*/checksums/maxp_1_2/c", "*/face_id"])
+@pytest.mark.parametrize("again", [False, True])
+def test_what_is_removed_from_a_store_during_the_run_is_noticed(
+    photographs: Path, tmp_path: Path, removed: str, again: bool
+) -> None:
+    """By another program, at the seventh of ten photographs; with ``again`` an empty folder is put in the place of the store."""
+    store = tmp_path / "s.zarr"
+    job = prepare_job(request_for(photographs, store, LAYERS, batch_size=1))
+    plan, seen = make_plan(job), 0
+
+    def count(n: int) -> None:
+        nonlocal seen
+        seen += n
+        if seen == 7:
+            for path in [store] if removed == "*" else store.glob(removed):
+                shutil.rmtree(path)
+            if again and removed == "*":
+                store.mkdir()
+
+    with store_lock(store, "test"), pytest.raises(FeatureStoreError, match=r"removed|rewritten|are gone|No such file"):
+        cache_layers(job, plan, count)
+    assert not (store / "zarr.json").exists() or removed != "*"
