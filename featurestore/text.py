@@ -57,10 +57,15 @@ def aligned(rows: Sequence[Sequence[str]]) -> list[str]:
     ]
 
 
-def natural_order(text: str) -> tuple[tuple[int | str, ...], str]:
-    """Sort key under which ``"2" < "10"`` and ``"view9" < "view10"``."""
+def natural_order(text: str) -> tuple[tuple[tuple[int, str] | str, ...], str]:
+    """Sort key under which ``"2" < "10"`` and ``"view9" < "view10"``; numbers may have any number of digits."""
     parts = re.split(r"([0-9]+)", text)
-    return tuple(int(part) if i % 2 else part for i, part in enumerate(parts)), text
+    return tuple(_number_order(part) if i % 2 else part for i, part in enumerate(parts)), text
+
+
+def _number_order(digits: str) -> tuple[int, str]:
+    digits = digits.lstrip("0")
+    return len(digits), digits
 
 
 def in_natural_order(names: Iterable[str]) -> list[str]:

@@ -216,14 +216,14 @@ def _by_session(table: pd.DataFrame, values: Mapping[str, str], name: str, fault
 def _match_faces(table: pd.DataFrame, own: np.ndarray, source: Source, faults: Faults) -> pd.DataFrame:
     """Faces under their names in the store: the same text, or for a number the one face that ends in it."""
     known = set(source.keys.get_level_values(0))
-    numbers: dict[int, list[str]] = {}
+    numbers: dict[str, list[str]] = {}  # by their digits: a number may have any number of them
     for face in known:
-        digits = re.search(r"(\d+)$", face)
+        digits = re.search(r"[0-9]+$", face)
         if digits:
-            numbers.setdefault(int(digits[1]), []).append(face)
+            numbers.setdefault(digits[0].lstrip("0"), []).append(face)
     called: dict[str, str] = {}
     for face in pd.unique(table.loc[own, [*FACES, ODD]].to_numpy().ravel()):
-        candidates = numbers.get(int(face), []) if face.isdecimal() else []
+        candidates = numbers.get(face.lstrip("0"), []) if re.fullmatch("[0-9]+", face) else []
         if face in known:
             called[face] = face
         elif len(candidates) == 1:

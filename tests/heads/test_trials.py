@@ -427,3 +427,22 @@ def test_damaged_archives_are_said_so(made: Path, judged: Path, tmp_path: Path) 
     for name in ("short.csv.gz", "wrong.csv.gz"):
         with pytest.raises(FeatureStoreError, match=f"{name} cannot be read"):
             load_trials(tmp_path / name, FeatureStore.open(made))
+
+
+def test_faces_of_thousands_of_digits_are_faulty(made: Path, tmp_path: Path) -> None:
+    rows = [row(), row(a="9" * 5000)]
+    with pytest.raises(FeatureStoreError, match=r"1 name a face that is not in .*'9+… \(5,002 characters\)") as raised:
+        trials_from(made, tmp_path, rows, view="frontal")
+    assert len(str(raised.value)) < 1500
+
+
+def test_a_condition_on_a_table_without_rows(made: Path, tmp_path: Path) -> None:
+    (tmp_path / "t.csv").write_text("face_1,face_2,face_3,odd,rt\n")
+    with pytest.raises(FeatureStoreError, match="compares odd with a number, but it holds text"):
+        load_trials(tmp_path / "t.csv", FeatureStore.open(made), view="frontal", where=["odd == 3"])
+
+
+def test_a_table_of_trials_with_more_columns_than_any_has(made: Path, tmp_path: Path) -> None:
+    (tmp_path / "t.csv").write_text("face_1,face_2,face_3,odd" + ",x" * 100_000 + "\n")
+    with pytest.raises(FeatureStoreError, match="it has 100,004 columns, more than 5,000"):
+        load_trials(tmp_path / "t.csv", FeatureStore.open(made))
