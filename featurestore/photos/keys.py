@@ -261,9 +261,9 @@ def _resolved(paths: Iterable[str], folder: Path) -> list[str]:
     folders: dict[str, str] = {}
     resolved = []
     for path in paths:
-        whole = os.path.join(folder, os.path.expanduser(path))
+        whole = os.path.join(folder, os.path.expanduser(path))  # noqa: PTH111 (pathlib takes several times as long)
         parent, name = os.path.split(whole)
-        if name in ("", ".", "..") or os.path.islink(whole):
+        if name in ("", ".", "..") or os.path.islink(whole):  # noqa: PTH114
             resolved.append(os.path.realpath(whole))
             continue
         if parent not in folders:

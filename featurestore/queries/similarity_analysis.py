@@ -219,10 +219,8 @@ def _read_pairs(table: pd.DataFrame, value: str | None, similarity: bool | None,
         raise FeatureStoreError(f"`pairs` has no column of numbers {chosen!r}. {near_matches(chosen, numeric)}")
     values = long[chosen].to_numpy(np.float64)
     if not np.isfinite(values).all():
-        at = long[~np.isfinite(values)].iloc[0]
-        raise FeatureStoreError(
-            f"`pairs` has no number in {chosen} for {shortened(str(at['one']))}, {shortened(str(at['other']))}. Leave such pairs out."
-        )
+        one, other = (shortened(str(name)) for name in long[~np.isfinite(values)].iloc[0][["one", "other"]])
+        raise FeatureStoreError(f"`pairs` has no number in {chosen} for {one}, {other}. Leave such pairs out.")
     similar = chosen.lower().startswith("similar") if similarity is None else similarity
     long = long.assign(value=-values if similar else values)[["one", "other", "value"]]
     there = set(names)
@@ -258,9 +256,9 @@ def _long(table: pd.DataFrame) -> pd.DataFrame:
         return pd.DataFrame({"one": labels[upper[0]], "other": labels[upper[1]], "dissimilarity": numbers})
     parsed = [_parsed_pair(name) for name in table.index]
     if not all(parsed):
-        wrong = table.index[[not pair for pair in parsed]][0]
+        wrong = shortened(repr(table.index[[not pair for pair in parsed]][0]))
         raise FeatureStoreError(
-            f'`pairs` has neither columns face_1 and face_2, nor pairs such as "(0, 1)" in its first column ({shortened(repr(wrong))} is none), '
+            f'`pairs` has neither columns face_1 and face_2, nor pairs such as "(0, 1)" in its first column ({wrong} is none), '
             f"nor the same names along both sides. It has {listing(table.columns, 12)}."
         )
     one, other = zip(*[pair for pair in parsed if pair], strict=True)

@@ -5,8 +5,8 @@ import importlib
 import importlib.util
 import json
 import os
-import struct
 import pickle
+import struct
 import sys
 import tarfile
 import zipfile
@@ -576,7 +576,7 @@ def test_a_zip_archive_with_a_damaged_end(tmp_path: Path, state) -> None:
     whole = (tmp_path / "w.pth").read_bytes()
     end = whole.rfind(b"PK\x05\x06")
     (tmp_path / "w.pth").write_bytes(whole[:end] + struct.pack("<4sLQL", b"PK\x06\x07", 0, end, 5) + whole[end:])
-    with pytest.raises(FeatureStoreError, match="w.pth is damaged or incomplete: zipfiles that span multiple disks"):
+    with pytest.raises(FeatureStoreError, match=r"w\.pth is damaged or incomplete: zipfiles that span multiple disks"):
         open_weights(str(tmp_path / "w.pth"), MINI)
 
 

@@ -7,8 +7,8 @@ from pathlib import Path
 import numpy as np
 import pytest
 import torch
-from safetensors.torch import save_file
 import torch.nn.functional as F
+from safetensors.torch import save_file
 
 from featurestore import FeatureStoreError
 from featurestore.checkpoints.seeded import draw_weights
