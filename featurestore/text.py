@@ -5,19 +5,27 @@ import re
 from collections.abc import Iterable, Sequence
 
 _MOST_NAMES = 50
+_LONGEST_NAME = 300  # characters, in a list
+_MOST_COMPARED, _LONGEST_COMPARED = 2_000, 100  # names, and characters of them: what is near takes as long as both
+
+
+def shortened(text: str, most: int = 80) -> str:
+    """``text``; of one longer than ``most`` characters the beginning, and how long it is."""
+    return text if len(text) <= most else f"{text[:most]}… ({len(text):,} characters)"
 
 
 def listing(things: Iterable[object], most: int = 5) -> str:
-    """The first few of ``things``, comma separated, and how many more there are."""
+    """The first few of ``things``, comma separated and none of them long, and how many more there are."""
     things = list(things)
-    shown = ", ".join(str(thing) for thing in things[:most])
+    shown = ", ".join(shortened(str(thing), _LONGEST_NAME) for thing in things[:most])
     return shown if len(things) <= most else f"{shown} and {len(things) - most} more"
 
 
 def near_matches(name: str, known: Iterable[str], otherwise: str = "") -> str:
     """``"Did you mean a, b?"`` for the names closest to ``name``; if none is close, ``otherwise`` or a list of all."""
     known = list(known)
-    close = difflib.get_close_matches(name, known, n=3, cutoff=0.6)
+    compared = [each for each in known[:_MOST_COMPARED] if len(each) <= _LONGEST_COMPARED]
+    close = difflib.get_close_matches(name[:_LONGEST_COMPARED], compared, n=3, cutoff=0.6)
     if close:
         return f"Did you mean {', '.join(close)}?"
     return otherwise or f"It is one of: {listing(known, _MOST_NAMES)}."
@@ -49,10 +57,15 @@ def aligned(rows: Sequence[Sequence[str]]) -> list[str]:
     ]
 
 
-def natural_order(text: str) -> tuple[tuple[int | str, ...], str]:
-    """Sort key under which ``"2" < "10"`` and ``"view9" < "view10"``."""
+def natural_order(text: str) -> tuple[tuple[tuple[int, str] | str, ...], str]:
+    """Sort key under which ``"2" < "10"`` and ``"view9" < "view10"``; numbers may have any number of digits."""
     parts = re.split(r"([0-9]+)", text)
-    return tuple(int(part) if i % 2 else part for i, part in enumerate(parts)), text
+    return tuple(_number_order(part) if i % 2 else part for i, part in enumerate(parts)), text
+
+
+def _number_order(digits: str) -> tuple[int, str]:
+    digits = digits.lstrip("0")
+    return len(digits), digits
 
 
 def in_natural_order(names: Iterable[str]) -> list[str]:

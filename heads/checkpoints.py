@@ -11,7 +11,7 @@ from pathlib import Path
 from typing import Any
 
 import torch
-from safetensors import SafetensorError, safe_open
+from safetensors import SafetensorError
 from safetensors.torch import save_file
 
 from featurestore.checkpoints.fitting import compare_keys
@@ -25,6 +25,7 @@ from heads.published import head_tensors, published_head
 from heads.registry import HEADS, build_head, options_from_file, stored_options
 
 FORMAT = "face-featurestore-head"
+_MOST_AXES = 8  # of a row
 
 
 def write_tensors(path: Path, tensors: Mapping[str, torch.Tensor], metadata: dict[str, str]) -> None:
@@ -72,8 +73,8 @@ def load_head(
     path = Path(path)
     if not path.is_file():
         raise FeatureStoreError(f"there is no checkpoint {path}.")
-    document = _read_metadata(path)
-    tensors = open_tensors(path).tensors
+    file = open_tensors(path)
+    document, tensors = _described(path, file.metadata), file.tensors
     if document is not None:
         if "finetuned" in document:
             head, tensors = _finetuned_head(path, document, tensors, layer, ignore_backbone, backbone)
@@ -118,7 +119,7 @@ def _finetuned_head(
     """A fine-tuned head with its part of the network, or alone, and the tensors that it needs."""
     try:
         part = part_from_file(document["finetuned"])
-    except (KeyError, ValueError, TypeError):
+    except (KeyError, ValueError, TypeError, OverflowError):
         raise FeatureStoreError(f"{path} says that it is fine-tuned, but not how: its metadata is damaged.") from None
     if layer not in (part.start, part.end):
         raise FeatureStoreError(
@@ -146,13 +147,8 @@ def _with_weights(head: Head, tensors: Mapping[str, Stored]) -> Head:
     return head.eval()
 
 
-def _read_metadata(path: Path) -> dict[str, Any] | None:
+def _described(path: Path, metadata: Mapping[str, str]) -> dict[str, Any] | None:
     """What our own file says of itself; None for any other file."""
-    try:
-        with safe_open(path, framework="pt") as file:
-            metadata = file.metadata() or {}
-    except (SafetensorError, OSError):
-        return None
     if metadata.get("format") != FORMAT:
         return None
     if metadata.get("format_version") != "1":
@@ -162,9 +158,11 @@ def _read_metadata(path: Path) -> dict[str, Any] | None:
     try:
         document: dict[str, Any] = json.loads(metadata["head"])
         architecture = document["architecture"] = options_from_file(document["architecture"])
-        sound = architecture["head"] in HEADS and all(0 < int(side) < 1 << 31 for side in architecture["shape"])
+        shape = architecture["shape"]
+        sound = isinstance(shape, list) and all(type(side) is int and 0 < side < 1 << 31 for side in shape)
+        sound = sound and len(shape) <= _MOST_AXES and architecture["head"] in HEADS
         if sound and isinstance(document["layer"], str):
             return document
-    except (KeyError, ValueError, TypeError):
+    except (KeyError, ValueError, TypeError, RecursionError):
         pass
     raise FeatureStoreError(f"{path} says that it is a head, but not which: its metadata is damaged.")

@@ -190,6 +190,12 @@ def _complete_recipes(ctx: click.Context, param: click.Parameter, incomplete: st
     help="At a photograph that cannot be read: stop, or leave it out and list it at the end.",
 )
 @click.option(
+    "--max-pixels",
+    type=click.IntRange(1),
+    metavar="N",
+    help="Photographs of more pixels count as ones that cannot be read. [default: 102 million; of WebP half]",
+)
+@click.option(
     "--recompute-changed", is_flag=True, help="Recompute photographs whose file has changed since they were cached."
 )
 @click.option("--rename", is_flag=True, help="Move keys to where renamed photographs are now, without computing them.")
@@ -284,7 +290,7 @@ def _request(
     faces = keys.find_faces(images, pattern, images_root)
     store = store or Path("store") / f"{images.resolve().stem}.zarr"
     if find_faces:
-        faces = _found_faces(faces, store.with_suffix(".faces.csv"), rest["on_error"], dry_run)
+        faces = _found_faces(faces, store.with_suffix(".faces.csv"), rest["on_error"], rest["max_pixels"], dry_run)
     if boxes:
         faces = with_boxes(faces, boxes)
     if identities:
@@ -300,14 +306,16 @@ def _request(
     )
 
 
-def _found_faces(photographs: "FoundFaces", kept: Path, on_error: str, dry_run: bool) -> "FoundFaces":
+def _found_faces(
+    photographs: "FoundFaces", kept: Path, on_error: str, max_pixels: int | None, dry_run: bool
+) -> "FoundFaces":
     """The photographs with their faces, and the table and the contact sheet of them written beside the store."""
     from featurestore.errors import FeatureStoreError
     from featurestore.photos import detection
 
     with progress_bar(len(photographs.table), "finding faces", " photographs") as bar:
         save = None if dry_run else kept
-        found = detection.detect_faces(photographs, earlier=kept, save=save, progress=bar.update)
+        found = detection.detect_faces(photographs, earlier=kept, save=save, progress=bar.update, max_pixels=max_pixels)
     click.echo(f"{detection.note(found, len(photographs.table))}{'' if dry_run else f'; kept in {kept}'}.")
     if not dry_run and len(found.faces.table):
         detection.write_sheet(found.faces.table, kept.with_suffix(".png"))

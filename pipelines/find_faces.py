@@ -51,14 +51,29 @@ Exit status: 0 if a face was found in every photograph, 3 if the table lacks som
     metavar="REGEX",
     help="How keys are read from paths: a regular expression with groups face and view, or `folders`, `heads`.",
 )
-def main(images: Path, out: Path, sheet: Path | None, several: str, pattern: str | None) -> None:
+@click.option(
+    "--max-pixels",
+    type=click.IntRange(1),
+    metavar="N",
+    help="Photographs of more pixels count as ones that cannot be read. [default: 102 million; of WebP half]",
+)
+def main(
+    images: Path, out: Path, sheet: Path | None, several: str, pattern: str | None, max_pixels: int | None
+) -> None:
     """Find the face in each photograph of IMAGES, a folder or a CSV with face_id, view, path."""
     from featurestore.photos import detection
     from featurestore.photos.keys import find_faces
 
     photographs = find_faces(images, pattern)
     with progress_bar(len(photographs.table), "finding faces", " photographs") as bar:
-        found = detection.detect_faces(photographs, several, out, save=out, progress=bar.update)  # type: ignore[arg-type]
+        found = detection.detect_faces(
+            photographs,
+            several,  # type: ignore[arg-type]
+            out,
+            save=out,
+            progress=bar.update,
+            max_pixels=max_pixels,
+        )
     table = found.faces.table
     click.echo(f"{detection.note(found, len(photographs.table))}.\nTable: {out}")
     if found.interrupted:

@@ -68,6 +68,7 @@ def estimate(job: CachingJob, plan: Plan) -> Estimate | None:
             workers=decoding_threads(job),
             skip=True,
             pin=job.device.type == "cuda",
+            max_pixels=job.request.max_pixels,
         )
         with closing(stream):
             rate = _rate(job, plan, loaded, (batch for batch in stream if isinstance(batch, Batch)))

@@ -43,6 +43,7 @@ class CachingRequest:
     on_error: Literal["stop", "skip"] = "stop"
     recompute_changed: bool = False
     items_per_shard: int | None = None
+    max_pixels: int | None = None
 
 
 @dataclass(frozen=True)

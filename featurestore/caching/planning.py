@@ -12,7 +12,7 @@ from featurestore.caching.renamed import Moves, find_moves
 from featurestore.errors import FeatureStoreError
 from featurestore.files import sha256_of
 from featurestore.keys import BOX, FLIPPED, KEY, LANDMARKS
-from featurestore.photos.decode import decode
+from featurestore.photos.decode import MOST_PIXELS, decode
 from featurestore.photos.loading import Failure, Photo
 from featurestore.store.reader import FeatureStore, Source
 from featurestore.store.rows import present_rows
@@ -47,7 +47,7 @@ def make_plan(job: CachingJob, progress: CountPhotographs = lambda n: None) -> P
     known = pd.MultiIndex.from_frame(old[list(KEY)]).get_indexer(pd.MultiIndex.from_frame(found[list(KEY)]))
     digests = _digests(found, progress) if len(old) else [None] * len(found)
     moves = find_moves(source, old, found, known, digests, job.recipe.place) if source else Moves()
-    changed_rows, failures = _changed(old, found, known, digests, job.recipe.place)
+    changed_rows, failures = _changed(old, found, known, digests, job.recipe.place, request.max_pixels or MOST_PIXELS)
     changed_rows = np.setdiff1d(changed_rows, [each.row for each in moves.renamed]).astype(np.int64)
     if failures and request.on_error == "stop":
         raise FeatureStoreError(
@@ -167,7 +167,12 @@ def _typed(values: pd.Series) -> np.ndarray:
 
 
 def _changed(
-    old: pd.DataFrame, found: pd.DataFrame, known: np.ndarray, hashes: Sequence[str | None], place: tuple[str, ...]
+    old: pd.DataFrame,
+    found: pd.DataFrame,
+    known: np.ndarray,
+    hashes: Sequence[str | None],
+    place: tuple[str, ...],
+    max_pixels: int,
 ) -> tuple[np.ndarray, list[Failure]]:
     """Rows whose photograph no longer has the hash, or its face the place, that was cached; and those that cannot be read."""
     again = np.flatnonzero(known >= 0)
@@ -182,7 +187,7 @@ def _changed(
                 changed.append(row)
             continue
         try:
-            decode(Path(path).read_bytes())
+            decode(Path(path).read_bytes(), max_pixels)
             changed.append(row)
         except (FeatureStoreError, OSError) as error:
             failures.append(Failure(Photo(old["face_id"].iloc[row], old["view"].iloc[row], path), str(error)))

@@ -133,6 +133,7 @@ class _Run:
             workers=decoding_threads(job),
             skip=job.request.on_error == "skip",
             pin=job.device.type == "cuda",
+            max_pixels=job.request.max_pixels,
         )
         dtypes = {name: part.layer.dtype for name, part in plans.items()}
         waiting: deque[Future[None]] = deque()

@@ -6,7 +6,7 @@ A format is a module of ``checkpoints.formats`` that defines ``recognises`` and 
 from pathlib import Path
 
 from featurestore.checkpoints import formats
-from featurestore.checkpoints.formats.base import TensorFile
+from featurestore.checkpoints.formats.base import TensorFile, refuse_many
 from featurestore.discovery import load_modules
 from featurestore.errors import FeatureStoreError
 
@@ -17,7 +17,7 @@ def open_tensors(path: Path) -> TensorFile:
     """The tensors of a ``.pth``, ``.safetensors``, LuaTorch ``.t7``, HDF5, VGGFace2 ``.pkl`` or dlib ``.dat`` file, by content.
 
     Names and shapes are read and nothing in the file is run; a tensor's numbers are read when it is asked for.
-    FeatureStoreError for any other file, a damaged one, or one that holds more than tensors.
+    FeatureStoreError for any other file, a damaged one, or one that holds more than tensors, or more of them than any network.
     """
     if not path.is_file():
         raise FeatureStoreError(f"{path} is a folder, not a file." if path.is_dir() else f"there is no file {path}.")
@@ -28,6 +28,7 @@ def open_tensors(path: Path) -> TensorFile:
     for format in load_modules(formats, "recognises"):
         if format.recognises(head, path):
             opened: TensorFile = format.open_file(path)
+            refuse_many(path, len(opened.tensors))
             return opened
     raise FeatureStoreError(
         f"{path} is no weights file that is known here{_guess(head)}. It begins with the bytes {head[:8].hex(' ')}. "

@@ -15,7 +15,7 @@ from featurestore.keys import BOX, KEY, LANDMARKS, Place
 from featurestore.photos.csv_files import read_csv
 from featurestore.photos.keys import IMAGE_SUFFIXES, FoundFaces
 from featurestore.photos.recipes import Recipe
-from featurestore.text import listing
+from featurestore.text import listing, shortened
 
 _BOX_FILE = ["NAME_ID", "X", "Y", "W", "H"]
 _FIND = "pipelines/find_faces.py finds faces and writes both."
@@ -56,17 +56,17 @@ def _read_boxes(path: Path) -> pd.DataFrame:
     missing = [name for name in _BOX_FILE if name not in table.columns]
     if missing:
         raise FeatureStoreError(
-            f"{path} has no column {', '.join(missing)}; it has {', '.join(map(str, table.columns))}. "
+            f"{path} has no column {', '.join(missing)}; it has {listing(table.columns, 20)}. "
             f"Boxes are read as in VGGFace2's loose_bb_*.csv: NAME_ID, X, Y, W, H; or face_id, view, {', '.join(BOX)}: {_FIND}"
         )
     values = table[_BOX_FILE[1:]].apply(pd.to_numeric, errors="coerce").to_numpy(float)
     bad = np.flatnonzero(~(np.abs(values) < 1e9).all(axis=1) | (values[:, 2:] <= 0).any(axis=1))
     if len(bad):
-        given = ", ".join(f"{name}={table[name].iloc[bad[0]]}" for name in _BOX_FILE)
+        given = ", ".join(f"{name}={shortened(str(table[name].iloc[bad[0]]))}" for name in _BOX_FILE)
         raise FeatureStoreError(f"{path} line {bad[0] + 2} is no box: {given}. W and H are pixels, more than 0.")
     names = table["NAME_ID"].str.strip().str.replace(_ENDINGS, "", regex=True)
     if names.duplicated().any():
-        raise FeatureStoreError(f"{path} has two boxes for {names[names.duplicated()].iloc[0]}. Remove one.")
+        raise FeatureStoreError(f"{path} has two boxes for {shortened(names[names.duplicated()].iloc[0])}. Remove one.")
     return pd.DataFrame(values, columns=list(BOX), index=names)
 
 
@@ -75,7 +75,7 @@ def _found_boxes(path: Path, table: pd.DataFrame) -> pd.DataFrame:
     places = numbers(table, columns, f"{path}")
     names = table["face_id"] + "/" + table["view"]
     if names.duplicated().any():
-        raise FeatureStoreError(f"{path} has two boxes for {names[names.duplicated()].iloc[0]}. Remove one.")
+        raise FeatureStoreError(f"{path} has two boxes for {shortened(names[names.duplicated()].iloc[0])}. Remove one.")
     return places.set_index(names)
 
 
@@ -98,7 +98,7 @@ def numbers(table: pd.DataFrame, columns: Iterable[str], what: str) -> pd.DataFr
         least = ", more than 0" if name in BOX[2:] else ""
         key = "/".join(table[part].iloc[row] for part in KEY)
         raise FeatureStoreError(
-            f"{what}: {name} of {key} is {table[name].iloc[row]!s}, which is no number of pixels{least}."
+            f"{what}: {name} of {shortened(key)} is {shortened(str(table[name].iloc[row]))}, which is no number of pixels{least}."
         )
     return values.reset_index(drop=True)
 

@@ -1,12 +1,15 @@
 """Untrusted CSV files."""
 
 import csv
+from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
 import pandas as pd
 
 from featurestore.errors import FeatureStoreError
+
+_MOST_COLUMNS = 5_000
 
 
 def read_csv(path: Path, **options: Any) -> pd.DataFrame:
@@ -18,11 +21,18 @@ def read_csv(path: Path, **options: Any) -> pd.DataFrame:
         raise FeatureStoreError(f"{path} cannot be read as a CSV: {error}.") from None
 
 
+def refuse_wide(header: Sequence[str]) -> None:
+    """ValueError for more columns than a table of this kind has: what is done for each takes time."""
+    if len(header) > _MOST_COLUMNS:
+        raise ValueError(f"it has {len(header):,} columns, more than {_MOST_COLUMNS:,}")
+
+
 def _check_lines(path: Path, skipinitialspace: bool) -> None:
     """ValueError for a line with more or fewer fields than the header: its values would slide into other columns."""
     with path.open(newline="", encoding="utf-8-sig") as file:
         reader = csv.reader(file, strict=True, skipinitialspace=skipinitialspace)
         header = next(reader, [])
+        refuse_wide(header)
         for row in reader:
             if row and len(row) != len(header):
                 raise ValueError(f"line {reader.line_num} has {len(row)} fields, the header {len(header)}")

@@ -29,7 +29,7 @@ from featurestore.keys import BOX, KEY, LANDMARKS
 from featurestore.photos.boxes import numbers
 from featurestore.photos.chips import face_chip
 from featurestore.photos.csv_files import read_csv
-from featurestore.photos.decode import ImageError, decode
+from featurestore.photos.decode import MOST_PIXELS, PILLOWS_MOST, ImageError, decode
 from featurestore.photos.keys import FoundFaces
 from featurestore.text import listing
 
@@ -154,8 +154,9 @@ def detect_faces(
     earlier: Path | None = None,
     save: Path | None = None,
     progress: Callable[[int], object] = lambda n: None,
+    max_pixels: int | None = None,
 ) -> Detected:
-    """Search every photograph for its face; ``progress`` counts them.
+    """Search every photograph for its face; ``progress`` counts them. One of more than ``max_pixels`` counts as unreadable.
 
     Of ``several`` faces the ``largest`` is taken, or ``all``: the second largest as the view ``VIEW|face-2`` and so on.
     ``earlier`` is a table that ``write_table`` wrote: of photographs that are unchanged since, its rows are taken over.
@@ -176,7 +177,7 @@ def detect_faces(
 
     due = time.monotonic() + _SAVE_EVERY
     try:
-        for row, searched in _searched(photographs.table, known, detector):
+        for row, searched in _searched(photographs.table, known, detector, max_pixels or MOST_PIXELS):
             progress(1)
             searched_rows += 1
             name = f"({row['face_id']!r}, {row['view']!r}) {row['path']}"
@@ -214,10 +215,10 @@ def _keyed(row: dict[str, Any], places: list[dict[str, Any]]) -> list[dict[str, 
 
 
 def _searched(
-    table: pd.DataFrame, known: "_Known", detector: Detector
+    table: pd.DataFrame, known: "_Known", detector: Detector, max_pixels: int
 ) -> Iterator[tuple[dict[str, Any], list[dict[str, Any]] | str]]:
     """Each photograph's row with its faces, or with what is wrong with it. Files are read and decoded in threads, ahead."""
-    read = partial(_read, known=known)
+    read = partial(_read, known=known, max_pixels=max_pixels)
     workers = min(4, os.cpu_count() or 1)
     waiting: deque[tuple[dict[str, Any], Future[Any]]] = deque()
     rows = iter(table.to_dict("records"))
@@ -234,7 +235,7 @@ def _searched(
                 future.cancel()
 
 
-def _read(row: dict[str, Any], known: _Known) -> Any:
+def _read(row: dict[str, Any], known: _Known, max_pixels: int) -> Any:
     """The decoded picture with its hash; the places that are known of it; or what is wrong with it."""
     try:
         if not Path(row["path"]).is_file():  # a pipe would hang
@@ -242,7 +243,7 @@ def _read(row: dict[str, Any], known: _Known) -> Any:
         content = Path(row["path"]).read_bytes()
         digest = "sha256:" + hashlib.sha256(content).hexdigest()[:16]  # never read as a number
         places = known.get((row["face_id"], row["view"]), [])
-        return places if places and places[0][SEARCHED] == digest else (decode(content), digest)
+        return places if places and places[0][SEARCHED] == digest else (decode(content, max_pixels), digest)
     except (ImageError, OSError) as error:
         return str(error)
 
@@ -312,7 +313,8 @@ def write_sheet(table: pd.DataFrame, path: Path) -> int:
 
 def _tile(row: dict[str, Any]) -> np.ndarray:
     try:
-        chip = face_chip(decode(Path(row["path"]).read_bytes()), tuple(row[name] for name in LANDMARKS), 2 * _TILE)
+        picture = decode(Path(row["path"]).read_bytes(), PILLOWS_MOST)  # it was searched under a limit
+        chip = face_chip(picture, tuple(row[name] for name in LANDMARKS), 2 * _TILE)
     except ImageError as error:
         raise ImageError(f"{row['path']}: {error}. Correct it in the table, or remove it there.") from None
     tile = np.full((_TILE + _LABEL, _TILE, 3), 255, np.uint8)

@@ -9,7 +9,7 @@ import pandas as pd
 from featurestore.errors import FeatureStoreError
 from featurestore.photos.csv_files import read_csv
 from featurestore.photos.keys import FoundFaces
-from featurestore.text import listing
+from featurestore.text import listing, shortened
 
 _COLUMNS = ("Class_ID", "Name", "Flag", "Gender")
 _ADDED = ("name", "gender")
@@ -75,13 +75,13 @@ def _read_identities(path: Path, argument: str) -> pd.DataFrame:
     missing = [name for name in _COLUMNS if name not in table.columns]
     if missing:
         raise FeatureStoreError(
-            f"{path} has no column {', '.join(missing)}; it has {', '.join(table.columns)}. "
+            f"{path} has no column {', '.join(missing)}; it has {listing(table.columns, 20)}. "
             "It is read as VGGFace2's identity_meta.csv: Class_ID, Name, Sample_Num, Flag, Gender."
         )
     table = table[list(_COLUMNS)].apply(lambda column: column.str.strip())
     twice = table["Class_ID"][table["Class_ID"].duplicated()]
     if len(twice):
-        raise FeatureStoreError(f"{path} has the Class_ID {twice.iloc[0]} twice. Remove one.")
+        raise FeatureStoreError(f"{path} has the Class_ID {shortened(twice.iloc[0])} twice. Remove one.")
     return table
 
 

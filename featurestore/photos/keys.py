@@ -14,7 +14,7 @@ import pandas as pd
 from featurestore.errors import FeatureStoreError
 from featurestore.keys import FLIPPED, KEY
 from featurestore.photos.csv_files import read_csv
-from featurestore.text import listing, natural_order, near_matches
+from featurestore.text import listing, natural_order, near_matches, shortened
 
 IMAGE_SUFFIXES = frozenset({".png", ".jpg", ".jpeg", ".pgm", ".ppm", ".bmp", ".tif", ".tiff", ".webp"})
 RESERVED = re.compile(r"item|checksums|image_sha256|zarr\.json|.*\.partial|(channel|y|x|feature|token)_[0-9]+")
@@ -225,7 +225,7 @@ def _read_csv(path: Path) -> pd.DataFrame:
     missing = [name for name in [*KEY, "path"] if name not in table.columns]
     if missing:
         raise FeatureStoreError(
-            f"{path} has no column {', '.join(missing)}; it has {', '.join(map(str, table.columns))}. "
+            f"{path} has no column {', '.join(missing)}; it has {listing(table.columns, 20)}. "
             "It needs face_id, view and path; further columns are kept as metadata."
         )
     if table.empty:
@@ -238,15 +238,15 @@ def _read_csv(path: Path) -> pd.DataFrame:
     for name in table.columns:
         if RESERVED.fullmatch(name) or not re.fullmatch(r"\w[\w.-]*", name):
             raise FeatureStoreError(
-                f"{path} has a column {name!r}, which cannot name a coordinate of a store. Rename it."
+                f"{path} has a column {shortened(name)!r}, which cannot name a coordinate of a store. Rename it."
             )
     if table.columns.has_duplicates:
         twice = table.columns[table.columns.duplicated()][0]
-        raise FeatureStoreError(f"{path} has the column {twice!r} twice. Rename one.")
+        raise FeatureStoreError(f"{path} has the column {shortened(twice)!r} twice. Rename one.")
     folder = path.resolve().parent
     if table["path"].str.contains("\0", regex=False).any():
         raise FeatureStoreError(f"{path} has a path with a NUL character in it.")
-    table["path"] = [str((folder / Path(image).expanduser()).resolve()) for image in table["path"]]
+    table["path"] = _resolved(table["path"], folder)
     absent = [image for image in table["path"] if not os.path.isfile(image)]
     if absent:
         raise FeatureStoreError(
@@ -256,12 +256,28 @@ def _read_csv(path: Path) -> pd.DataFrame:
     return table
 
 
+def _resolved(paths: Iterable[str], folder: Path) -> list[str]:
+    """Absolute paths without links; those of one folder are followed to it once."""
+    folders: dict[str, str] = {}
+    resolved = []
+    for path in paths:
+        whole = os.path.join(folder, os.path.expanduser(path))  # noqa: PTH111 (pathlib takes several times as long)
+        parent, name = os.path.split(whole)
+        if name in ("", ".", "..") or os.path.islink(whole):  # noqa: PTH114
+            resolved.append(os.path.realpath(whole))
+            continue
+        if parent not in folders:
+            folders[parent] = os.path.realpath(parent)
+        resolved.append(os.path.join(folders[parent], name))
+    return resolved
+
+
 def _refuse_duplicates(table: pd.DataFrame) -> None:
     twice = table[table.duplicated(list(KEY), keep=False)]
     if len(twice):
         face, view = twice.iloc[0][list(KEY)]
         same = twice[(twice["face_id"] == face) & (twice["view"] == view)]["path"]
         raise FeatureStoreError(
-            f"two files for one key: face {face!r}, view {view!r} is {listing(same, 3)} "
+            f"two files for one key: face {shortened(face)!r}, view {shortened(view)!r} is {listing(same, 3)} "
             f"({len(twice)} files share a key). Rename or remove one, or give them different keys with `pattern`."
         )

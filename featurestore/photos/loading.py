@@ -12,7 +12,7 @@ import numpy as np
 import torch
 
 from featurestore.keys import FLIPPED, Place
-from featurestore.photos.decode import ImageError, decode
+from featurestore.photos.decode import MOST_PIXELS, PILLOWS_MOST, ImageError, decode
 from featurestore.photos.geometry import mirrored_place
 from featurestore.photos.recipes import Recipe
 
@@ -80,23 +80,26 @@ class _Decoded:
     sha256: str
 
 
-def _load(photo: Photo, recipe: Recipe) -> _Decoded | Failure:
+def _load(photo: Photo, recipe: Recipe, max_pixels: int) -> _Decoded | Failure:
     try:
-        rgb, digest = read_photo(photo)
+        rgb, digest = read_photo(photo, max_pixels)
         place = photo.place
         if photo.flipped:
             rgb, place = np.ascontiguousarray(rgb[:, ::-1]), mirrored_place(place, rgb.shape[1])
         return _Decoded(photo, recipe.pixels(rgb, place), digest)
     except ImageError as error:
         return Failure(photo, str(error))
+    except MemoryError:
+        return Failure(photo, "there is not enough memory for it")
     except OSError as error:
         return Failure(photo, error.strerror or str(error))
 
 
-def read_photo(photo: Photo) -> tuple[np.ndarray, str]:
+def read_photo(photo: Photo, max_pixels: int = MOST_PIXELS) -> tuple[np.ndarray, str]:
     """The picture as its file shows it (not mirrored), uint8 (height, width, 3) RGB, and the file's sha256.
 
-    Raises ImageError for what is no file or image, and for other content than ``photo.sha256``; OSError as reading does.
+    Raises ImageError for what is no file or image, for other content than ``photo.sha256``, and for more than ``max_pixels``
+    where that is not known: what is cached already may have any number; OSError as reading does.
     """
     if not stat.S_ISREG(Path(photo.path).stat().st_mode):  # a pipe would hang, a device never end
         raise ImageError("it is no file")
@@ -104,16 +107,18 @@ def read_photo(photo: Photo) -> tuple[np.ndarray, str]:
     digest = hashlib.sha256(content).hexdigest()
     if photo.sha256 is not None and digest != photo.sha256:
         raise ImageError("the photograph changed since its other layers were cached")
-    return decode(content), digest
+    return decode(content, max_pixels if photo.sha256 is None else PILLOWS_MOST), digest
 
 
-def _load_in_order(photos: Iterable[Photo], recipe: Recipe, workers: int, ahead: int) -> Iterator[_Decoded | Failure]:
+def _load_in_order(
+    photos: Iterable[Photo], recipe: Recipe, workers: int, ahead: int, max_pixels: int
+) -> Iterator[_Decoded | Failure]:
     """Loaded photographs in the order given, at most ``ahead`` of them waiting in memory."""
     waiting: deque[Future[_Decoded | Failure]] = deque()
     with ThreadPoolExecutor(workers, thread_name_prefix="decode") as pool:
         try:
             for photo in photos:
-                waiting.append(pool.submit(_load, photo, recipe))
+                waiting.append(pool.submit(_load, photo, recipe, max_pixels))
                 if len(waiting) >= ahead:
                     yield waiting.popleft().result()
             while waiting:
@@ -133,16 +138,17 @@ def batches(
     workers: int,
     skip: bool,
     pin: bool = False,
+    max_pixels: int | None = None,
 ) -> Generator[Batch | Failure, None, None]:
     """Full batches of decoded photographs, and each photograph that gave no pixels.
 
     A batch ends at a shard's end, so that an interrupted run resumes on the same ones. Photographs without a row get the
     next free one, in order, from ``next_row``. With ``skip`` a failure changes nothing for the others; otherwise what
-    came before the first one is given, then the failure, and no more.
+    came before the first one is given, then the failure, and no more. ``max_pixels`` as of ``read_photo``.
     """
     shape = (batch_size, recipe.size, recipe.size, 3)
     batch = Batch(torch.empty(shape, dtype=torch.uint8, pin_memory=pin))
-    for loaded in _load_in_order(photos, recipe, workers, ahead=2 * batch_size):
+    for loaded in _load_in_order(photos, recipe, workers, 2 * batch_size, max_pixels or MOST_PIXELS):
         if isinstance(loaded, Failure):
             if batch.rows and not skip:
                 yield batch.trimmed()

@@ -203,7 +203,7 @@ def select(
     """Layers of ``data``: a store, a source, an xarray dataset or array, or a Dask or NumPy array with its ``items``.
 
     ``layers`` are all if none are named, of all ``sources`` that hold them if these are not named either. Items are those that
-    meet ``where`` (pandas expressions on metadata, face_id and view), that every layer has a row of and that every source has
+    meet ``where`` (conditions on metadata, face_id and view), that every layer has a row of and that every source has
     the same photograph of. ``by`` averages the items of each face (``"face"``), view, or value of a metadata column.
 
     Raises FeatureStoreError for names that are not there (with those near them), conditions that cannot be evaluated, sources

@@ -17,11 +17,12 @@ from featurestore.photos.csv_files import read_csv
 from featurestore.queries.blocks import MEMORY
 from featurestore.queries.dissimilarity import rdm
 from featurestore.queries.selection import Data, Items, Names, select
-from featurestore.text import in_natural_order, listing, near_matches
+from featurestore.text import in_natural_order, listing, near_matches, shortened
 
 _PAIR = ("face_1", "face_2")
 _VIEWS = ("view_1", "view_2")
 _FEWEST = 3  # faces
+_MOST_DIGITS = 18  # of a place
 _ENDS = (2.5, 97.5)  # percent: of a 95 % interval
 
 
@@ -218,10 +219,8 @@ def _read_pairs(table: pd.DataFrame, value: str | None, similarity: bool | None,
         raise FeatureStoreError(f"`pairs` has no column of numbers {chosen!r}. {near_matches(chosen, numeric)}")
     values = long[chosen].to_numpy(np.float64)
     if not np.isfinite(values).all():
-        at = long[~np.isfinite(values)].iloc[0]
-        raise FeatureStoreError(
-            f"`pairs` has no number in {chosen} for {at['one']}, {at['other']}. Leave such pairs out."
-        )
+        one, other = (shortened(str(name)) for name in long[~np.isfinite(values)].iloc[0][["one", "other"]])
+        raise FeatureStoreError(f"`pairs` has no number in {chosen} for {one}, {other}. Leave such pairs out.")
     similar = chosen.lower().startswith("similar") if similarity is None else similarity
     long = long.assign(value=-values if similar else values)[["one", "other", "value"]]
     there = set(names)
@@ -257,9 +256,9 @@ def _long(table: pd.DataFrame) -> pd.DataFrame:
         return pd.DataFrame({"one": labels[upper[0]], "other": labels[upper[1]], "dissimilarity": numbers})
     parsed = [_parsed_pair(name) for name in table.index]
     if not all(parsed):
-        wrong = table.index[[not pair for pair in parsed]][0]
+        wrong = shortened(repr(table.index[[not pair for pair in parsed]][0]))
         raise FeatureStoreError(
-            f'`pairs` has neither columns face_1 and face_2, nor pairs such as "(0, 1)" in its first column ({wrong!r} is none), '
+            f'`pairs` has neither columns face_1 and face_2, nor pairs such as "(0, 1)" in its first column ({wrong} is none), '
             f"nor the same names along both sides. It has {listing(table.columns, 12)}."
         )
     one, other = zip(*[pair for pair in parsed if pair], strict=True)
@@ -281,8 +280,10 @@ def _parsed_pair(text: Any) -> tuple[str, str] | None:
 def _places_named(long: pd.DataFrame, ordered: Sequence[str], names: set[str]) -> pd.DataFrame:
     """Places from 0 in the faces' natural order as their names, if the table has such places and no name of a face."""
     used = set(long["one"]) | set(long["other"])
-    if used & names or not all(name.isdecimal() and int(name) < len(ordered) for name in used):
+    if used & names or not all(
+        name.isdecimal() and len(name) < _MOST_DIGITS and int(name) < len(ordered) for name in used
+    ):
         return long
-    if {int(name) for name in used} <= {int(name) for name in names if name.isdecimal()}:
+    if {int(name) for name in used} <= {int(name) for name in names if name.isdecimal() and len(name) < _MOST_DIGITS}:
         return long  # 1 and 2 are more likely the faces 01 and 02 than the second and the third
     return long.assign(**{side: [ordered[int(name)] for name in long[side]] for side in ("one", "other")})

@@ -22,7 +22,7 @@ from featurestore.intervals import clustered_mean
 from featurestore.keys import FLIPPED, KEY, LANDMARKS
 from featurestore.photos.boxes import numbers
 from featurestore.photos.csv_files import read_csv
-from featurestore.photos.decode import ImageError
+from featurestore.photos.decode import ImageError, refuse_large
 from featurestore.photos.geometry import moved, square_to_photograph
 from featurestore.photos.loading import read_photo
 from featurestore.store.reader import Source
@@ -243,6 +243,7 @@ def _read_mask(path: Path, names: tuple[str, ...], values: Mapping[int, int], co
     """(height, width) int16 of places in ``names``."""
     try:
         with Image.open(path, formats=("PNG",)) as image:
+            refuse_large(image)
             if column == "colour":
                 pixels = np.asarray(image.convert("RGB"), np.int64) @ [1 << 16, 1 << 8, 1]
             elif image.mode in ("1", "L", "P", "I", "I;16"):
@@ -251,7 +252,7 @@ def _read_mask(path: Path, names: tuple[str, ...], values: Mapping[int, int], co
                 raise FeatureStoreError(
                     f"the mask {path} is in colours: its table needs the column `colour`, not `label`."
                 )
-    except (OSError, ValueError, SyntaxError, Image.DecompressionBombError) as error:
+    except (OSError, ValueError, SyntaxError, MemoryError, Image.DecompressionBombError, ImageError) as error:
         raise FeatureStoreError(f"the mask {path} cannot be read as a PNG: {error}.") from None
     found, inverse, counts = np.unique(pixels, return_inverse=True, return_counts=True)
     for value, count in zip(found.tolist(), counts.tolist(), strict=True):

@@ -88,10 +88,10 @@ def load_trials(
     Columns: ``face_1, face_2, face_3, odd`` or ``head1, head2, head3, head_odd``; ``odd_position`` (1 … 3) or ``odd_view``
     beside ``odd`` where one face is shown twice; optionally ``view_1 …``, ``session``, ``participant``,
     ``response_time`` and any others. Without ``view_*`` the view is the session's, ``view``, or the only one that every
-    face has. ``where`` are pandas expressions on a column of the trials or on one of the store's items, which then must
+    face has. ``where`` are conditions on a column of the trials or on one of the store's items, which then must
     hold for all three. Rows with a face, view or session that is not there, or an odd one that is not one of the
     three, are faulty: FeatureStoreError lists all of them by kind, or with ``on_error="skip"`` they are left out.
-    Raises it also for columns that are not there, for an expression that cannot be evaluated, and if no trial is left.
+    Raises it also for columns that are not there, for a condition that cannot be evaluated, and if no trial is left.
     """
     sessions = sessions or Sessions({}, {})
     table = read_table(path)
@@ -216,14 +216,14 @@ def _by_session(table: pd.DataFrame, values: Mapping[str, str], name: str, fault
 def _match_faces(table: pd.DataFrame, own: np.ndarray, source: Source, faults: Faults) -> pd.DataFrame:
     """Faces under their names in the store: the same text, or for a number the one face that ends in it."""
     known = set(source.keys.get_level_values(0))
-    numbers: dict[int, list[str]] = {}
+    numbers: dict[str, list[str]] = {}  # by their digits: a number may have any number of them
     for face in known:
-        digits = re.search(r"(\d+)$", face)
+        digits = re.search(r"[0-9]+$", face)
         if digits:
-            numbers.setdefault(int(digits[1]), []).append(face)
+            numbers.setdefault(digits[0].lstrip("0"), []).append(face)
     called: dict[str, str] = {}
     for face in pd.unique(table.loc[own, [*FACES, ODD]].to_numpy().ravel()):
-        candidates = numbers.get(int(face), []) if face.isdecimal() else []
+        candidates = numbers.get(face.lstrip("0"), []) if re.fullmatch("[0-9]+", face) else []
         if face in known:
             called[face] = face
         elif len(candidates) == 1:

@@ -12,6 +12,7 @@ import numpy as np
 import pandas as pd
 
 from featurestore.errors import FeatureStoreError
+from featurestore.photos.csv_files import refuse_wide
 from featurestore.text import listing
 
 FACES = ("face_1", "face_2", "face_3")
@@ -75,6 +76,7 @@ def _read_csv(path: Path) -> pd.DataFrame:
         text = file.read()
     reader = csv.reader(io.StringIO(text, newline=""))
     header = next(reader, [])
+    refuse_wide(header)
     rows, lines, next_line = [], [], reader.line_num + 1
     for row in reader:
         if row:

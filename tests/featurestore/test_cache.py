@@ -4,6 +4,7 @@ import hashlib
 import shutil
 from pathlib import Path
 
+import cv2
 import numpy as np
 import pandas as pd
 import pytest
@@ -165,6 +166,16 @@ def test_an_unreadable_photograph_stops_or_is_left_out(photographs: Path, tmp_pa
         alone = write_one(tmp_path / f"{face}-{view}", photographs / face / f"{view}.png")
         run_pass(alone, tmp_path / f"{face}-{view}.zarr", LAYERS[:1])
         np.testing.assert_allclose(values(store)[row], values(tmp_path / f"{face}-{view}.zarr")[0], atol=1e-4)
+
+
+def test_a_photograph_of_more_pixels_than_allowed_is_left_out(photographs: Path, tmp_path: Path) -> None:
+    store, large = tmp_path / "s.zarr", photographs / "f3" / "2.png"
+    cv2.imwrite(str(large), np.zeros((100, 100, 3), np.uint8))
+    summary = run_pass(photographs, store, LAYERS[:1], on_error="skip", max_pixels=9_999)
+    assert [str(failure.photo.path) for failure in summary.failures] == [str(large)]
+    assert "too many pixels: 100 × 100" in str(summary.failures[0])
+    assert run_pass(photographs, store, LAYERS[:1]).computed == 1
+    assert run_pass(photographs, store, LAYERS, max_pixels=9_999).computed == 10  # cached before: it was allowed then
 
 
 def write_one(folder: Path, image: Path) -> Path:

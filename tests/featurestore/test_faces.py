@@ -185,3 +185,42 @@ def test_odd_names_in_a_folder(tmp_path: Path) -> None:
     (tmp_path / "s1" / os.fsdecode(b"a\xff.png")).write_bytes(b"x")
     with pytest.raises(FeatureStoreError, match="not UTF-8"):
         find_faces(tmp_path)
+
+
+def test_names_of_thousands_of_digits_are_names(tmp_path: Path) -> None:
+    touch(tmp_path, "a.png")
+    large, larger = "9" * 5000, "1" + "0" * 5000
+    (tmp_path / "faces.csv").write_text(
+        f"face_id,view,path\n{larger},1,a.png\n{large},1,a.png\n07,1,a.png\n7,1,a.png\n"
+    )
+    assert find_faces(tmp_path / "faces.csv").table["face_id"].tolist() == ["07", "7", large, larger]
+
+
+@pytest.mark.parametrize(
+    ("text", "message"),
+    [
+        ("face_id,view,path," + "x," * 100_000 + "x\n", r"it has 100,004 columns, more than 5,000"),
+        ("face_id,view,x" + "x" * 100_000 + "\n1,2,3\n", "has no column path; it has face_id, view, x"),
+        (
+            "face_id,view,path\n" + f"{'f' * 100_000},1,a.png\n" * 2,
+            r"two files for one key: face 'f+… \(100,000 characters\)",
+        ),
+    ],
+    ids=["columns", "a column", "a face"],
+)
+def test_messages_on_large_tables_are_short(tmp_path: Path, text: str, message: str) -> None:
+    touch(tmp_path, "a.png")
+    (tmp_path / "faces.csv").write_text(text)
+    with pytest.raises(FeatureStoreError, match=message) as raised:
+        find_faces(tmp_path / "faces.csv")
+    assert len(str(raised.value)) < 1000
+
+
+def test_links_to_photographs_are_followed(tmp_path: Path) -> None:
+    touch(tmp_path, "real/a.png")
+    (tmp_path / "folder").symlink_to("real")
+    (tmp_path / "b.png").symlink_to("real/a.png")
+    (tmp_path / "faces.csv").write_text("face_id,view,path\n1,1,folder/a.png\n2,1,b.png\n3,1,folder/../real/a.png\n")
+    assert find_faces(tmp_path / "faces.csv").table["path"].unique().tolist() == [
+        str((tmp_path / "real/a.png").resolve())
+    ]

@@ -2,6 +2,8 @@
 
 import dataclasses
 import io
+import struct
+import zlib
 from pathlib import Path
 
 import cv2
@@ -174,6 +176,60 @@ def test_an_image_of_a_billion_pixels_is_refused_before_it_is_decoded() -> None:
     header = b"P5 40000 40000 255\n"
     with pytest.raises(ImageError, match="too many pixels"):
         decode(header)
+
+
+def png(width: int, height: int) -> bytes:
+    """An 8-bit RGB PNG of that size, with no pixels in it."""
+    parts = [
+        (b"IHDR", struct.pack(">IIBBBBB", width, height, 8, 2, 0, 0, 0)),
+        (b"IDAT", zlib.compress(b"")),
+        (b"IEND", b""),
+    ]
+    chunks = [
+        struct.pack(">I", len(data)) + kind + data + struct.pack(">I", zlib.crc32(kind + data)) for kind, data in parts
+    ]
+    return b"\x89PNG\r\n\x1a\n" + b"".join(chunks)
+
+
+def tiff_in_a_tile(side: int) -> bytes:
+    """A TIFF of 10 × 10 grey pixels, in one tile of ``side`` × ``side``."""
+    packed = zlib.compress(bytes(side * side if side < 1000 else 10))
+    tags = {256: 10, 257: 10, 258: 8, 259: 8, 262: 1, 277: 1, 322: side, 323: side, 324: 134, 325: len(packed)}
+    entries = b"".join(struct.pack("<HHII", tag, 4, 1, value) for tag, value in tags.items())
+    return b"II*\0" + struct.pack("<IH", 8, len(tags)) + entries + bytes(4) + packed
+
+
+@pytest.mark.parametrize(
+    ("content", "message"),
+    [
+        (png(178_956_970, 1), r"178956970 × 1 are 178,956,970, and 102,000,000 may be decoded.*`max_pixels`"),
+        (png(1, 70_000), "a side of 1 × 70000 is longer than 65,535"),
+        (tiff_in_a_tile(16_000), "a tile of it has more pixels than the 102,000,000"),
+    ],
+    ids=["many", "long", "tile"],
+)
+@pytest.mark.filterwarnings("ignore::PIL.Image.DecompressionBombWarning")
+def test_a_small_file_of_many_pixels_is_refused_by_its_header(content: bytes, message: str) -> None:
+    with pytest.raises(ImageError, match=message):
+        decode(content)
+
+
+def test_the_limit_of_pixels_is_an_argument() -> None:
+    assert decode(tiff_in_a_tile(16)).shape == (10, 10, 3)
+    image = Image.fromarray(RGB)  # of 54 pixels
+    assert np.array_equal(decode(encoded(image), 54), RGB)
+    assert decode(encoded(image, "WEBP"), 108).shape == RGB.shape
+    for kind, most in (("PNG", 53), ("JPEG", 53), ("WEBP", 107)):
+        with pytest.raises(ImageError, match="too many pixels: 9 × 6 are 54, and 53 may be"):
+            decode(encoded(image, kind), most)
+
+
+def test_a_picture_of_many_strips_is_the_same(monkeypatch: pytest.MonkeyPatch) -> None:
+    rgba = np.random.default_rng(0).integers(0, 256, (6, 9, 4), np.uint8)
+    contents = [encoded(Image.fromarray(rgba)), encoded(Image.fromarray(rgba[:, :, 0].astype(np.uint16) * 257))]
+    whole = [decode(content) for content in contents]
+    monkeypatch.setattr("featurestore.photos.decode._STRIP", 20)  # two rows
+    assert all(np.array_equal(decode(content), shown) for content, shown in zip(contents, whole, strict=True))
 
 
 def test_an_unknown_recipe_names_its_neighbours() -> None:

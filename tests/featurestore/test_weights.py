@@ -6,6 +6,7 @@ import importlib.util
 import json
 import os
 import pickle
+import struct
 import sys
 import tarfile
 import zipfile
@@ -378,7 +379,20 @@ def _tuples_of_tuples(kind: str) -> bytes:
     """A pickle of some hundred bytes or some hundred thousand whose key Python's own unpickler cannot hash."""
     deep = b")" + b"\x85" * 200_000
     wide = b"U\x01aq\x00" + b"".join(b"0(" + b"h%c" % i * 10 + b"tq%c" % (i + 1) for i in range(40))
+    lists = b"]q\x00" + b"".join(b"]q%c(h%ch%ce" % (i + 1, i, i) for i in range(60))
+    twos = b"K\x00q\x00" + b"".join(b"h%ch%c\x86q%c" % (i, i, i + 1) for i in range(15))
+    text = b"X" + (1 << 19).to_bytes(4, "little") + b"x" * (1 << 19)
     return {
+        "a key many times": b"\x80\x02" + twos + b"}(" + b"h\x0fK\x01" * 100_000 + b"u.",
+        "a large number as a key": b"\x80\x02}\x8b"
+        + struct.pack("<i", 1 << 20)
+        + b"\x7f" * (1 << 20)
+        + b"q\x00("
+        + b"h\x00N" * 200_000
+        + b"u.",
+        "a list that is called": b"\x80\x02" + lists + b")R.",
+        "text that is called": b"\x80\x02" + text + b")\x81.",
+        "a long name of a class": b"\x80\x02c" + b"x" * (1 << 19) + b"\nx\n.",
         "a deep key": b"\x80\x02}" + deep + b"K\x01s.",
         "a wide key": b"\x80\x02}" + wide + b"K\x01s.",
         "a deep key beside a class": b"\x80\x02ca\nb\n0}" + deep + b"K\x01s.",
@@ -395,6 +409,11 @@ def _tuples_of_tuples(kind: str) -> bytes:
     [
         ("a deep key", "tuples within tuples, more than 100 deep"),
         ("a wide key", "tuples within tuples, more than 100 deep or of more than 65536 values"),
+        ("a key many times", "more than 33554432 values in tuples that are keys"),
+        ("a large number as a key", "more than 33554432 values in tuples that are keys"),
+        ("a list that is called", "a list or long text is where a class or function should be"),
+        ("text that is called", "a list or long text is where a class or function should be"),
+        ("a long name of a class", "the name of a class has 524,290 letters"),
         ("a deep key beside a class", "tuples within tuples"),
         ("a wide key of Python 2", "tuples within tuples"),
         ("a list in the place of a tensor's numbers", "a list is where a tensor's numbers should be named"),
@@ -521,6 +540,44 @@ def test_hdf5_of_other_kinds(tmp_path: Path, state) -> None:
         file["data/text"] = "x"
         file["data/long"] = np.zeros(3, np.longdouble)
     assert open_weights(str(path), MINI).keys == SHAPES.keys()  # what are no numbers is passed over
+
+
+def test_shapes_are_those_that_are_read(tmp_path: Path) -> None:
+    with h5py.File(tmp_path / "w.h5", "w") as file:
+        file["one"] = np.float32(3)
+    (tmp_path / "w.pkl").write_bytes(pickle.dumps({"one": np.array(3.0, np.float32)}, 2))
+    for name in ("w.h5", "w.pkl"):
+        (stored,) = open_tensors(tmp_path / name).tensors.values()
+        assert stored.shape == stored.read().shape == ()
+    path = safetensors_file(tmp_path, {"four": {"dtype": "F4", "shape": [4, 4], "data_offsets": [0, 8]}}, bytes(8))
+    (stored,) = open_tensors(path).tensors.values()
+    with pytest.raises(FeatureStoreError, match=r"four is said to have the shape \(4, 4\), but is read as \(4, 2\)"):
+        stored.read()
+
+
+def safetensors_file(folder: Path, header: dict, numbers: bytes = b"") -> Path:
+    text = json.dumps(header).encode()
+    (folder / "w.safetensors").write_bytes(struct.pack("<Q", len(text)) + text + numbers)
+    return folder / "w.safetensors"
+
+
+@pytest.mark.parametrize(
+    ("n", "message"), [(10_001, "holds 10,001 tensors"), (150_000, "its header has 10,050,000 bytes")]
+)
+def test_more_tensors_than_networks_have_are_refused(tmp_path: Path, n: int, message: str) -> None:
+    nothing = {"dtype": "F32", "shape": [0], "data_offsets": [0, 0]}
+    path = safetensors_file(tmp_path, {f"k{i:06}": nothing for i in range(n)})
+    with pytest.raises(FeatureStoreError, match=message):
+        open_weights(str(path), MINI)
+
+
+def test_a_zip_archive_with_a_damaged_end(tmp_path: Path, state) -> None:
+    torch.save(state, tmp_path / "w.pth")
+    whole = (tmp_path / "w.pth").read_bytes()
+    end = whole.rfind(b"PK\x05\x06")
+    (tmp_path / "w.pth").write_bytes(whole[:end] + struct.pack("<4sLQL", b"PK\x06\x07", 0, end, 5) + whole[end:])
+    with pytest.raises(FeatureStoreError, match=r"w\.pth is damaged or incomplete: zipfiles that span multiple disks"):
+        open_weights(str(tmp_path / "w.pth"), MINI)
 
 
 def test_hdf5_reads_no_other_file(tmp_path: Path, state) -> None:

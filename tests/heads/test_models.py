@@ -8,6 +8,7 @@ import numpy as np
 import pytest
 import torch
 import torch.nn.functional as F
+from safetensors.torch import save_file
 
 from featurestore import FeatureStoreError
 from featurestore.checkpoints.seeded import draw_weights
@@ -240,3 +241,12 @@ def test_every_head_says_what_it_was_made_of() -> None:
     head: Head = build_head("conv", (512, 7, 7), parallel=True)
     again = build_head(**{("name" if k == "head" else k): v for k, v in head.architecture.items()})
     assert {k: v.shape for k, v in again.state_dict().items()} == {k: v.shape for k, v in head.state_dict().items()}
+
+
+@pytest.mark.parametrize("shape", ["[Infinity]", "[NaN]", "[1e400, 7]", "[true]", "[" * 5000 + "]" * 5000])
+def test_a_shape_in_a_file_that_is_none(tmp_path: Path, shape: str) -> None:
+    about = f'{{"layer": "fc7", "architecture": {{"head": "similarity", "shape": {shape}}}}}'
+    metadata = {"format": "face-featurestore-head", "format_version": "1", "head": about}
+    save_file({"x": torch.zeros(1)}, tmp_path / "w.safetensors", metadata)
+    with pytest.raises(FeatureStoreError, match=r"w\.safetensors says that it is a head, but not which"):
+        load_head(tmp_path / "w.safetensors", "fc7")

@@ -9,6 +9,7 @@ import pandas as pd
 import pytest
 
 from featurestore import FeatureStore, FeatureStoreError
+from featurestore.conditions import rows_that_meet
 from heads.splits import KINDS, Split, draw_split, split_trials
 from heads.trials.matching import Sessions, Trials, load_trials, match
 from heads.trials.same_person import same_person_trials
@@ -344,6 +345,57 @@ def test_text_is_not_compared_with_numbers(made: Path, tmp_path: Path) -> None:
     assert (len(trials), trials.unanswered, trials.excluded) == (1, 1, 1)
 
 
+@pytest.mark.parametrize(
+    "condition",
+    [
+        "rt.to_csv('{folder}/F')",
+        "rt.__class__ == 1",
+        "rt == __import__('os').getpid()",
+        "rt == @pd",
+        "rt[0] == 1",
+        "(lambda: rt)() == 1",
+        "rt == 1 if rt else 2",
+        "9**9**9 > rt",
+        "(rt**9)**9 > 1",
+        "rt < 'a' * 10**9",
+        "code * 1000000000 == 'a'",
+        "code == '%999999999d' % 7",
+        "rt in [1] * 10**9",
+        "rt == 1 << 9**9",
+        "rt" + " < rt" * 15_000,
+        "rt > 1" + " + 1" * 20_000,
+        "rt > " + "-" * 50_000 + "1",
+        "rt > " + "9" * 5_000,
+    ],
+    ids=lambda condition: condition[:20],
+)
+def test_conditions_are_comparisons_and_nothing_else(tmp_path: Path, condition: str) -> None:
+    table = pd.DataFrame({"rt": [1.0, 2.0], "code": ["a", "b"]})
+    with pytest.raises(
+        FeatureStoreError, match=r"(?s)^`where` .{1,300}(A condition consists of|is no condition|than 500 times)"
+    ):
+        rows_that_meet(condition.replace("{folder}", str(tmp_path)), table)
+    assert not (tmp_path / "F").exists()
+
+
+@pytest.mark.parametrize(
+    ("condition", "meets"),
+    [
+        ("rt > 1 & code == 'b' | `a b` == 5", [True, True, False]),
+        ("not (rt > 1) or ~ok", [True, False, True]),
+        ("ok", [True, True, False]),
+        ("1 < rt <= 3", [False, True, True]),
+        ("code in ['a', 'c'] and rt not in (3, 4)", [True, False, False]),
+        ("(rt + 1) ** 2 - `a b` % 2 > -rt * 2 / 1 + 9", [False, True, True]),
+        ("code != 'rt.x() & `a b`'", [True, True, True]),
+        ("rt == rt and index >= 1", [False, True, True]),
+    ],
+)
+def test_what_conditions_may_say(condition: str, meets: list[bool]) -> None:
+    table = pd.DataFrame({"rt": [1.0, 2.0, 3.0], "code": ["a", "b", "c"], "a b": [5, 6, 7], "ok": [True, True, False]})
+    assert rows_that_meet(condition, table).tolist() == meets
+
+
 def test_face_zero_is_a_face_where_faces_count_from_zero(tmp_path: Path) -> None:
     path = write_store(tmp_path / "zero.zarr", faces=[str(i) for i in range(30)])
     rows = [{"head1": 0, "head2": 1, "head3": 2, "head_odd": 0}, {"head1": 3, "head2": 1, "head3": 2, "head_odd": 1}]
@@ -375,3 +427,22 @@ def test_damaged_archives_are_said_so(made: Path, judged: Path, tmp_path: Path) 
     for name in ("short.csv.gz", "wrong.csv.gz"):
         with pytest.raises(FeatureStoreError, match=f"{name} cannot be read"):
             load_trials(tmp_path / name, FeatureStore.open(made))
+
+
+def test_faces_of_thousands_of_digits_are_faulty(made: Path, tmp_path: Path) -> None:
+    rows = [row(), row(a="9" * 5000)]
+    with pytest.raises(FeatureStoreError, match=r"1 name a face that is not in .*'9+… \(5,002 characters\)") as raised:
+        trials_from(made, tmp_path, rows, view="frontal")
+    assert len(str(raised.value)) < 1500
+
+
+def test_a_condition_on_a_table_without_rows(made: Path, tmp_path: Path) -> None:
+    (tmp_path / "t.csv").write_text("face_1,face_2,face_3,odd,rt\n")
+    with pytest.raises(FeatureStoreError, match="compares odd with a number, but it holds text"):
+        load_trials(tmp_path / "t.csv", FeatureStore.open(made), view="frontal", where=["odd == 3"])
+
+
+def test_a_table_of_trials_with_more_columns_than_any_has(made: Path, tmp_path: Path) -> None:
+    (tmp_path / "t.csv").write_text("face_1,face_2,face_3,odd" + ",x" * 100_000 + "\n")
+    with pytest.raises(FeatureStoreError, match="it has 100,004 columns, more than 5,000"):
+        load_trials(tmp_path / "t.csv", FeatureStore.open(made))

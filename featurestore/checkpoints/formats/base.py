@@ -9,6 +9,7 @@ import torch
 
 from featurestore.errors import FeatureStoreError
 
+MOST_TENSORS = 10_000  # in a file: networks have hundreds
 WRAPPERS = ("state_dict", "model_state_dict", "model", "net")  # under which training scripts keep a state dict
 
 
@@ -46,6 +47,12 @@ def unwrap(path: Path, content: Any, kind: type) -> dict[str, Any]:
     if not isinstance(content, dict) or not all(isinstance(value, kind) for value in content.values()):
         raise FeatureStoreError(f"{path} is not a state dict (keys to tensors) but a {type(content).__name__}.")
     return {key.decode("latin1") if isinstance(key, bytes) else str(key): value for key, value in content.items()}
+
+
+def refuse_many(path: Path, n: int) -> None:
+    """FeatureStoreError for more tensors than any network has."""
+    if n > MOST_TENSORS:
+        raise FeatureStoreError(f"{path} holds {n:,} tensors, and no network has more than {MOST_TENSORS:,}.")
 
 
 def damaged(path: Path, reason: object) -> FeatureStoreError:

@@ -7,7 +7,7 @@ import h5py
 import numpy as np
 import torch
 
-from featurestore.checkpoints.formats.base import Stored, TensorFile, damaged
+from featurestore.checkpoints.formats.base import MOST_TENSORS, Stored, TensorFile, damaged
 from featurestore.errors import FeatureStoreError
 
 
@@ -20,11 +20,12 @@ def open_file(path: Path) -> TensorFile:
     """All numeric datasets, named by their path: ``data/conv1_1_w``."""
     datasets: dict[str, h5py.Dataset] = {}
 
-    def note(name: str, found: object) -> None:
+    def note(name: str, found: object) -> bool | None:
         if not isinstance(found, h5py.Dataset) or not isinstance(name, str) or found.shape is None:
-            return
+            return None
         if found.dtype.kind in "fiu" and found.dtype.itemsize <= 8:
             datasets[name] = found
+        return len(datasets) > MOST_TENSORS or None  # True ends the visit
 
     try:
         file = h5py.File(path, "r")
@@ -46,6 +47,6 @@ def open_file(path: Path) -> TensorFile:
 def _read(path: Path, found: h5py.Dataset) -> torch.Tensor:
     try:
         values = found[()]
-    except (OSError, RuntimeError) as error:
+    except (OSError, RuntimeError, MemoryError) as error:
         raise damaged(path, error) from None
-    return torch.from_numpy(np.ascontiguousarray(values, values.dtype.newbyteorder("=")))
+    return torch.from_numpy(np.array(values, values.dtype.newbyteorder("="), order="C", copy=None))  # of a scalar, too

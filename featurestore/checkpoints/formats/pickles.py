@@ -47,4 +47,4 @@ def open_file(path: Path) -> TensorFile:
 
 def _tensor(array: Array) -> torch.Tensor:
     values = array.numpy()
-    return torch.from_numpy(np.ascontiguousarray(values, values.dtype.newbyteorder("=")).copy())
+    return torch.from_numpy(np.array(values, values.dtype.newbyteorder("="), order="C"))

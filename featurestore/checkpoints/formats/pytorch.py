@@ -2,6 +2,7 @@
 
 import mmap
 import pickle
+import struct
 import zipfile
 from functools import partial
 from pathlib import Path
@@ -20,7 +21,14 @@ _LEGACY_PICKLES = 5  # that number, the version, the machine, the content, and t
 
 def recognises(head: bytes, path: Path) -> bool:
     """A zip archive, or torch's magic number."""
-    return head.startswith(LEGACY) or zipfile.is_zipfile(path)
+    return head.startswith(LEGACY) or _is_zip(path)
+
+
+def _is_zip(path: Path) -> bool:
+    try:
+        return zipfile.is_zipfile(path)
+    except (zipfile.BadZipFile, struct.error):  # a damaged end
+        return True
 
 
 def open_file(path: Path) -> TensorFile:
@@ -51,7 +59,7 @@ def open_file(path: Path) -> TensorFile:
 
 def _load(path: Path) -> tuple[object, list[str]]:
     """What the file holds, and the names of what stays inert in it: classes and functions that tensors do not need."""
-    mapped = zipfile.is_zipfile(path)
+    mapped = _is_zip(path)
     try:
         try:
             # weights_only: a checkpoint is an untrusted pickle, and a pickle can run code.
@@ -67,7 +75,7 @@ def _refuse_bombs(path: Path) -> None:
 
     Or for much time, or the end of the process: by tuples of tuples.
     """
-    if zipfile.is_zipfile(path):
+    if _is_zip(path):
         _refuse_packed(path)
         return
     with path.open("rb") as file, mmap.mmap(file.fileno(), 0, access=mmap.ACCESS_READ) as content:
