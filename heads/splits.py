@@ -111,7 +111,7 @@ class Split:
             sound = split.hash == document["hash"]
         except FileNotFoundError:
             raise FeatureStoreError(f"there is no split {path}.") from None
-        except (ValueError, KeyError, TypeError, IndexError, OSError) as error:
+        except (ValueError, KeyError, TypeError, IndexError, OverflowError, RecursionError, OSError) as error:
             raise FeatureStoreError(f"{path} is not a split: {type(error).__name__} {error}") from None
         if not sound:
             raise FeatureStoreError(f"{path} was changed after it was written: its hash does not fit its content.")

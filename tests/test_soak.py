@@ -2,6 +2,7 @@
 
 import os
 import subprocess
+import sys
 from pathlib import Path
 
 import numpy as np
@@ -16,7 +17,10 @@ from tests.soak.workers import READ, REFUSED, Outcome, Watch, _memory, _read, ma
 
 # Readers of activations that other programs made (``activations``) are left to the command: they let errors of libraries through.
 DOSE = ("images", "checkpoints", "csvs", "heads", "stores")
-pytestmark = pytest.mark.xdist_group("soak")
+pytestmark = [
+    pytest.mark.skipif(sys.platform != "linux", reason="memory is measured as Linux tells it"),
+    pytest.mark.xdist_group("soak"),
+]
 
 
 def in_a_process(function, *arguments) -> int | None:
@@ -28,7 +32,7 @@ def in_a_process(function, *arguments) -> int | None:
 
 def test_a_small_dose(tmp_path: Path) -> None:
     """Whatever is damaged is read or refused, in time, in little memory, and nothing runs."""
-    line = ["fuzz", "--kind", *DOSE, "--n", "60", "--seed", "0", "--workers", "2", "--out", str(tmp_path)]
+    line = ["fuzz", "--kind", *DOSE, "--n", "60", "--first", "763", "--workers", "2", "--out", str(tmp_path)]
     done = CliRunner().invoke(main, line)
     assert done.exit_code == 0, done.output
     assert done.output.endswith("0 findings.\n")
