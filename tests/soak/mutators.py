@@ -18,9 +18,9 @@ _TEXTS = (".csv", ".txt", ".json", ".toml")
 
 def damage(name: str, content: bytes, rng: random.Random, others: Sequence[bytes]) -> bytes:
     """The content of the file ``name``, damaged; ``others`` are other files of its kind, parts of which may be put in."""
-    structures = [change for recognised, change in STRUCTURES if recognised(name, content)]
-    structures += [change_cells] if name.endswith(_TEXTS) else []
     for _ in range(rng.choice(_COUNTS)):
+        structures = [change for recognised, change in STRUCTURES if recognised(name, content)]
+        structures += [change_cells] if name.endswith(_TEXTS) else []
         if structures and rng.random() < 0.6:
             content = rng.choice(structures)(content, rng, damage_bytes)
         elif others and rng.random() < 0.1:

@@ -102,8 +102,11 @@ def _memory(name: str) -> int:
     return int(Path("/proc/self/status").read_text().split(f"{name}:")[1].split()[0]) * 1024
 
 
-def work(kind: str, seed: int, seeds: Path, folder: Path, connection: Connection) -> None:
-    """Reads the cases whose numbers come from ``connection``, and sends that it is ready and then their outcomes."""
+def work(kind: str, seed: int, seeds: Path, folder: Path, part: slice, connection: Connection) -> None:
+    """Reads the cases whose numbers come from ``connection``, and sends that it is ready and then their outcomes.
+
+    It first reads its ``part`` of the seeds, which imports what is needed; undamaged files that cannot be read end the soak.
+    """
     from tests.soak.cases import make_case, read_seeds
     from tests.soak.kinds import READERS
 
@@ -121,7 +124,7 @@ def work(kind: str, seed: int, seeds: Path, folder: Path, connection: Connection
     empty, place = folder / "empty", folder / "case"
     empty.mkdir(parents=True)
     os.chdir(empty)
-    for name in files:  # what is read first imports much
+    for name in list(files)[part]:
         try:
             READERS[kind](seeds / kind / name, name)
         except Exception as error:
@@ -197,14 +200,14 @@ def place_of(error: BaseException) -> str:
 class Worker:
     """One process, and the case that it is reading."""
 
-    def __init__(self, kind: str, seed: int, seeds: Path, folder: Path) -> None:
+    def __init__(self, kind: str, seed: int, seeds: Path, folder: Path, part: slice) -> None:
         self.connection, theirs = FORKS.Pipe()
         self.number: int | None = None
         self.since = time.monotonic()
         self.ready = False
-        self.folder = folder
+        self.folder, self.part = folder, part
         shutil.rmtree(folder, ignore_errors=True)
-        self.process = FORKS.Process(target=work, args=(kind, seed, seeds, folder, theirs), daemon=True)
+        self.process = FORKS.Process(target=work, args=(kind, seed, seeds, folder, part, theirs), daemon=True)
         self.process.start()
         theirs.close()
 
@@ -263,7 +266,7 @@ def outcomes(
     kind: str, seed: int, numbers: Iterator[int], seeds: Path, folder: Path, workers: int
 ) -> Iterator[Outcome]:
     """Of the cases ``numbers``, in the order in which they end."""
-    team = [Worker(kind, seed, seeds, folder / f"{kind}-{i}") for i in range(workers)]
+    team = [Worker(kind, seed, seeds, folder / f"{kind}-{i}", slice(i, None, workers)) for i in range(workers)]
     try:
         while team:
             for worker in [worker for worker in team if worker.connection in wait([w.connection for w in team], 0.5)]:
@@ -295,7 +298,7 @@ def _next(team: list[Worker], worker: Worker, numbers: Iterator[int]) -> None:
 
 def _replaced(team: list[Worker], worker: Worker, kind: str, seed: int, seeds: Path) -> Worker:
     worker.stop()
-    new = Worker(kind, seed, seeds, worker.folder)
+    new = Worker(kind, seed, seeds, worker.folder, worker.part)
     team[team.index(worker)] = new
     return new
 
