@@ -13,6 +13,7 @@ from pathlib import Path
 
 import click
 
+from featurestore.text import aligned, human_bytes
 from pipelines._cli import Command, progress_bar
 from tests.commands import FORKS
 from tests.soak.cases import KINDS, make_case, read_seeds
@@ -64,37 +65,51 @@ def fuzz(kinds: tuple[str, ...], n: int, first: int, seed: int, workers: int, ou
 
     Whatever is not read has to be refused by a FeatureStoreError, within 10 s and 1 GiB, and nothing in it may run.
     """
-    found = 0
+    ended: dict[str, list[Outcome]] = {}
     with _workplace() as place:
         for kind in kinds:
-            ended = []
+            ended[kind] = []
             with progress_bar(n, kind, " cases") as bar:
                 for outcome in outcomes(kind, seed, iter(range(first, first + n)), place / "seeds", place, workers):
                     bar.update(1)
                     if outcome.is_finding:
                         outcome = found_in(out, kind, seed, outcome, place / "seeds")
-                    ended.append(outcome)
-            show(kind, ended)
-            found += sum(outcome.is_finding for outcome in ended)
+                    ended[kind].append(outcome)
+            lines = distinct(ended[kind])
+            click.echo("\n".join([f"{kind}:", *lines]) if lines else f"{kind}: no findings")
+    found = sum(outcome.is_finding for some in ended.values() for outcome in some)
+    click.echo("\n".join(["", *table_of(ended), ""]))
     click.echo(f"{found} findings{f', kept in {out}' if found and out else ''}.")
     if found:
         sys.exit(1)
 
 
-def show(kind: str, ended: list[Outcome]) -> None:
-    """Counts of outcomes, the slowest and the largest, and each distinct finding once."""
-    counts = Counter(outcome.what for outcome in ended)
-    slowest, largest = (max(ended, key=lambda outcome: getattr(outcome, name)) for name in ("seconds", "bytes"))
-    click.echo(
-        f"{kind}: {', '.join(f'{counts[what]:,} {what}' for what in OUTCOMES if counts[what])}; slowest case {slowest.number} "
-        f"({slowest.seconds:.2f} s), largest {largest.number} ({largest.bytes / 2**20:.0f} MiB)"
-    )
-    distinct: dict[tuple[str, str], list[Outcome]] = {}
+def table_of(ended: dict[str, list[Outcome]]) -> list[str]:
+    """Lines: of each kind how often each outcome was, the slowest case and the largest."""
+    seen = [what for what in OUTCOMES if any(outcome.what == what for some in ended.values() for outcome in some)]
+    rows = [("kind", *seen, "slowest", "largest")]
+    for kind, some in ended.items():
+        counts = Counter(outcome.what for outcome in some)
+        slowest = max(some, key=lambda outcome: outcome.seconds)
+        largest = max(some, key=lambda outcome: outcome.bytes)
+        worst = (
+            f"{slowest.seconds:.2f} s (case {slowest.number})",
+            f"{human_bytes(largest.bytes)} (case {largest.number})",
+        )
+        rows.append((kind, *(f"{counts[what]:,}" for what in seen), *worst))
+    return aligned(rows)
+
+
+def distinct(ended: list[Outcome]) -> list[str]:
+    """A line for each finding of another kind or place, the most frequent first."""
+    groups: dict[tuple[str, str], list[Outcome]] = {}
     for outcome in ended:
         if outcome.is_finding:
-            distinct.setdefault((outcome.what, outcome.detail.partition(": ")[0]), []).append(outcome)
-    for (what, _), some in sorted(distinct.items(), key=lambda pair: -len(pair[1])):
-        click.echo(f"  {len(some)} × {what}, case {some[0].number} ({some[0].seed_file}): {some[0].detail}")
+            groups.setdefault((outcome.what, outcome.detail.partition(": ")[0]), []).append(outcome)
+    return [
+        f"  {len(some)} × {what}, case {some[0].number} ({some[0].seed_file}): {some[0].detail}"
+        for (what, _), some in sorted(groups.items(), key=lambda pair: -len(pair[1]))
+    ]
 
 
 def found_in(out: Path | None, kind: str, seed: int, outcome: Outcome, seeds: Path) -> Outcome:
@@ -122,7 +137,7 @@ def found_in(out: Path | None, kind: str, seed: int, outcome: Outcome, seeds: Pa
 @click.option("--seed", type=int, default=0, show_default=True)
 @click.option("--out", type=click.Path(path_type=Path, file_okay=False), help="Keep its files here.")
 def again(kind: str, number: int, seed: int, out: Path | None) -> None:
-    """Read one case again, in a process of its own without limits, and show what it raises."""
+    """Read one case again, in a process of its own, and show what it raises."""
     with _workplace() as place:
         reading = FORKS.Process(target=read_again, args=(kind, number, seed, place, out))
         reading.start()

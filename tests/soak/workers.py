@@ -102,6 +102,13 @@ def _memory(name: str) -> int:
     return int(Path("/proc/self/status").read_text().split(f"{name}:")[1].split()[0]) * 1024
 
 
+def _limit_memory() -> None:
+    """So that a worker ends rather than the machine."""
+    most = _memory("VmSize") + _ADDRESSES
+    resource.setrlimit(resource.RLIMIT_AS, (most, most))
+    resource.setrlimit(resource.RLIMIT_CORE, (0, 0))
+
+
 def work(kind: str, seed: int, seeds: Path, folder: Path, part: slice, connection: Connection) -> None:
     """Reads the cases whose numbers come from ``connection``, and sends that it is ready and then their outcomes.
 
@@ -136,9 +143,7 @@ def work(kind: str, seed: int, seeds: Path, folder: Path, part: slice, connectio
     faulthandler.register(signal.SIGUSR1, stacks)  # what takes so long
     watch = Watch()
     start = _memory("VmRSS")
-    most = _memory("VmSize") + _ADDRESSES
-    resource.setrlimit(resource.RLIMIT_AS, (most, most))
-    resource.setrlimit(resource.RLIMIT_CORE, (0, 0))
+    _limit_memory()
     connection.send("")
     for i in range(1, _CASES + 1):
         try:
@@ -311,7 +316,7 @@ def make_seeds(folder: Path) -> None:
 
 
 def read_again(kind: str, number: int, seed: int, place: Path, out: Path | None) -> None:
-    """One case without limits, and the traceback of what it raises."""
+    """One case, and the traceback of what it raises, or of what it does when its time is over."""
     from featurestore.errors import FeatureStoreError
     from tests.soak.cases import make_case, read_seeds
     from tests.soak.kinds import READERS
@@ -322,6 +327,10 @@ def read_again(kind: str, number: int, seed: int, place: Path, out: Path | None)
     whole = place / "seeds" / kind / case.seed_file
     changed = [name for name, content in case.files.items() if content != (whole / name).read_bytes()]
     print(f"{kind} {number}, made of {case.seed_file}: damaged {', '.join(changed)}; replaced {dict(case.odd)}")
+    sys.stdout.flush()
+    _limit_memory()
+    faulthandler.enable()
+    faulthandler.dump_traceback_later(MOST_SECONDS, exit=True)
     try:
         READERS[kind](folder, case.seed_file)
     except FeatureStoreError as error:
