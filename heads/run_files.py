@@ -19,9 +19,11 @@ def read_json(path: Path) -> Any:
     """What a document of a run holds; OSError or ValueError where it is no file or no JSON."""
     require_file(path)
     try:
-        return json.loads(path.read_text("utf-8"))
+        document = json.loads(path.read_text("utf-8"))
+        json.dumps(document, ensure_ascii=False).encode("utf-8")  # half a pair of surrogates is no text
     except RecursionError as error:
         raise ValueError(f"{path} is nested too deep") from error
+    return document
 
 
 def require_file(path: Path) -> None:

@@ -85,8 +85,11 @@ def test_files_that_are_pipes_or_nested_too_deep_make_a_run_unfinished(kept: Pat
         assert read_result(trained) is None
         (trained / name).unlink()
         (trained / "aside").rename(trained / name)
-    (trained / "config.json").write_text("[" * 100_000)
-    assert [run.row["name"] for run in finished_runs(kept / "runs")] == [untrained.name]
+    config = (trained / "config.json").read_text()
+    for content in ("[" * 100_000, config.replace("random:0", "\\ud800")):
+        assert content != config
+        (trained / "config.json").write_text(content)
+        assert list(runs_table(finished_runs(kept / "runs"))["name"]) == [untrained.name]
 
 
 def test_a_split_of_what_no_split_can_hold_is_refused(kept: Path) -> None:
@@ -96,3 +99,7 @@ def test_a_split_of_what_no_split_can_hold_is_refused(kept: Path) -> None:
         path.write_text(content)
         with pytest.raises(FeatureStoreError, match="is not a split"):
             Split.load(path, document["of"], 120)
+    path.unlink()
+    os.mkfifo(path)
+    with pytest.raises(FeatureStoreError, match="there is no split"):
+        Split.load(path, document["of"], 120)

@@ -243,7 +243,11 @@ def change_shard(content: bytes, rng: random.Random, inner: Inner) -> bytes:
     start = 8 * rng.randrange(8)
     n = len(content)
     value = rng.choice((0, 1, 3, n - 4, n, n + 1, 2**31, 2**32, 2**62, 2**63 - 1, 2**63, 2**64 - 1, 2**64 - 4))
-    index = index[:start] + struct.pack("<Q", value) + index[start + 8 :] if rng.random() < 0.8 else inner(index, rng)
+    index = (
+        index[:start] + struct.pack("<Q", value % 2**64) + index[start + 8 :]
+        if rng.random() < 0.8
+        else inner(index, rng)
+    )
     return records + index + crc32c.crc32c(index).to_bytes(4, "little")
 
 

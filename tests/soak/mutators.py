@@ -22,7 +22,10 @@ def damage(name: str, content: bytes, rng: random.Random, others: Sequence[bytes
         structures = [change for recognised, change in STRUCTURES if recognised(name, content)]
         structures += [change_cells] if name.endswith(_TEXTS) else []
         if structures and rng.random() < 0.6:
-            content = rng.choice(structures)(content, rng, damage_bytes)
+            try:
+                content = rng.choice(structures)(content, rng, damage_bytes)
+            except (RecursionError, MemoryError):  # by what an earlier damage wrote
+                content = damage_bytes(content, rng)
         elif others and rng.random() < 0.1:
             content = _splice(content, rng, rng.choice(others))
         else:
