@@ -32,7 +32,7 @@ def in_a_process(function, *arguments) -> int | None:
 
 def test_a_small_dose(tmp_path: Path) -> None:
     """Whatever is damaged is read or refused, in time, in little memory, and nothing runs."""
-    line = ["fuzz", "--kind", *DOSE, "--n", "60", "--first", "763", "--workers", "2", "--out", str(tmp_path)]
+    line = ["fuzz", "--kind", *DOSE, "--n", "60", "--first", "763", "--workers", "1", "--out", str(tmp_path)]
     done = CliRunner().invoke(main, line)
     assert done.exit_code == 0, done.output
     assert done.output.endswith("0 findings.\n")
