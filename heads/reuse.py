@@ -1,6 +1,5 @@
 """Why a run that was finished before is not read but done again."""
 
-import json
 from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
@@ -12,7 +11,7 @@ from featurestore.errors import FeatureStoreError
 from featurestore.keys import KEY
 from featurestore.photos.csv_files import read_csv
 from featurestore.text import listing
-from heads.run_files import read_result
+from heads.run_files import read_json, read_result
 from heads.runs import Run
 from heads.tasks import Task, photographs_file, photographs_of
 
@@ -30,7 +29,7 @@ def why_not_reused(folder: Path, store: FeatureStore, parts: list[tuple[Task, li
 
 def _finished(folder: Path) -> Any:
     try:
-        return json.loads((folder / "config.json").read_text("utf-8")) if read_result(folder) else None
+        return read_json(folder / "config.json") if read_result(folder) else None
     except (OSError, ValueError):
         return None
 

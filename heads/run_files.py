@@ -15,13 +15,28 @@ from heads.trials.tables import FACES, ODD, VIEWS
 _TEXT = dict.fromkeys([*FACES, *VIEWS, ODD, *KEY, "predicted", "participant", "session"], str)
 
 
+def read_json(path: Path) -> Any:
+    """What a document of a run holds; OSError or ValueError where it is no file or no JSON."""
+    require_file(path)
+    try:
+        document = json.loads(path.read_text("utf-8"))
+        json.dumps(document, ensure_ascii=False).encode("utf-8")  # half a pair of surrogates is no text
+    except RecursionError as error:
+        raise ValueError(f"{path} is nested too deep") from error
+    return document
+
+
+def require_file(path: Path) -> None:
+    """OSError for anything but a file: a pipe or a device would be read for ever."""
+    if not path.is_file():
+        raise FileNotFoundError(f"there is no file {path}")
+
+
 def read_result(folder: Path) -> dict[str, Any] | None:
     """A finished run's result; None for a run that is unfinished or whose files are damaged, which is trained again."""
     try:
-        result = json.loads((folder / "result.json").read_text("utf-8"))
-        if result["state"] != "finished" or not isinstance(
-            json.loads((folder / "config.json").read_text("utf-8")), dict
-        ):
+        result = read_json(folder / "result.json")
+        if result["state"] != "finished" or not isinstance(read_json(folder / "config.json"), dict):
             return None
         answered = read_predictions(folder, ["correct"])
         whole = answered is not None and len(answered) == result["n_test"] and {"name", "chance"} <= result.keys()
@@ -34,6 +49,7 @@ def read_predictions(folder: Path, columns: list[str] | None = None) -> pd.DataF
     """A run's ``predictions.csv``, or some columns, faces and views as text; None where it is not there or not one."""
     try:
         path = folder / "predictions.csv"
+        require_file(path)
         table = pd.read_csv(path, usecols=columns, dtype=_TEXT, keep_default_na=False)
         return table if table["correct"].dtype == bool else None
     except (OSError, ValueError, KeyError):

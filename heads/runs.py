@@ -31,7 +31,7 @@ from heads.finetuned_runs import finetuned_head, finetuning_features, save_netwo
 from heads.finetuning import FinetunedHead
 from heads.models.base import Head
 from heads.registry import draw_head, stored_options
-from heads.run_files import TrainingCurves, read_predictions, read_result, write_csv, write_document
+from heads.run_files import TrainingCurves, read_json, read_predictions, read_result, write_csv, write_document
 from heads.scores import ANSWERS, accuracy_by, accuracy_by_face, predictions, score, shown_columns
 from heads.tasks import Task
 from heads.train import Checkpoint, Epoch, Pace, Progress, Settings, train, validate
@@ -261,7 +261,7 @@ def _with_current_trials(result: dict[str, Any], task: Task, run_folder: Path) -
 def _begun_with(run_folder: Path) -> int:
     """The number of threads of an unfinished run: it must go on with as many, or its last bits would differ."""
     try:
-        return int(json.loads((run_folder / "config.json").read_text("utf-8"))["threads"])
+        return int(read_json(run_folder / "config.json")["threads"])
     except (OSError, ValueError, KeyError, TypeError):
         return 0
 

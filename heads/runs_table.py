@@ -14,7 +14,7 @@ import pandas as pd
 
 from featurestore.errors import FeatureStoreError
 from featurestore.text import listing
-from heads.run_files import read_predictions, read_result, write_csv
+from heads.run_files import read_predictions, read_result, require_file, write_csv
 from heads.scores import ANSWERS, CEILING_COLUMNS, FACES_SHOWN_COLUMNS, difference, paired_test, score
 from heads.trials.same_person import SAME_PERSON
 
@@ -160,9 +160,10 @@ def _with_losses(result: dict[str, Any], folder: Path) -> dict[str, Any]:
     if "validation_loss" in result or not result.get("best_epoch"):
         return result
     try:
+        require_file(folder / "metrics.csv")
         metrics = pd.read_csv(folder / "metrics.csv").set_index("epoch")
         return {**result, "validation_loss": float(metrics.loc[result["best_epoch"], "validation_loss"])}
-    except (OSError, ValueError, KeyError):
+    except (OSError, ValueError, KeyError, TypeError):
         return result
 
 

@@ -92,6 +92,8 @@ class Split:
     @classmethod
     def load(cls, path: Path, examples_hash: str, n: int) -> "Split":
         """A saved split for the ``n`` examples with hash ``examples_hash``; FeatureStoreError if damaged."""
+        if not path.is_file():  # a pipe would hang
+            raise FeatureStoreError(f"there is no split {path}.")
         try:
             document = json.loads(path.read_text("utf-8"))
             if document["format"] != _FORMAT or document["format_version"] != 1:
@@ -109,9 +111,7 @@ class Split:
             aside = document.get("set_aside", 0)
             split = cls(document["kind"], document["seed"], (a, b, c), examples_hash, part, fold, aside)
             sound = split.hash == document["hash"]
-        except FileNotFoundError:
-            raise FeatureStoreError(f"there is no split {path}.") from None
-        except (ValueError, KeyError, TypeError, IndexError, OSError) as error:
+        except (ValueError, KeyError, TypeError, IndexError, OverflowError, RecursionError, OSError) as error:
             raise FeatureStoreError(f"{path} is not a split: {type(error).__name__} {error}") from None
         if not sound:
             raise FeatureStoreError(f"{path} was changed after it was written: its hash does not fit its content.")

@@ -284,7 +284,7 @@ class Checkpoint:
 
     def restore(self, head: Head, optimizer: torch.optim.Optimizer) -> TrainingState | None:
         """Put ``head`` and ``optimizer`` where they were; None if there is no state of this very run."""
-        if not self.path.exists():
+        if not self.path.is_file():  # a pipe would hang
             return None
         try:
             with safe_open(self.path, framework="pt") as file:

@@ -3,6 +3,8 @@
 Nine faces × two views, rows of 20 numbers; a similarity head of rank 3 and its zero-shot baseline.
 """
 
+import json
+import os
 import shutil
 from pathlib import Path
 
@@ -12,10 +14,13 @@ import pytest
 import torch
 
 from featurestore import FeatureStore
+from featurestore.errors import FeatureStoreError
 from heads import load_head
 from heads.grid import GridRequest, plan_grid
+from heads.run_files import read_result
 from heads.runs import train_run
 from heads.runs_table import finished_runs, runs_table
+from heads.splits import Split
 from heads.train import Settings
 
 KEPT = Path(__file__).parent / "data" / "version-0.1"
@@ -68,3 +73,33 @@ def test_the_same_request_finds_them_finished(kept: Path) -> None:
     assert (grid.runs, grid.finished) == (2, 2)
     ((task, runs),) = grid.parts
     assert train_run(task, runs[1], kept / "runs")["best_epoch"] == 3  # read, not trained: it has no state
+
+
+def test_files_that_are_pipes_or_nested_too_deep_make_a_run_unfinished(kept: Path) -> None:
+    """A folder that was sent can hold anything: a pipe would be waited for."""
+    (trained,) = (kept / "runs").glob("fc7-relu-similarity-*")
+    (untrained,) = (kept / "runs").glob("fc7-relu-zero-shot-*")
+    for name in ("result.json", "config.json", "predictions.csv"):
+        (trained / name).rename(trained / "aside")
+        os.mkfifo(trained / name)
+        assert read_result(trained) is None
+        (trained / name).unlink()
+        (trained / "aside").rename(trained / name)
+    config = (trained / "config.json").read_text()
+    for content in ("[" * 100_000, config.replace("random:0", "\\ud800")):
+        assert content != config
+        (trained / "config.json").write_text(content)
+        assert list(runs_table(finished_runs(kept / "runs"))["name"]) == [untrained.name]
+
+
+def test_a_split_of_what_no_split_can_hold_is_refused(kept: Path) -> None:
+    (path,) = (kept / "runs" / "splits").glob("*.json")
+    document = json.loads(path.read_text())
+    for content in (json.dumps({**document, "train": [10**30]}), "[" * 100_000):
+        path.write_text(content)
+        with pytest.raises(FeatureStoreError, match="is not a split"):
+            Split.load(path, document["of"], 120)
+    path.unlink()
+    os.mkfifo(path)
+    with pytest.raises(FeatureStoreError, match="there is no split"):
+        Split.load(path, document["of"], 120)
