@@ -14,7 +14,7 @@ import zarr
 
 from featurestore import FeatureStore, FeatureStoreError
 from featurestore.caching.verify import check_source
-from featurestore.store.removal import remove, removal_of
+from featurestore.store.removal import removal_of, remove
 from featurestore.store.shards import ShardWriter
 from featurestore.store.upgrading import upgrade_store
 from featurestore.store.writer import store_lock
@@ -97,7 +97,9 @@ def test_version_1_is_read_and_not_written(table: Path, tmp_path: Path) -> None:
     store = as_version_1(tmp_path / "s.zarr")
     before = files(store)
     assert check_source(FeatureStore.open(store).source()).sound
-    with pytest.raises(FeatureStoreError, match=r"version 1, which is read but not written.*pipelines/upgrade_store.py"):
+    with pytest.raises(
+        FeatureStoreError, match=r"version 1, which is read but not written.*pipelines/upgrade_store.py"
+    ):
         run_pass(table, store, [*LAYERS, "conv_1_1"])
     with pytest.raises(FeatureStoreError, match="read but not written"):
         remove(store, removal_of(FeatureStore.open(store), None, LAYERS[0]))

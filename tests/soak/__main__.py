@@ -1,4 +1,4 @@
-"""Attacks what reads files that a stranger could have made: ``python -m tests.soak fuzz``."""
+"""Attacks on stores, and on what reads files that a stranger could have made: ``python -m tests.soak``."""
 
 import csv
 import os
@@ -17,6 +17,8 @@ from featurestore.text import aligned, human_bytes
 from pipelines._cli import Command, progress_bar
 from tests.commands import FORKS
 from tests.soak.cases import KINDS, make_case, read_seeds
+from tests.soak.damage import DAMAGES, damage_and_repair, make_store
+from tests.soak.kills import kill_passes
 from tests.soak.workers import OUTCOMES, Outcome, make_seeds, outcomes, read_again
 
 _COLUMNS = ("kind", "case", "seed", "seed_file", "outcome", "seconds", "mib", "detail")
@@ -31,6 +33,16 @@ _AGAIN = """
 Example:
 
   python -m tests.soak again --kind images --case 1234 --seed 0
+"""
+_DAMAGE = """
+Example:
+
+  python -m tests.soak damage --n 1000
+"""
+_KILLS = """
+Example:
+
+  python -m tests.soak kills --n 1000
 """
 
 
@@ -145,6 +157,46 @@ def again(kind: str, number: int, seed: int, out: Path | None) -> None:
     if reading.exitcode:
         click.echo(f"exit status {reading.exitcode}")
         sys.exit(1)
+
+
+@main.command(cls=Command, epilog=_DAMAGE)
+@click.option(
+    "--n", type=click.IntRange(1), default=1000, show_default=True, help="Flipped bits; a fifth each of the others."
+)
+@click.option("--first", type=click.IntRange(0), default=0, show_default=True, help="Number of the first case.")
+def damage(n: int, first: int) -> None:
+    """Flip bits, swap, insert and cut anywhere in a store; exit status 1 if one is not named, or not repaired to the same bytes."""
+    rows, wrong = [("damage", "cases", "the same bytes", "named and repaired", "not")], 0
+    with tempfile.TemporaryDirectory(prefix="soak-", dir=_MEMORY if _MEMORY.is_dir() else None) as name:
+        store = make_store(Path(name))
+        for what in DAMAGES:
+            cases = n if what == "flip" else -(-n // 5)
+            found = []
+            with progress_bar(cases, what, " cases") as bar:
+                for case in range(first, first + cases):
+                    found.append(damage_and_repair(store, what, case))
+                    bar.update(1)
+                    if found[-1].problem:
+                        click.echo(f"{what} {case}: {found[-1].what}: {found[-1].problem}")
+            same, bad = (
+                sum(each.what.endswith("same bytes") for each in found),
+                sum(bool(each.problem) for each in found),
+            )
+            rows.append((what, f"{cases:,}", str(same), f"{cases - same - bad:,}", str(bad)))
+            wrong += bad
+    click.echo("\n".join(["", *aligned(rows)]))
+    sys.exit(1 if wrong else 0)
+
+
+@main.command(cls=Command, epilog=_KILLS)
+@click.option("--n", type=click.IntRange(1), default=1000, show_default=True, help="Kills.")
+@click.option("--seed", type=int, default=0, show_default=True, help="Other moments.")
+def kills(n: int, seed: int) -> None:
+    """Kill passes N times; exit status 1 if what one leaves is damaged, or a store does not end as if nothing had happened."""
+    with tempfile.TemporaryDirectory(prefix="soak-") as name, progress_bar(n, "kills", " kills") as bar:
+        wrong = kill_passes(Path(name), n, seed, bar.update)
+    click.echo("\n".join(wrong) or f"{n} kills: every store whole after each, and the same bytes at the end.")
+    sys.exit(1 if wrong else 0)
 
 
 if __name__ == "__main__":

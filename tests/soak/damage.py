@@ -1,8 +1,8 @@
 """Damage of one bit, a swap, an insertion or a cut anywhere in a store: whether it is named, and repaired to the same bytes.
 
-    store = make_store(folder)
-    for case in range(n):
-        outcome = damage_and_repair(store, "flip", case)
+store = make_store(folder)
+for case in range(n):
+    outcome = damage_and_repair(store, "flip", case)
 """
 
 import random
