@@ -45,8 +45,8 @@ class LayerPlan:
 class Plan:
     """Everything a caching run will do to one source of one store.
 
-    ``existing`` and ``new`` are the coordinates of registered items (as they will be) and of items to append. ``beside`` (bool per
-    registered item) are computed too and not written: with them the others are in the batches that they were in at first.
+    ``existing`` and ``new`` are the coordinates of registered items (as they will be) and of items to append. ``beside`` (bool
+    per registered item) are computed too and not written: with them the others are in the batches that they were in at first.
     """
 
     store: Path

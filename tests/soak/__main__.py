@@ -165,7 +165,7 @@ def again(kind: str, number: int, seed: int, out: Path | None) -> None:
 )
 @click.option("--first", type=click.IntRange(0), default=0, show_default=True, help="Number of the first case.")
 def damage(n: int, first: int) -> None:
-    """Flip bits, swap, insert and cut anywhere in a store; exit status 1 if one is not named, or not repaired to the same bytes."""
+    """Flip bits, swap, insert and cut anywhere in a store; exit status 1 if one is not named and repaired to the same bytes."""
     rows, wrong = [("damage", "cases", "the same bytes", "named and repaired", "not")], 0
     with tempfile.TemporaryDirectory(prefix="soak-", dir=_MEMORY if _MEMORY.is_dir() else None) as name:
         store = make_store(Path(name))

@@ -59,10 +59,8 @@ def damage_and_repair(store: Store, what: str, case: int) -> Damaged:
     """Case number ``case`` of one kind of damage; the store is as it was after it."""
     chance = random.Random(f"{what}-{case}")
     named = sorted(store.files)
-    if what == "swap":
-        said = _swap(store, chance, case)
-    else:
-        said = _change(store.path / named[case % len(named)], what, chance)
+    path = store.path / named[case % len(named)]
+    said = _swap(store, chance, case) if what == "swap" else _change(path, what, chance)
     changed = [name for name, content in _files(store.path).items() if store.files.get(name) != content]
     problem = _problem(store, changed) if changed else ""
     if problem or _files(store.path) != store.files:
