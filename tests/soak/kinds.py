@@ -24,6 +24,7 @@ from featurestore.photos.recipes import read_recipe
 from featurestore.queries import similarity_analysis
 from featurestore.queries.pairs import given_pairs
 from featurestore.store.activation_files import open_activations, read_table
+from featurestore.store.integrity import check_files
 from heads.checkpoints import load_head
 from heads.explain import job, regions
 from heads.registry import draw_head
@@ -151,6 +152,7 @@ def _read_head(folder: Path, seed: str) -> None:
 
 
 def _read_store(folder: Path, seed: str) -> None:
+    check_files(folder / STORE)
     store = FeatureStore.open(folder / STORE)
     for source in store.sources.values():
         source.items, source.originals, repr(source), source.weights

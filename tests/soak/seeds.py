@@ -25,7 +25,7 @@ from featurestore.checkpoints.formats import dlib
 from featurestore.checkpoints.formats.pytorch import LEGACY
 from featurestore.keys import BOX, KEY, LANDMARKS
 from featurestore.photos.detection import COUNT, SEARCHED
-from featurestore.store.zarr_format import coordinate_chunk, encode_coordinate
+from featurestore.store.writer import SourceWriter
 from heads.checkpoints import save_head
 from heads.registry import draw_head
 from heads.train import Checkpoint, TrainingState
@@ -316,9 +316,10 @@ def _stores(folder: Path) -> None:
         images = write_photographs(made / seed, 3, 2)
         store = folder / seed / STORE
         run_pass(images, store, list(LAYERS), backbone=NAME, recipe=str(recipe), **options)
-        source = FeatureStore.open(store).source()
-        paths = np.array([Path(path).relative_to(images).as_posix() for path in source.items["path"]], object)
-        coordinate_chunk(source.folder / "path", "string", 0).write_bytes(encode_coordinate(paths, "string"))
+        writer = SourceWriter(store, FeatureStore.open(store).source().name, {})
+        paths = [Path(path).relative_to(images).as_posix() for path in writer.table["path"]]
+        writer.replace_table(writer.table.assign(path=np.array(paths, object)))
+        writer.publish()
     shutil.rmtree(made)
     shutil.copytree(ROOT / "tests" / "featurestore" / "data" / "version-1.zarr", folder / "version-1" / STORE)
 
