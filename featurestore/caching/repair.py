@@ -21,6 +21,8 @@ from featurestore.store.shards import ShardWriter
 from featurestore.store.writer import SourceWriter, free_bytes
 from featurestore.text import listing
 
+_LARGEST_BATCH = 4096  # that a source's document is believed
+
 
 def keep_intact(store: FeatureStore, source: Source, damage: Sequence[Damage]) -> dict[str, np.ndarray]:
     """Write shards damaged as a whole anew, under ``store_lock``, from those of their records that are noted of their rows.
@@ -81,12 +83,17 @@ def repair_plan(store: FeatureStore, source: Source, lost: Mapping[str, np.ndarr
 def _in_batches_of(source: Source, lost: Mapping[str, np.ndarray]) -> np.ndarray:
     """bool per item: those that were in one batch with a lost row of theirs. Batches begin anew with each shard."""
     slots = next((layer.slots for layer in source.layers.values()), 1)
-    size = source.attributes.get("batch_size")
-    size = min(size, slots) if isinstance(size, int) and size > 0 else 1
+    size = min(_batch_size(source) or 1, slots)
     rows = np.arange(source.n_items)
     batch = rows // slots * slots + rows % slots // size
     needed = np.logical_or.reduce([np.zeros(source.n_items, bool), *lost.values()])
     return np.isin(batch, batch[needed])
+
+
+def _batch_size(source: Source) -> int | None:
+    """Images that went through the network at once, as far as the source says so."""
+    said = source.attributes.get("batch_size")
+    return said if isinstance(said, int) and 0 < said <= _LARGEST_BATCH else None
 
 
 def repair_job(store: FeatureStore, source: Source, weights: Weights, device: str) -> CachingJob:
@@ -102,7 +109,7 @@ def repair_job(store: FeatureStore, source: Source, weights: Weights, device: st
         recipe=source.attributes["recipe"]["name"],
         device=device,
         precision=precision_of(source),
-        batch_size=source.attributes.get("batch_size"),
+        batch_size=_batch_size(source),
         on_error="skip",
     )
     spec = weights.backbone

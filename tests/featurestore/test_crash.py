@@ -89,7 +89,7 @@ class Reader(threading.Thread):
             warnings.simplefilter("ignore")
             group = zarr.open_group(self.store / source.name, mode="r")
         for layer in source.layers:
-            rows = source.rows(layer)
+            rows = source.rows(layer, verify=True)
             there = np.flatnonzero(rows.present)
             for row in np.random.default_rng().permutation(there)[:3]:
                 self.compare(source.keys[row], layer, rows.gather([row])[0].numpy())

@@ -83,6 +83,21 @@ def test_rows_that_stand_in_each_others_place_are_not_served_as_their_own(store:
     assert {(found.shard, found.row) for found in report.damage} == {(i // 4, i) for i in range(8)}
 
 
+def test_a_reader_that_is_open_while_a_row_is_repaired(store: Path) -> None:
+    """It keeps what it mapped: whole rows as they are, the damaged one refused; a new one sees all of them."""
+    before = FeatureStore.open(store).rows(LAYERS[1]).gather(range(10))
+    path = FeatureStore.open(store).layers[LAYERS[1]].shard_path(0)
+    content = bytearray(path.read_bytes())
+    content[9] ^= 1
+    path.write_bytes(content)
+    rows = FeatureStore.open(store).rows(LAYERS[1], verify=True)
+    assert command("verify_store", store, "--repair", "--device", "cpu").returncode == 0
+    assert torch.equal(rows.gather(range(1, 10)), before[1:])
+    with pytest.raises(DamagedShard, match="row 0: "):
+        rows.gather([0])
+    assert torch.equal(FeatureStore.open(store).rows(LAYERS[1], verify=True).gather(range(10)), before)
+
+
 @pytest.mark.parametrize("compress", ["zstd", "blosc"])
 def test_compressed_rows_are_compared_too(tmp_path: Path, compress: str) -> None:
     run_pass(write_photographs(tmp_path / "p", 8, 1), tmp_path / "s.zarr", LAYERS[1:], compress=compress)
