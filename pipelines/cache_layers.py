@@ -224,7 +224,7 @@ def main(
     request = _request(dry_run=dry_run, **options)
     from featurestore.caching.job import prepare_job
     from featurestore.caching.run import cache_layers
-    from featurestore.store.writer import store_lock
+    from featurestore.store.lock import store_lock
 
     job = prepare_job(request)
     if dry_run:

@@ -61,9 +61,9 @@ def main(store: Path, remove: str | None, remove_layer: str | None, source: str 
 
 
 def _remove(store: Path, source: str | None, layer: str | None, dry_run: bool) -> None:
+    from featurestore.store.lock import store_lock
     from featurestore.store.reader import FeatureStore
     from featurestore.store.removal import finish_removals, removal_of, remove
-    from featurestore.store.writer import store_lock
     from featurestore.text import human_bytes
 
     if dry_run:

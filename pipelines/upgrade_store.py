@@ -19,9 +19,9 @@ Examples:
 @click.option("--dry-run", is_flag=True, help="Only say what would be done.")
 def main(store: Path, dry_run: bool) -> None:
     """Write the shards and documents of STORE as this version has them. Killed, it is run again and goes on."""
+    from featurestore.store.lock import store_lock
     from featurestore.store.reader import FeatureStore
     from featurestore.store.upgrading import rows_to_upgrade, upgrade_store
-    from featurestore.store.writer import store_lock
     from featurestore.store.zarr_format import FORMAT_VERSION
 
     opened = FeatureStore.open(store)

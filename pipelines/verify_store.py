@@ -75,7 +75,7 @@ def main(
 def _check_files(store: Path, repair: bool) -> bool:
     """Documents, coordinates and checksums; whether they are right by now."""
     from featurestore.store.integrity import check_files, restore
-    from featurestore.store.writer import is_being_written, store_lock
+    from featurestore.store.lock import is_being_written, store_lock
 
     damage = check_files(store)
     if damage and is_being_written(store):
@@ -137,8 +137,8 @@ def _repair(
     from featurestore.caching.repair import keep_intact, repair_job, repair_plan
     from featurestore.caching.run import cache_layers
     from featurestore.caching.verify import Recomputation, check_source
+    from featurestore.store.lock import store_lock
     from featurestore.store.reader import FeatureStore
-    from featurestore.store.writer import store_lock
 
     with store_lock(store.path, "pipelines/verify_store.py --repair"):
         plan = repair_plan(store, source, keep_intact(store, source, damage))

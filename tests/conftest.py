@@ -13,7 +13,8 @@ from featurestore.caching.job import CachingRequest, prepare_job
 from featurestore.caching.planning import make_plan
 from featurestore.caching.run import Summary, cache_layers
 from featurestore.photos.keys import find_faces
-from featurestore.store.writer import SourceWriter, store_lock
+from featurestore.store.lock import store_lock
+from featurestore.store.writer import SourceWriter
 from featurestore.store.zarr_format import source_document
 from tests.commands import ROOT
 

@@ -120,7 +120,7 @@ def check_source(source: Source, progress: Callable[[int], object] = lambda n: N
     # Which layers of a user's own network are equal by construction, such as a dropout and its input, is not known.
     known = spec is not None and spec.equal is not None
     suspicious = (*_suspicious_keys(source), *(repeats if known else ()))
-    notes = (*(() if known else repeats), *_copies(source))
+    notes = (*(() if known else repeats), *_copies(source), *_unbound(source))
     return StoreReport(source.name, records, tuple(damage), absent, suspicious, notes)
 
 
@@ -136,6 +136,14 @@ def _suspicious_keys(source: Source) -> Iterator[str]:
         yield (
             f"{unknown} items have no photograph hash: a recompute was interrupted; run pipelines/cache_layers.py "
             "again with --recompute-changed"
+        )
+
+
+def _unbound(source: Source) -> Iterator[str]:
+    if source.version == 1:
+        yield (
+            "format version 1 does not say whose row stands where, so that was not checked; upgrade it: "
+            f"pipelines/upgrade_store.py {source.folder.parent}"
         )
 
 

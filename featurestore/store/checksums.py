@@ -11,17 +11,16 @@ from typing import Any
 import numpy as np
 
 from featurestore.files import read_file
-from featurestore.store.shards import DamagedShard
-from featurestore.store.zarr_format import (
-    CHECKSUMS,
+from featurestore.store.coordinates import (
     COORDINATE_CHUNK,
     COPY,
-    Layer,
     coordinate_chunk,
     coordinate_metadata,
     decode_coordinate,
     write_chunk,
 )
+from featurestore.store.shards import DamagedShard
+from featurestore.store.zarr_format import CHECKSUMS, Layer
 
 _KIND = "checksum"
 NOT_ITS_OWN = "the record is damaged, or another one's: it does not have the checksum that is noted of this item"

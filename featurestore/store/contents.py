@@ -9,15 +9,8 @@ from featurestore.errors import FeatureStoreError
 from featurestore.files import safe_name
 from featurestore.keys import KEY
 from featurestore.store.checksums import checksum_metadata
-from featurestore.store.zarr_format import (
-    CHECKSUMS,
-    COORDINATE_CHUNK,
-    Layer,
-    claims_to_be_layer,
-    content_matches,
-    is_coordinate,
-    parse_layer,
-)
+from featurestore.store.coordinates import COORDINATE_CHUNK, is_coordinate
+from featurestore.store.zarr_format import CHECKSUMS, Layer, claims_to_be_layer, content_matches, parse_layer
 from featurestore.text import listing
 
 Document: TypeAlias = dict[str, Any]  # JSON

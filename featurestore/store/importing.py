@@ -20,7 +20,8 @@ from featurestore.errors import FeatureStoreError
 from featurestore.files import safe_name, sha256_of
 from featurestore.keys import KEY
 from featurestore.store.activation_files import FileRows, Found, open_activations
-from featurestore.store.writer import SourceWriter, refuse_other_folder, store_lock
+from featurestore.store.lock import store_lock
+from featurestore.store.writer import SourceWriter, refuse_other_folder
 from featurestore.store.zarr_format import METADATA
 from featurestore.text import listing
 

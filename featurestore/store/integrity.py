@@ -17,20 +17,22 @@ from featurestore.errors import FeatureStoreError
 from featurestore.files import PARTIAL, read_file, write_atomically
 from featurestore.store.checksums import checksum_metadata
 from featurestore.store.contents import Contents, contents_of
+from featurestore.store.coordinates import (
+    COORDINATE_CHUNK,
+    COPY,
+    coordinate_chunk,
+    decode_coordinate,
+    encode_coordinate,
+)
 from featurestore.store.rows import open_shard
 from featurestore.store.shards import CRC_BYTES, DamagedShard
 from featurestore.store.zarr_format import (
     CHECKSUMS,
-    COORDINATE_CHUNK,
-    COPY,
     FORMAT,
     METADATA,
     Layer,
     checksums_group,
-    coordinate_chunk,
-    decode_coordinate,
     document_bytes,
-    encode_coordinate,
     read_json,
     root_document,
     source_name,

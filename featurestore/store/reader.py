@@ -22,7 +22,8 @@ from featurestore.errors import FeatureStoreError
 from featurestore.files import OpenFolder
 from featurestore.keys import FLIPPED, KEY, place_columns
 from featurestore.store.contents import contents_of
-from featurestore.store.zarr_format import METADATA, Layer, read_coordinate, read_document, source_names
+from featurestore.store.coordinates import read_coordinate
+from featurestore.store.zarr_format import METADATA, Layer, read_document, source_names
 from featurestore.text import in_natural_order, listing, natural_order, near_matches
 
 if TYPE_CHECKING:

@@ -5,12 +5,10 @@ source's document is renamed last and is what readers go by. A process killed in
 and ``SourceWriter`` drops them before it writes anything else. A row is forgotten in the checksums before it is written anew.
 """
 
-import json
 import os
-import platform
 import shutil
 from collections.abc import Iterator, Mapping, Sequence
-from contextlib import contextmanager, nullcontext
+from contextlib import contextmanager
 from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
@@ -18,85 +16,38 @@ from typing import Any
 import numpy as np
 import pandas as pd
 from crc32c import crc32c
-from filelock import FileLock, Timeout
 
 from featurestore.errors import FeatureStoreError
 from featurestore.files import PARTIAL, OpenFolder, read_file
 from featurestore.keys import KEY
 from featurestore.store.checksums import Checksums, checksum_metadata
-from featurestore.store.reader import Source
-from featurestore.store.rows import open_shard, present_rows
-from featurestore.store.shards import KEPT, DamagedShard, ShardWriter
-from featurestore.store.zarr_format import (
-    CHECKSUMS,
+from featurestore.store.coordinates import (
     COORDINATE_CHUNK,
-    FORMAT_VERSION,
-    METADATA,
-    Layer,
-    checksums_group,
     chunk_names,
     coordinate_chunk,
     coordinate_content,
     coordinate_kind,
     coordinate_metadata,
+    write_chunk,
+)
+from featurestore.store.reader import Source
+from featurestore.store.rows import open_shard, present_rows
+from featurestore.store.shards import KEPT, DamagedShard, ShardWriter
+from featurestore.store.zarr_format import (
+    CHECKSUMS,
+    FORMAT_VERSION,
+    METADATA,
+    Layer,
+    checksums_group,
     document_bytes,
     read_document,
     root_document,
     source_document,
     source_names,
-    write_chunk,
     write_json,
 )
 
 _REMOVED = ".removed" + PARTIAL  # ending of a file beside the folder of a layer that is being removed
-
-
-@contextmanager
-def store_lock(store: Path, doing: str) -> Iterator[None]:
-    """Hold the store for writing; FeatureStoreError names who holds it already. Released even by SIGKILL."""
-    store = store.resolve()  # a link to a store is the same store
-    lock_path = store.with_name(store.name + ".lock")
-    holder_path = store.with_name(store.name + ".lock.json")
-    try:
-        store.parent.mkdir(parents=True, exist_ok=True)
-        lock = FileLock(lock_path, timeout=0)
-        lock.acquire()
-        holder = {"pid": os.getpid(), "host": platform.node(), "doing": doing}
-        holder_path.write_text(json.dumps(holder), "utf-8")
-    except Timeout:
-        raise FeatureStoreError(
-            f"{store} is being written by {_holder(holder_path)}. Wait for it or stop it."
-        ) from None
-    except OSError as error:
-        raise FeatureStoreError(
-            f"{store} cannot be written: {error.strerror or error} ({lock_path}). Choose another `store`."
-        ) from None
-    try:
-        yield
-    finally:
-        holder_path.unlink(missing_ok=True)
-        lock.release()
-
-
-def is_being_written(store: Path) -> bool:
-    """Whether somebody holds ``store_lock`` now."""
-    path = store.resolve()
-    path = path.with_name(path.name + ".lock")
-    try:
-        with FileLock(path, timeout=0) if path.exists() else nullcontext():
-            return False
-    except Timeout:
-        return True
-    except OSError:  # a disk that cannot be written is not being written
-        return False
-
-
-def _holder(path: Path) -> str:
-    try:
-        holder = json.loads(path.read_text("utf-8"))
-        return f"process {holder['pid']} on {holder['host']} ({holder['doing']})"
-    except (OSError, ValueError, KeyError, TypeError):
-        return "another process"
 
 
 def free_bytes(store: Path) -> int:

@@ -33,7 +33,7 @@ from featurestore.demo.dataset import make_faces
 from featurestore.networks.registry import get_backbone
 from featurestore.photos.decode import decode
 from featurestore.photos.keys import find_faces
-from featurestore.store.writer import store_lock
+from featurestore.store.lock import store_lock
 from heads.checkpoints import load_head
 from heads.features import Features
 from heads.finetuning import FinetunedHead, NetworkPart

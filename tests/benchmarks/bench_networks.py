@@ -20,7 +20,8 @@ from featurestore.checkpoints.weights import open_weights
 from featurestore.networks.hooks import HookedNetwork
 from featurestore.photos.keys import find_faces
 from featurestore.photos.loading import batches
-from featurestore.store.writer import SourceWriter, store_lock
+from featurestore.store.lock import store_lock
+from featurestore.store.writer import SourceWriter
 from tests.benchmarks.bench_store import BATCH, make_photographs
 from tests.benchmarks.measure import Line, compare, rate, run_sections
 

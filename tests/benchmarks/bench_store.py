@@ -33,8 +33,9 @@ from featurestore.checkpoints.weights import open_weights
 from featurestore.networks.registry import get_backbone
 from featurestore.photos.decode import decode
 from featurestore.photos.keys import find_faces
+from featurestore.store.lock import store_lock
 from featurestore.store.rows import Rows
-from featurestore.store.writer import SourceWriter, store_lock
+from featurestore.store.writer import SourceWriter
 from tests.benchmarks.measure import (
     MAXP_5_3,
     ROOT,

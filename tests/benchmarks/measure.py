@@ -18,7 +18,8 @@ import numpy as np
 import pandas as pd
 import torch
 
-from featurestore.store.writer import SourceWriter, store_lock
+from featurestore.store.lock import store_lock
+from featurestore.store.writer import SourceWriter
 
 ROOT = Path(__file__).resolve().parents[2]
 MAXP_5_3 = (512, 7, 7)

@@ -17,7 +17,7 @@ from featurestore.photos.decode import ImageError, decode
 from featurestore.photos.keys import find_faces
 from featurestore.photos.recipes import Recipe
 from featurestore.photos.resize import crop
-from featurestore.store.writer import store_lock
+from featurestore.store.lock import store_lock
 from tests.commands import command
 from tests.conftest import write_photographs
 

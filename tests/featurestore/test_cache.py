@@ -18,7 +18,7 @@ from featurestore.caching.planning import make_plan
 from featurestore.caching.run import cache_layers
 from featurestore.checkpoints.seeded import draw_weights
 from featurestore.networks.registry import get_backbone
-from featurestore.store.writer import store_lock
+from featurestore.store.lock import store_lock
 from tests.conftest import LAYERS, request_for, run_pass, write_photographs
 
 

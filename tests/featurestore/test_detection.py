@@ -27,7 +27,7 @@ from featurestore.photos.boxes import with_boxes
 from featurestore.photos.chips import face_chip
 from featurestore.photos.decode import decode
 from featurestore.photos.keys import find_faces
-from featurestore.store.writer import store_lock
+from featurestore.store.lock import store_lock
 from tests.commands import command
 
 DLIB_CHIP = get_recipe("dlib-chip")

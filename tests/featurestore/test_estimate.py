@@ -13,7 +13,7 @@ from featurestore.caching.extractor import Loaded
 from featurestore.caching.job import prepare_job
 from featurestore.caching.planning import make_plan
 from featurestore.caching.run import cache_layers
-from featurestore.store.writer import store_lock
+from featurestore.store.lock import store_lock
 from featurestore.text import human_duration
 from tests.commands import command
 from tests.conftest import request_for, run_pass, write_photographs

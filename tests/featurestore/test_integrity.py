@@ -13,10 +13,12 @@ from crc32c import crc32c
 
 from featurestore import FeatureStore, FeatureStoreError
 from featurestore.caching.verify import check_source
+from featurestore.store.coordinates import COPY
 from featurestore.store.integrity import check_files, restore
+from featurestore.store.lock import store_lock
 from featurestore.store.shards import DamagedShard
-from featurestore.store.writer import SourceWriter, store_lock
-from featurestore.store.zarr_format import COPY, METADATA
+from featurestore.store.writer import SourceWriter
+from featurestore.store.zarr_format import METADATA
 from tests.commands import command
 from tests.conftest import LAYERS, run_pass, write_photographs
 from tests.soak.damage import DAMAGES, Store, damage_and_repair, make_store

@@ -11,9 +11,9 @@ from pathlib import Path
 import pytest
 
 from featurestore import FeatureStore
+from featurestore.store.lock import store_lock
 from featurestore.store.removal import finish_removals, removal_of, remove
 from featurestore.store.rewriting import remove_items, rename_items
-from featurestore.store.writer import store_lock
 from tests.commands import FORKS
 from tests.featurestore.test_cache import contents
 from tests.heads.conftest import write_store

@@ -14,10 +14,10 @@ import zarr
 from featurestore import FeatureStore, FeatureStoreError
 from featurestore.caching.verify import check_source
 from featurestore.files import exchange
+from featurestore.store.lock import store_lock
 from featurestore.store.removal import finish_removals, removal_of, remove
 from featurestore.store.rewriting import remove_items, rename_items
 from featurestore.store.shards import DamagedShard
-from featurestore.store.writer import store_lock
 from tests.commands import FORKS
 from tests.conftest import LAYERS, forget_shard, run_pass, write_photographs
 from tests.featurestore.test_cache import contents, values

@@ -10,7 +10,7 @@ import pytest
 from featurestore import FeatureStore, FeatureStoreError
 from featurestore.caching.renamed import rename_photographs, rows_to_forget
 from featurestore.photos.keys import find_faces
-from featurestore.store.writer import store_lock
+from featurestore.store.lock import store_lock
 from tests.commands import command
 from tests.conftest import LAYERS, request_for, run_pass, write_photographs
 from tests.featurestore.test_cache import contents, plan_of, values, write_table

@@ -18,8 +18,8 @@ from featurestore.caching.repair import keep_intact
 from featurestore.caching.verify import check_source
 from featurestore.store import lazy
 from featurestore.store.lazy import block_bounds
+from featurestore.store.lock import store_lock
 from featurestore.store.shards import DamagedShard
-from featurestore.store.writer import store_lock
 from tests.conftest import LAYERS, run_pass, write_photographs
 
 KEPT = Path(__file__).parent / "data" / "version-1.zarr"

@@ -14,11 +14,12 @@ import zarr
 
 from featurestore import FeatureStore, FeatureStoreError
 from featurestore.caching.verify import check_source
+from featurestore.store.coordinates import COPY, coordinate_metadata
+from featurestore.store.lock import store_lock
 from featurestore.store.removal import removal_of, remove
 from featurestore.store.shards import ShardWriter
 from featurestore.store.upgrading import upgrade_store
-from featurestore.store.writer import store_lock
-from featurestore.store.zarr_format import COPY, METADATA, coordinate_metadata, root_document, write_json
+from featurestore.store.zarr_format import METADATA, root_document, write_json
 from tests import commands
 from tests.commands import command
 from tests.conftest import LAYERS, run_pass, write_photographs
@@ -96,7 +97,9 @@ def test_version_1_is_read_and_not_written(table: Path, tmp_path: Path) -> None:
     run_pass(table, tmp_path / "s.zarr", LAYERS)
     store = as_version_1(tmp_path / "s.zarr")
     before = files(store)
-    assert check_source(FeatureStore.open(store).source()).sound
+    report = check_source(FeatureStore.open(store).source())
+    assert report.sound
+    assert "format version 1 does not say whose row stands where" in report.notes[0]
     with pytest.raises(
         FeatureStoreError, match=r"version 1, which is read but not written.*pipelines/upgrade_store.py"
     ):

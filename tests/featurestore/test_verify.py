@@ -12,7 +12,8 @@ from featurestore import FeatureStore, FeatureStoreError
 from featurestore.caching.provenance import weights_of
 from featurestore.caching.verify import check_source, recompute_some
 from featurestore.devices import choose_device
-from featurestore.store.writer import SourceWriter, store_lock
+from featurestore.store.lock import store_lock
+from featurestore.store.writer import SourceWriter
 from pipelines.verify_store import main as verify_store
 from tests.commands import command
 from tests.conftest import LAYERS, forget_shard, run_pass, signed, write_photographs

@@ -15,7 +15,8 @@ import pandas as pd
 import pytest
 
 from featurestore import FeatureStore
-from featurestore.store.writer import SourceWriter, store_lock
+from featurestore.store.lock import store_lock
+from featurestore.store.writer import SourceWriter
 from tests.conftest import LAYERS
 
 PACKAGES = ("zarrita@0.7.5", "@zarrita/storage@0.2.0")

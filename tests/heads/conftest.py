@@ -10,7 +10,8 @@ import pandas as pd
 import pytest
 import torch
 
-from featurestore.store.writer import SourceWriter, store_lock
+from featurestore.store.lock import store_lock
+from featurestore.store.writer import SourceWriter
 from tests.conftest import run_pass
 from tests.heads.tiny_network import NAME, RECIPE
 

@@ -8,7 +8,8 @@ import pandas as pd
 import pytest
 
 from featurestore import FeatureStore, FeatureStoreError
-from featurestore.store.writer import SourceWriter, store_lock
+from featurestore.store.lock import store_lock
+from featurestore.store.writer import SourceWriter
 from heads.comparison import compare
 from heads.grid import GridRequest, plan_grid
 from heads.runs_table import best_run, write_runs_table

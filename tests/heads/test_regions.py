@@ -19,8 +19,8 @@ from featurestore.keys import LANDMARKS
 from featurestore.photos.chips import face_chip
 from featurestore.photos.geometry import inverse, mirrored_place, moved, square_to_photograph
 from featurestore.photos.keys import find_faces, with_flipped
+from featurestore.store.lock import store_lock
 from featurestore.store.reader import Source
-from featurestore.store.writer import store_lock
 from heads.explain.pictures import mean_maps, methods_of, pictures
 from heads.explain.regions import (
     FACE_REGIONS,

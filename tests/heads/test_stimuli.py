@@ -17,8 +17,8 @@ from featurestore.caching.run import cache_layers
 from featurestore.errors import FeatureStoreError
 from featurestore.keys import LANDMARKS
 from featurestore.photos.keys import find_faces, with_flipped
+from featurestore.store.lock import store_lock
 from featurestore.store.reader import Source
-from featurestore.store.writer import store_lock
 from heads.explain.stimuli import export_masked
 from tests.conftest import write_photographs
 from tests.heads.explained import write_maps

@@ -10,7 +10,7 @@ import pytest
 
 from featurestore import FeatureStore
 from featurestore.files import folder_bytes
-from featurestore.store.writer import store_lock
+from featurestore.store.lock import store_lock
 from tests.commands import ROOT, command
 from tests.conftest import LAYERS, run_pass, write_photographs
 from tests.featurestore.test_cache import contents
@@ -105,7 +105,7 @@ def test_there_is_no_store(tmp_path: Path) -> None:
 
 def test_a_store_that_another_process_writes_is_left_alone(store: Path) -> None:
     code = (
-        "import sys, time; from pathlib import Path; from featurestore.store.writer import store_lock\n"
+        "import sys, time; from pathlib import Path; from featurestore.store.lock import store_lock\n"
         "with store_lock(Path(sys.argv[1]), 'the other one'): print('held', flush=True); time.sleep(60)"
     )
     line = [sys.executable, "-c", code, str(store)]
