@@ -14,7 +14,7 @@ from typing import Any
 import numpy as np
 
 from featurestore.errors import FeatureStoreError
-from featurestore.files import PARTIAL, read_file, write_atomically
+from featurestore.files import PARTIAL, read_file, safe_name, write_atomically
 from featurestore.store.checksums import checksum_metadata
 from featurestore.store.contents import Contents, contents_of
 from featurestore.store.coordinates import (
@@ -146,7 +146,7 @@ def _whole_sources(store: Path, documents: Mapping[Path, Document | str]) -> dic
         except (KeyError, TypeError, AttributeError):
             pass
         for name, each in named:
-            if not _problem(each, store / name):
+            if safe_name(name) and not name.endswith(PARTIAL) and not _problem(each, store / name):
                 found.setdefault(name, []).append(each)
     return found
 

@@ -1,5 +1,6 @@
 """Every place of a store is bound to what stands there: swaps, flips, cuts are named, and what is right put back."""
 
+import json
 import os
 import shutil
 from pathlib import Path
@@ -179,6 +180,18 @@ def test_a_document_is_restored_from_the_roots_and_the_roots_from_it(store: Path
     done = command("verify_store", store, "--repair")
     assert done.returncode == 1
     assert "what was there is lost" in done.stdout
+
+
+def test_a_repair_writes_nothing_outside_of_the_store(store: Path, long_store: Path) -> None:
+    """A root's document that calls the folder above a source, with a whole document for it."""
+    document = json.loads((long_store / "long" / METADATA).read_text())
+    root = json.loads((store / METADATA).read_text())
+    for name, array in {"..": document, **document["consolidated_metadata"]["metadata"]}.items():
+        root["consolidated_metadata"]["metadata"][name if name == ".." else f"../{name}"] = array
+    (store / METADATA).write_text(json.dumps(root))
+    above = sorted(path.name for path in store.parent.iterdir())
+    command("verify_store", store, "--repair", "--recompute", 0)
+    assert set(path.name for path in store.parent.iterdir()) - set(above) <= {"s.zarr.lock"}
 
 
 def test_a_source_that_denies_being_one_is_not_passed_over(store: Path) -> None:
