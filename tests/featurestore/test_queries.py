@@ -463,9 +463,12 @@ def test_results_are_written_whole(dataset: xr.Dataset, tmp_path: Path) -> None:
     table = pd.read_csv(tmp_path / "r.csv", index_col=0)
     assert list(table.index) == list(table.columns)
     np.testing.assert_allclose(table.to_numpy(), wanted, atol=1e-6)
-    assert np.array_equal(pd.read_parquet(tmp_path / "r.parquet").to_numpy(), wanted)
-    assert np.array_equal(xr.open_zarr(tmp_path / "r.zarr")["dissimilarity"].values, wanted)
-    assert np.array_equal(np.load(tmp_path / "r.npy"), wanted)
+    for found in (
+        pd.read_parquet(tmp_path / "r.parquet").to_numpy(),
+        xr.open_zarr(tmp_path / "r.zarr")["dissimilarity"].values,
+        np.load(tmp_path / "r.npy"),
+    ):  # each was computed anew, and products of matrices are not the same to the last bit
+        np.testing.assert_allclose(found, wanted, atol=1e-6)
     assert pd.read_csv(tmp_path / "r.names.csv")["item"].tolist() == list(table.index)
     assert not list(tmp_path.glob("*partial*"))
     with pytest.raises(FeatureStoreError, match=r"`out` .*r.zarr is there already"):
