@@ -31,6 +31,12 @@ def read_file(path: Path, most: int = 1 << 30) -> bytes:
         os.close(fd)
 
 
+def refuse_bomb(size: int, n_bytes: int) -> None:
+    """ValueError where ``size`` bytes of a file would become ``n_bytes`` of numbers, more than what is packed to save space."""
+    if n_bytes > max(1 << 28, 200 * size):
+        raise ValueError(f"{size:,} bytes would become {n_bytes:,}")
+
+
 def open_file(path: Path) -> int:
     """A file opened for reading: its descriptor. OSError also for a device or a pipe, without waiting for it."""
     fd = os.open(path, os.O_RDONLY | os.O_NONBLOCK | os.O_CLOEXEC)

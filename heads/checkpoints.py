@@ -163,6 +163,6 @@ def _described(path: Path, metadata: Mapping[str, str]) -> dict[str, Any] | None
         sound = sound and len(shape) <= _MOST_AXES and architecture["head"] in HEADS
         if sound and isinstance(document["layer"], str):
             return document
-    except (KeyError, ValueError, TypeError, RecursionError):
+    except (KeyError, ValueError, TypeError, AttributeError, RecursionError):
         pass
     raise FeatureStoreError(f"{path} says that it is a head, but not which: its metadata is damaged.")

@@ -12,6 +12,7 @@ from featurestore.keys import KEY
 from heads.train import Epoch
 from heads.trials.tables import FACES, ODD, VIEWS
 
+_SHOWN = {*FACES, *VIEWS, ODD}, {*KEY}  # of trials, and of photographs that were named
 _TEXT = dict.fromkeys([*FACES, *VIEWS, ODD, *KEY, "predicted", "participant", "session"], str)
 
 
@@ -51,7 +52,9 @@ def read_predictions(folder: Path, columns: list[str] | None = None) -> pd.DataF
         path = folder / "predictions.csv"
         require_file(path)
         table = pd.read_csv(path, usecols=columns, dtype=_TEXT, keep_default_na=False)
-        return table if table["correct"].dtype == bool else None
+        names = set(pd.read_csv(path, nrows=0).columns)
+        whole = any(shown <= names for shown in _SHOWN) and table["correct"].dtype == bool
+        return table if whole else None
     except (OSError, ValueError, KeyError):
         return None
 

@@ -1,6 +1,7 @@
 """What commands import, imported once: see ``tests/commands.py``."""
 
 import distributed
+import torch._dynamo  # as the first optimiser of a process does
 import torch.utils.tensorboard
 import torchvision
 

@@ -21,10 +21,10 @@ def open_tensors(path: Path) -> TensorFile:
     """
     if not path.is_file():
         raise FeatureStoreError(f"{path} is a folder, not a file." if path.is_dir() else f"there is no file {path}.")
+    if not path.stat().st_size:  # as what the system shows as a file is, too
+        raise FeatureStoreError(f"{path} is empty (0 bytes). Fetch it again.")
     with path.open("rb") as file:
         head = file.read(_HEAD)
-    if not head:
-        raise FeatureStoreError(f"{path} is empty (0 bytes). Fetch it again.")
     for format in load_modules(formats, "recognises"):
         if format.recognises(head, path):
             opened: TensorFile = format.open_file(path)

@@ -12,7 +12,7 @@ import pandas as pd
 
 from featurestore.errors import FeatureStoreError
 from featurestore.keys import BOX, KEY, LANDMARKS, Place
-from featurestore.photos.csv_files import read_csv
+from featurestore.photos.csv_files import as_numbers, read_csv
 from featurestore.photos.keys import IMAGE_SUFFIXES, FoundFaces
 from featurestore.photos.recipes import Recipe
 from featurestore.text import listing, shortened
@@ -33,7 +33,7 @@ def with_boxes(found: FoundFaces, boxes: str | os.PathLike[str]) -> FoundFaces:
     path = Path(boxes).expanduser()
     table = _read_boxes(path)
     names = found.table["face_id"] + "/" + found.table["view"]
-    lacking = names[~names.isin(table.index)]
+    lacking = names[table.index.get_indexer(names) < 0]
     if len(lacking):
         raise FeatureStoreError(
             f"{len(lacking)} of {len(names)} photographs have no box in {path}: {listing(lacking, 3)}. Its NAME_ID are such as "
@@ -59,7 +59,7 @@ def _read_boxes(path: Path) -> pd.DataFrame:
             f"{path} has no column {', '.join(missing)}; it has {listing(table.columns, 20)}. "
             f"Boxes are read as in VGGFace2's loose_bb_*.csv: NAME_ID, X, Y, W, H; or face_id, view, {', '.join(BOX)}: {_FIND}"
         )
-    values = table[_BOX_FILE[1:]].apply(pd.to_numeric, errors="coerce").to_numpy(float)
+    values = table[_BOX_FILE[1:]].apply(as_numbers).to_numpy(float)
     bad = np.flatnonzero(~(np.abs(values) < 1e9).all(axis=1) | (values[:, 2:] <= 0).any(axis=1))
     if len(bad):
         given = ", ".join(f"{name}={shortened(str(table[name].iloc[bad[0]]))}" for name in _BOX_FILE)
@@ -88,7 +88,7 @@ def numbers(table: pd.DataFrame, columns: Iterable[str], what: str) -> pd.DataFr
     missing = [name for name in columns if name not in table.columns]
     if missing:
         raise FeatureStoreError(f"{what} has no column {', '.join(missing)} (pixels in the decoded picture). {_FIND}")
-    values = table[columns].apply(pd.to_numeric, errors="coerce").astype(float)
+    values = table[columns].apply(as_numbers).astype(float)
     wrong = ~(values.abs() < 1e9)  # nor NaN
     for name in set(columns) & set(BOX[2:]):
         wrong[name] |= values[name] <= 0

@@ -21,6 +21,14 @@ def read_csv(path: Path, **options: Any) -> pd.DataFrame:
         raise FeatureStoreError(f"{path} cannot be read as a CSV: {error}.") from None
 
 
+def as_numbers(column: pd.Series) -> pd.Series:
+    """A column's numbers; NaN where there is none."""
+    try:
+        return pd.to_numeric(column, errors="coerce")
+    except OverflowError:  # whole numbers beyond those of a float: of so many digits the first will do
+        return pd.to_numeric(column.astype(str).str.slice(stop=300), errors="coerce")
+
+
 def refuse_wide(header: Sequence[str]) -> None:
     """ValueError for more columns than a table of this kind has: what is done for each takes time."""
     if len(header) > _MOST_COLUMNS:

@@ -9,12 +9,13 @@ from collections.abc import Iterable, Iterator
 from dataclasses import dataclass, replace
 from pathlib import Path
 
+import numpy as np
 import pandas as pd
 
 from featurestore.errors import FeatureStoreError
 from featurestore.keys import FLIPPED, KEY
 from featurestore.photos.csv_files import read_csv
-from featurestore.text import listing, natural_order, near_matches, shortened
+from featurestore.text import in_natural_order, listing, near_matches, shortened
 
 IMAGE_SUFFIXES = frozenset({".png", ".jpg", ".jpeg", ".pgm", ".ppm", ".bmp", ".tif", ".tiff", ".webp"})
 RESERVED = re.compile(r"item|checksums|image_sha256|zarr\.json|.*\.partial|(channel|y|x|feature|token)_[0-9]+")
@@ -75,12 +76,16 @@ def find_faces(
             f"{flipped['path'].iloc[0]} has the view {flipped['view'].iloc[0]!r}, but names that end in {FLIPPED} are kept for "
             "photographs that are mirrored here: `flip` both. Leave it out, or rename it."
         )
-    keys = [
-        (natural_order(face), natural_order(view))
-        for face, view in zip(found.table["face_id"], found.table["view"], strict=True)
-    ]
-    order = sorted(range(len(keys)), key=keys.__getitem__)
+    order = np.lexsort([_places(found.table[name]) for name in reversed(KEY)])
     return FoundFaces(found.table.iloc[order].reset_index(drop=True), found.layout, found.left_out)
+
+
+def _places(names: pd.Series) -> np.ndarray:
+    """(n,) int64: each name's place in their natural order."""
+    codes, distinct = pd.factorize(names.to_numpy(object))
+    ordered = {name: place for place, name in enumerate(in_natural_order(distinct))}
+    places: np.ndarray = np.array([ordered[name] for name in distinct], np.int64)[codes]
+    return places
 
 
 def with_flipped(found: FoundFaces) -> FoundFaces:

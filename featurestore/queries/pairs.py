@@ -14,13 +14,14 @@ from featurestore.keys import BOX, LANDMARKS
 from featurestore.photos.csv_files import read_csv
 from featurestore.queries.selection import Selection
 from featurestore.store.reader import first_of_photograph
-from featurestore.text import in_natural_order, listing, near_matches
+from featurestore.text import in_natural_order, listing, near_matches, shortened
 
 Pairs: TypeAlias = str | os.PathLike[str] | pd.DataFrame
 
 _ITEMS = ("face_1", "view_1", "face_2", "view_2")
 _FOLDS = 10
 _TRUTH = {"1": True, "true": True, "0": False, "false": False}
+_MOST_DIGITS = 12  # of a number in LFW's list
 _NEAR = 10_000  # names in the search for one that is near another
 
 
@@ -164,10 +165,11 @@ def _truth(column: pd.Series, what: str) -> np.ndarray:
 
 def _lfw_pairs(path: Path, known: set[tuple[str, str]]) -> pd.DataFrame:
     header, *lines = _lines(path)
-    folds, n = ([1, *map(int, header.split())])[-2:]
+    folds, n = ([1, *(int(number[:_MOST_DIGITS]) for number in header.split())])[-2:]  # so long, it fits no file
     if len(lines) != 2 * folds * n:
         raise FeatureStoreError(
-            f"{path} has {len(lines)} pairs, and its first line {header!r} says {folds} × 2 × {n}. Restore it from a copy."
+            f"{path} has {len(lines)} pairs, and its first line {shortened(header)!r} says {folds} × 2 × {n}. "
+            "Restore it from a copy."
         )
     rows = [(*pair, number // (2 * n)) for number, pair in enumerate(_lfw_lines(path, lines, known))]
     table = pd.DataFrame(rows, columns=[*_ITEMS, "fold"])
@@ -181,7 +183,7 @@ def _lfw_lines(path: Path, lines: list[str], known: set[tuple[str, str]]) -> Ite
         fields = line.split("\t") if "\t" in line else line.split()
         if len(fields) == 3:
             fields = [fields[0], fields[1], fields[0], fields[2]]
-        if len(fields) != 4 or not (fields[1].isdecimal() and fields[3].isdecimal()):
+        if len(fields) != 4 or not all(each.isdecimal() and len(each) <= _MOST_DIGITS for each in fields[1::2]):
             raise FeatureStoreError(
                 f"{path} line {number} is no pair: {line!r:.100}. It needs name, i, j, or name, i, name, j, with tabs between."
             )

@@ -13,7 +13,7 @@ from scipy import stats
 
 from featurestore.errors import FeatureStoreError
 from featurestore.keys import BOX, LANDMARKS
-from featurestore.photos.csv_files import read_csv
+from featurestore.photos.csv_files import as_numbers, read_csv
 from featurestore.queries.blocks import MEMORY
 from featurestore.queries.dissimilarity import rdm
 from featurestore.queries.selection import Data, Items, Names, select
@@ -242,6 +242,8 @@ def _read_table(path: Path) -> pd.DataFrame:
 
 def _long(table: pd.DataFrame) -> pd.DataFrame:
     """Columns ``one`` and ``other`` (str) beside those of numbers."""
+    if not len(table):
+        raise FeatureStoreError("`pairs` has no rows. Give a row for each pair, or the whole matrix.")
     if set(_PAIR) <= set(table.columns):
         sides = [table[side].astype(str) for side in _PAIR]
         if set(_VIEWS) <= set(table.columns):
@@ -252,7 +254,7 @@ def _long(table: pd.DataFrame) -> pd.DataFrame:
     if len(table) == len(table.columns) and names == [str(name) for name in table.columns]:
         upper = np.triu_indices(len(table), 1)
         labels = np.array(names, object)
-        numbers = table.to_numpy()[upper].astype(np.float64)
+        numbers = table.apply(as_numbers).to_numpy(np.float64)[upper]
         return pd.DataFrame({"one": labels[upper[0]], "other": labels[upper[1]], "dissimilarity": numbers})
     parsed = [_parsed_pair(name) for name in table.index]
     if not all(parsed):

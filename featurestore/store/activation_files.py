@@ -1,8 +1,9 @@
 """Files of activations that other programs wrote: NumPy, folders of ``.npy``, HDF5, pickles. Nothing in them runs."""
 
+import math
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import ExitStack, contextmanager
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from functools import partial
 from pathlib import Path
 from typing import Any
@@ -10,11 +11,12 @@ from typing import Any
 import h5py
 import numpy as np
 import pandas as pd
-from scipy.io import loadmat
 
 from featurestore.errors import FeatureStoreError
+from featurestore.files import refuse_bomb
 from featurestore.keys import KEY
 from featurestore.store.file_names import FILE_COLUMN, TABLE
+from featurestore.store.matlab import arrays_in
 from featurestore.store.pickled_tables import read_pickle
 from featurestore.text import in_natural_order, listing, near_matches
 
@@ -46,14 +48,11 @@ def open_activations(path: Path, kind: str, layer: str | None) -> Iterator[Found
     """What a file or folder of one of ``KINDS`` holds, open within; FeatureStoreError for one that cannot be read as such."""
     if kind not in KINDS:
         raise FeatureStoreError(f"there is no `kind` {kind!r}. {near_matches(kind, KINDS)}")
-    if not path.exists():
+    if not path.is_file() and not path.is_dir():
         raise FeatureStoreError(f"there is no file or folder {path}. Check the `path` given.")
     with ExitStack() as opened:
-        try:
+        with _refusing(path, kind):
             found = KINDS[kind](path, layer, opened)
-        except (OSError, ValueError, KeyError, TypeError, UnicodeDecodeError) as error:
-            reason = (str(error).splitlines() or [type(error).__name__])[0]
-            raise FeatureStoreError(f"{path} cannot be read as `kind` {kind}: {reason.rstrip('.')[:200]}.") from None
         for name, rows in found.layers.items():
             if rows.dtype.kind not in "iuf":
                 raise FeatureStoreError(
@@ -64,7 +63,33 @@ def open_activations(path: Path, kind: str, layer: str | None) -> Iterator[Found
                     f"{path} has rows of shape {rows.shape} ({name}); a store's have 1 to 3 dimensions: (feature,), "
                     "(token, feature) or (channel, y, x). Is its first dimension the photographs?"
                 )
-        yield found
+            if path.is_file():
+                with _refusing(path, kind):
+                    refuse_bomb(path.stat().st_size, found.n * math.prod(rows.shape) * rows.dtype.itemsize)
+        layers = {
+            name: replace(rows, read=partial(_read, path, kind, rows.read)) for name, rows in found.layers.items()
+        }
+        yield replace(found, layers=layers)
+
+
+@contextmanager
+def _refusing(path: Path, kind: str) -> Iterator[None]:
+    """Libraries raise anything when a file is damaged: here it becomes a FeatureStoreError."""
+    try:
+        yield
+    except FeatureStoreError:
+        raise
+    except Exception as error:
+        raise FeatureStoreError(f"{path} cannot be read as `kind` {kind}: {_reason(error)}.") from None
+
+
+def _reason(error: Exception) -> str:
+    return (str(error).splitlines() or [type(error).__name__])[0].rstrip(".")[:200]
+
+
+def _read(path: Path, kind: str, read: Callable[[int, int], np.ndarray], start: int, stop: int) -> np.ndarray:
+    with _refusing(path, kind):
+        return read(start, stop)
 
 
 def _of_array(array: Any) -> FileRows:
@@ -91,10 +116,15 @@ def _array_in(path: Path, layer: str | None, opened: ExitStack) -> Any:
         return np.loadtxt(path, ndmin=2)
     if ending == ".npz":
         held: Any = opened.enter_context(np.load(path, allow_pickle=False))
-        return held[_only(path, list(held.files), layer)]
+        name = _only(path, list(held.files), layer)
+        refuse_bomb(path.stat().st_size, max(entry.file_size for entry in held.zip.infolist()))
+        array = held[name]
+        if not isinstance(array, np.ndarray):
+            raise ValueError(f"{name} is no array")
+        return array
     if ending == ".mat":
-        held = {name: value for name, value in loadmat(path).items() if not name.startswith("__")}
-        return held[_only(path, list(held), layer)]
+        arrays = arrays_in(path)
+        return arrays[_only(path, list(arrays), layer)]()
     if ending in (".h5", ".hdf5"):
         held = opened.enter_context(h5py.File(path, "r"))
         return _dataset(held, _only(path, list(held), layer))
@@ -146,8 +176,8 @@ def _stacked(files: list[Path], shape: tuple[int, ...], dtype: np.dtype, start: 
     for i, file in enumerate(files[start:stop]):
         try:
             row = np.load(file, allow_pickle=False)
-        except (OSError, ValueError) as error:
-            raise FeatureStoreError(f"{file} cannot be read as an array: {error}.") from None
+        except Exception as error:  # a damaged header raises anything
+            raise FeatureStoreError(f"{file} cannot be read as an array: {_reason(error)}.") from None
         if row.shape != shape or row.dtype != dtype:
             raise FeatureStoreError(
                 f"{file} has shape {row.shape} {row.dtype.name}, {files[0]} {shape} {dtype.name}; all have to have the same."

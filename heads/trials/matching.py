@@ -20,7 +20,7 @@ from featurestore.store.reader import FeatureStore, Source
 from featurestore.text import listing, natural_order, near_matches
 from heads.trials.conditions import divide_conditions
 from heads.trials.faults import Faults
-from heads.trials.tables import EXAMPLE, FACES, ODD, ODD_POSITION, ODD_VIEW, TIME_OUT, VIEWS, as_key, read_table
+from heads.trials.tables import EXAMPLE, FACES, ODD, ODD_POSITION, ODD_VIEW, TIME_OUT, VIEWS, as_keys, read_table
 
 
 @dataclass(frozen=True)
@@ -146,7 +146,7 @@ def match(
     if "line" not in table.columns:
         table["line"] = np.arange(1, len(table) + 1)
     if "participant" in table.columns:
-        table["participant"] = table["participant"].map(as_key, na_action=None).astype(object)
+        table["participant"] = as_keys(table["participant"])
     given = table
     faults = Faults(table["fault"] if "fault" in table.columns else pd.Series("", table.index))
     table = table.drop(columns="fault", errors="ignore")
@@ -205,7 +205,7 @@ def _sources(
 def _by_session(table: pd.DataFrame, values: Mapping[str, str], name: str, faults: Faults) -> pd.Series:
     if "session" not in table.columns:
         raise FeatureStoreError(f"{name} has no column session, so sessions cannot be distinguished.")
-    session = table["session"].map(as_key)
+    session = as_keys(table["session"])
     unknown = ~session.isin(list(values))
     faults.note(
         unknown.to_numpy(), f"are of a session for which nothing is given; known are {listing(values)}", session
@@ -277,7 +277,10 @@ def _find(table: pd.DataFrame, own: np.ndarray, source: Source, face: str, view:
     keys = pd.MultiIndex.from_arrays([table[face].to_numpy(object), table[view].to_numpy(object)])
     rows: np.ndarray = source.keys.get_indexer(keys)
     kind = f"show an item that is not in {source.folder}, though its face is, in other views; cache its photograph too"
-    faults.note(own & (rows < 0), kind, np.array([f"{face}/{view}" for face, view in keys], object))
+    absent = own & (rows < 0)
+    shown = np.full(len(rows), "", object)
+    shown[absent] = [f"{face}/{view}" for face, view in keys[absent]]
+    faults.note(absent, kind, shown)
     return rows
 
 

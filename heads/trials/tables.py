@@ -2,7 +2,6 @@
 
 import csv
 import io
-import re
 import zlib
 from collections.abc import Collection
 from pathlib import Path
@@ -65,8 +64,7 @@ def read_table(path: Path) -> pd.DataFrame:
     if any(view in table.columns for view in VIEWS) and not all(view in table.columns for view in VIEWS):
         raise FeatureStoreError(f"{path} has some of the columns {', '.join(VIEWS)} and not all.")
     for name in (name for name in _KEYS if name in table.columns):
-        text = table[name].map(as_key, na_action=None)
-        table[name] = text.astype(object)
+        table[name] = as_keys(table[name])
     return table
 
 
@@ -115,9 +113,14 @@ def _wrong_width(n: int, header: int) -> str:
     return f"have more or fewer fields than the header's {header}" if n != header else ""
 
 
+def as_keys(column: pd.Series) -> pd.Series:
+    """A column of keys as text; see ``as_key``."""
+    return pd.Series([as_key(value) for value in column.to_numpy(object)], column.index, dtype=object)
+
+
 def as_key(value: object) -> str:
     """A key as written, but 7.0 as 7: an empty cell in the column makes tables write whole numbers so."""
-    if not pd.api.types.is_scalar(value):
-        return str(value)
-    text = "" if pd.isna(value) else str(value).strip()
-    return text[:-2] if re.fullmatch(r"\d+\.0", text) else text
+    if not isinstance(value, str) and pd.api.types.is_scalar(value) and pd.isna(value):
+        return ""
+    text = str(value).strip()
+    return text[:-2] if text.endswith(".0") and text[:-2].isdecimal() else text

@@ -107,6 +107,7 @@ def test_a_changed_box_is_a_changed_photograph(faces: Path, tmp_path: Path) -> N
         (HEADER + "n000001/0001_01,1,2,0,4\n", "line 2 is no box: NAME_ID=n000001/0001_01, X=1"),
         (HEADER + "n000001/0001_01,1,left,3,4\n", "line 2 is no box"),
         (HEADER + "n000001/0001_01,1,inf,3,4\n", "line 2 is no box"),
+        pytest.param(HEADER + f"n000001/0001_01,1,2,3,{'9' * 500}\n", "line 2 is no box", id="no float"),
         (HEADER + "n000001/0001_01,1,2,3,4\n" * 2, "two boxes for n000001/0001_01"),
         (HEADER + "n000001/0001_01,1,2,3,4,5\n", "has 6 fields, the header 5"),
     ],

@@ -1,13 +1,16 @@
 """Activations of other programs as a source: what was exported comes back, and what is wrong is refused."""
 
+import io
 import pickle
+import struct
+import zipfile
 from pathlib import Path
 
 import h5py
 import numpy as np
 import pandas as pd
 import pytest
-from scipy.io import savemat
+from scipy.io import loadmat, savemat
 
 from featurestore import FeatureStore
 from featurestore.errors import FeatureStoreError
@@ -16,7 +19,9 @@ from featurestore.queries.dissimilarity import rdm
 from featurestore.queries.exporting import export
 from featurestore.queries.selection import shared_items
 from featurestore.store import importing as module
+from featurestore.store.activation_files import open_activations
 from featurestore.store.importing import Imported, import_activations, row_names
+from featurestore.store.matlab import arrays_in
 from featurestore.store.summary import describe_store
 from tests.conftest import LAYERS
 
@@ -240,3 +245,104 @@ def test_files_that_are_wrong(array: np.ndarray, tmp_path: Path) -> None:
     refused(tmp_path / "f.h5", "f.h5 has no layer 'fc'", kind="hdf5", layer="fc")
     import_activations(tmp_path / "f.h5", tmp_path / "s.zarr", kind="hdf5", name="mine")
     refused(tmp_path / "f.h5", "already holds a source mine. Give another `name`", kind="hdf5", name="mine")
+
+
+def matlab_file(values: dict, **options) -> bytes:
+    buffer = io.BytesIO()
+    savemat(buffer, values, **options)
+    return buffer.getvalue()
+
+
+@pytest.mark.parametrize("packed", [False, True])
+def test_arrays_of_matlab_are_those_that_scipy_reads(tmp_path: Path, packed: bool) -> None:
+    numbers = np.arange(24)
+    values = {
+        "features": numbers.reshape(4, 3, 2).astype(np.float32),
+        "wide": numbers.reshape(1, 24) / 7,
+        "of_few_bytes": np.array([[1], [2]], np.int16),
+        "whole": numbers.reshape(12, 2).astype(np.uint64),
+        "none": np.empty((0, 3)),
+    }
+    others = {"text": "a", "cell": np.array(["a", "b"], object), "structure": {"a": 1}, "flags": np.array([[True]])}
+    path = tmp_path / "a.mat"
+    path.write_bytes(matlab_file({**values, **others}, do_compression=packed))
+    found = {name: read() for name, read in arrays_in(path).items()}
+    expected = loadmat(path)
+    assert list(found) == [*values, "flags"]
+    for name, value in found.items():
+        assert value.dtype == expected[name].dtype, name
+        np.testing.assert_array_equal(value, expected[name])
+
+
+def test_arrays_of_matlab_in_the_other_byte_order(tmp_path: Path) -> None:
+    parts = [struct.pack(">IIII", 6, 8, 7, 0), struct.pack(">IIii", 5, 8, 2, 3), struct.pack(">HH4s", 1, 1, b"f")]
+    content = b"".join([*parts, struct.pack(">II6f", 7, 24, *range(6))])
+    (tmp_path / "a.mat").write_bytes(b"MATLAB".ljust(124) + b"\1\0MI" + struct.pack(">II", 14, len(content)) + content)
+    expected = loadmat(tmp_path / "a.mat")["f"]
+    np.testing.assert_array_equal(arrays_in(tmp_path / "a.mat")["f"](), expected)
+    import_activations(tmp_path / "a.mat", tmp_path / "s.zarr", kind="numpy", layer="l", items=KEYS[:2])
+    stored = FeatureStore.open(tmp_path / "s.zarr").rows("l").gather([0, 1]).numpy()
+    np.testing.assert_array_equal(stored, np.array([[0, 2, 4], [1, 3, 5]], np.float32))
+
+
+def row_of(path: Path, kind: str = "numpy") -> list[float]:
+    with open_activations(path, kind, None) as found:
+        (layer,) = found.layers.values()
+        return layer.read(1, 2)[0].tolist()
+
+
+def damaged_files(rows: np.ndarray) -> dict[str, bytes]:
+    """By their names: what is wrong in them."""
+    held, arrays = io.BytesIO(), io.BytesIO()
+    np.save(held, rows)
+    np.savez(arrays, features=rows)
+    npy, npz = held.getvalue(), arrays.getvalue()
+    packed = matlab_file({"features": rows}, do_compression=True)
+    plain = matlab_file({"features": rows})
+    cells = matlab_file({"features": rows, "names": np.array(["a", "b"], object)})
+    strange = io.BytesIO()
+    with zipfile.ZipFile(strange, "w") as archive:
+        archive.writestr("features.npy", b"no array")
+    hdf5 = io.BytesIO()
+    with h5py.File(hdf5, "w") as file:
+        file["features"] = rows
+    huge = io.BytesIO()
+    with h5py.File(huge, "w") as file:
+        file.create_dataset("features", (6, 1 << 30), np.float32, chunks=(1, 1 << 20))
+    directory = npz.index(b"PK\1\2")
+    dims = plain.index(struct.pack("<IIii", 5, 8, 6, 2))
+    return {
+        "a header that does not end.npy": npy.replace(b"(6, 2), }", b"(6, 2), (", 1),
+        "the end of the archive.npz": npz.replace(b"PK\1\2", b"PK\1\3"),
+        "a sum.npz": npz.replace(rows.tobytes(), (rows + 1).tobytes()),
+        "no array.npz": strange.getvalue(),
+        "far more than its bytes.npz": npz[: directory + 24] + struct.pack("<I", 1 << 30) + npz[directory + 28 :],
+        "a name.h5": hdf5.getvalue().replace(b"SNOD", b"SNOX"),
+        "far more than its bytes.h5": huge.getvalue(),
+        "packed numbers.mat": packed[:-4] + bytes(4),
+        "packed numbers that end early.mat": packed[:-10],
+        "text in a cell, which ends the process in SciPy.mat": cells[:-8] + b"\0\0\1\0" + cells[-8:],
+        "a header that ends early.mat": plain[:125],
+        "numbers that end early.mat": plain[:-10],
+        "a shape of fewer numbers.mat": plain[:dims] + struct.pack("<IIii", 5, 8, 6, 1) + plain[dims + 16 :],
+        "an older version.mat": matlab_file({"features": rows}, format="4"),
+        "complex numbers.mat": matlab_file({"features": rows * 1j}),
+    }
+
+
+@pytest.mark.parametrize("name", damaged_files(np.arange(12.0, dtype=np.float32).reshape(6, 2)))
+def test_damaged_files_are_refused(tmp_path: Path, name: str) -> None:
+    path = tmp_path / name
+    path.write_bytes(damaged_files(np.arange(12.0, dtype=np.float32).reshape(6, 2))[name])
+    with pytest.raises(FeatureStoreError, match=f"{name} cannot be read as `kind` numpy: "):
+        row_of(path)
+
+
+def test_a_damaged_file_among_others_is_named(tmp_path: Path) -> None:
+    for view in "12":
+        np.save(tmp_path / f"{view}.npy", np.ones(3, np.float32))
+    (tmp_path / "a").mkdir()
+    (tmp_path / "1.npy").rename(tmp_path / "a" / "1.npy")
+    (tmp_path / "a" / "2.npy").write_bytes((tmp_path / "2.npy").read_bytes().replace(b"(3,), }", b"(3,), ("))
+    with pytest.raises(FeatureStoreError, match=r"2\.npy cannot be read as an array"):
+        row_of(tmp_path, "files")

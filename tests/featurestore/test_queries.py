@@ -436,6 +436,8 @@ def test_rsa_with_differences_of_a_trait(dataset: xr.Dataset) -> None:
 @pytest.mark.parametrize(
     ("table", "message"),
     [
+        (pd.DataFrame({"a": []}), r"`pairs` has no rows"),
+        (pd.DataFrame({"f1": [0, 1], "f2": ["much", 0]}, ["f1", "f2"]), r"no number in dissimilarity for f1, f2"),
         (pd.DataFrame({"a": ["x", "y"], "b": [1, 2]}), r"neither columns face_1 and face_2, nor pairs"),
         (pd.DataFrame({"face_1": ["f1"], "face_2": ["f2"], "r": [1.0]}), r"2 faces in common, and RSA needs at least 3"),
         (pd.DataFrame({"face_1": ["f1", "f1", "f2"], "face_2": ["f2", "f3", "f1"], "r": [1.0, 2, 3]}), r"has f1, f2 twice"),

@@ -260,6 +260,8 @@ def test_lfw_pairs(tmp_path: Path, view: Callable[[str, int], str]) -> None:
     ("text", "message"),
     [
         ("1\t1\nf1\t1\t2\n", r"has 1 pairs, and its first line '1\\t1' says 1 × 2 × 1"),
+        pytest.param(f"{'9' * 5000}\nf1\t1\t2\n", "has 1 pairs, and its first line '9+… .5,000", id="many digits"),
+        pytest.param(f"1\nf1\t1\t2\nf1\t1\tf2\t{'9' * 5000}\n", "line 3 is no pair", id="a view of many"),
         ("1\nf1\t1\t2\nf1\t1\tx\n", r"line 3 is no pair: 'f1\\t1\\tx'"),
         ("1\nf1\t1\t2\nf1\t1\tf2\t2\tf3\n", "line 3 is no pair"),
         ("1\nf1\t1\t2\nf1\t1\tf99\t2\n", r"1 items that `pairs` name are not among the 48 items: f99\|f99_0002"),

@@ -92,6 +92,14 @@ def test_files_that_are_pipes_or_nested_too_deep_make_a_run_unfinished(kept: Pat
         assert list(runs_table(finished_runs(kept / "runs"))["name"]) == [untrained.name]
 
 
+def test_predictions_without_a_column_of_the_trials_make_a_run_unfinished(kept: Path) -> None:
+    (trained,) = (kept / "runs").glob("fc7-relu-similarity-*")
+    path = trained / "predictions.csv"
+    path.write_text(path.read_text().replace("view_2", "view_9"))
+    assert read_result(trained) is None
+    assert len(runs_table(finished_runs(kept / "runs"))) == 1
+
+
 def test_a_split_of_what_no_split_can_hold_is_refused(kept: Path) -> None:
     (path,) = (kept / "runs" / "splits").glob("*.json")
     document = json.loads(path.read_text())

@@ -245,7 +245,14 @@ def test_every_head_says_what_it_was_made_of() -> None:
 
 @pytest.mark.parametrize("shape", ["[Infinity]", "[NaN]", "[1e400, 7]", "[true]", "[" * 5000 + "]" * 5000])
 def test_a_shape_in_a_file_that_is_none(tmp_path: Path, shape: str) -> None:
-    about = f'{{"layer": "fc7", "architecture": {{"head": "similarity", "shape": {shape}}}}}'
+    refused(tmp_path, f'{{"layer": "fc7", "architecture": {{"head": "similarity", "shape": {shape}}}}}')
+
+
+def test_an_architecture_in_a_file_that_is_none(tmp_path: Path) -> None:
+    refused(tmp_path, '{"layer": "fc7", "architecture": "similarity"}')
+
+
+def refused(tmp_path: Path, about: str) -> None:
     metadata = {"format": "face-featurestore-head", "format_version": "1", "head": about}
     save_file({"x": torch.zeros(1)}, tmp_path / "w.safetensors", metadata)
     with pytest.raises(FeatureStoreError, match=r"w\.safetensors says that it is a head, but not which"):

@@ -200,4 +200,5 @@ def kills(n: int, seed: int) -> None:
 
 
 if __name__ == "__main__":
+    FORKS.set_forkserver_preload(["tests.soak.kinds", "torch._dynamo"])
     main()

@@ -22,8 +22,6 @@ from typing import Any
 
 from tests.commands import FORKS, ROOT
 
-FORKS.set_forkserver_preload(["tests.imports", "tests.soak.kinds"])
-
 MOST_SECONDS = 10.0
 MOST_BYTES = 1 << 30  # above what the worker had at its start
 _ADDRESSES = 6 << 30  # bytes that it can reserve beyond that before it gets no more
