@@ -155,6 +155,8 @@ def _repair(
 
 
 def _print(report: "StoreReport", recomputed: "Recomputation", not_recomputed: list[str]) -> None:
+    from featurestore.caching.verify import described
+
     click.echo(f"  {report.records} records read, {len(report.damage)} damaged")
     if recomputed.damage:
         click.echo(f"  {len(recomputed.damage)} rows do not match a new computation")
@@ -165,7 +167,7 @@ def _print(report: "StoreReport", recomputed: "Recomputation", not_recomputed: l
         click.echo(
             f"  recomputed rows agree within {recomputed.difference[worst]:.1e} of the largest value (worst: {worst})"
         )
-    for line in [*map(str, (*report.damage, *recomputed.damage)), *report.suspicious]:
+    for line in [*described((*report.damage, *recomputed.damage)), *report.suspicious]:
         click.echo(f"  WRONG  {as_typed(line)}")
     for line in [*report.notes, *not_recomputed]:
         click.echo(f"  note   {as_typed(line)}")

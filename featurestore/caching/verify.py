@@ -1,7 +1,7 @@
 """Every record of a source checked against its checksum, and a few rows computed again."""
 
 import os
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterable, Iterator
 from dataclasses import dataclass, field
 from itertools import combinations
 
@@ -28,6 +28,7 @@ from featurestore.text import listing
 # max|difference| / max|expected| between two runs of the same network: batch size and machine move the last digits.
 TOLERANCE = {"fp32": 1e-4, "bf16": 5e-2, "fp16": 1e-2}
 RECOMPUTED = 4  # items, spread over the store
+_MANY = 3  # items of a shard that get a line each
 
 
 @dataclass(frozen=True)
@@ -43,6 +44,22 @@ class Damage:
     def __str__(self) -> str:
         where = f"layer {self.layer}" + (f", shard {self.shard}" if self.shard >= 0 else "")
         return f"{where}{', item ' + self.item if self.item else ''}: {self.problem}"
+
+
+def described(damage: Iterable[Damage]) -> list[str]:
+    """A line for each, or one for those of a shard that have the same thing wrong, if they are many."""
+    groups: dict[tuple[str, int, str], list[Damage]] = {}
+    for found in damage:
+        groups.setdefault((found.layer, found.shard, found.problem), []).append(found)
+    lines = []
+    for (layer, shard, problem), alike in groups.items():
+        if len(alike) > _MANY:
+            lines.append(
+                f"layer {layer}, shard {shard}, {len(alike)} items, {listing((each.item for each in alike), 2)}: {problem}"
+            )
+        else:
+            lines += map(str, alike)
+    return lines
 
 
 @dataclass(frozen=True)

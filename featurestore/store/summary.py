@@ -30,6 +30,7 @@ def _describe(source: Source) -> Iterator[str]:
         ("items", f"{source.n_items}, of {len(faces)} faces"),
         ("views", f"{len(views)}: {listing(in_natural_order(views), _VIEWS_SHOWN)}"),
         ("on disk", human_bytes(folder_bytes(source.folder))),
+        *([("format", "version 1, only read: pipelines/upgrade_store.py")] if source.version == 1 else []),
     ):
         yield f"  {name:<9} {value}"
     if source.layers:

@@ -13,7 +13,7 @@ import zarr
 from crc32c import crc32c
 
 from featurestore import FeatureStore, FeatureStoreError
-from featurestore.caching.verify import check_source
+from featurestore.caching.verify import check_source, described
 from featurestore.store.coordinates import COPY
 from featurestore.store.integrity import check_files, restore
 from featurestore.store.lock import store_lock
@@ -84,6 +84,9 @@ def test_rows_that_stand_in_each_others_place_are_not_served_as_their_own(store:
     assert torch.equal(rows.gather([8, 9]), plain[8:])
     report = check_source(FeatureStore.open(store).source())
     assert {(found.shard, found.row) for found in report.damage} == {(i // 4, i) for i in range(8)}
+    lines = described(report.damage)
+    assert len(lines) == 2
+    assert lines[1].startswith("layer maxp_2_2, shard 1, 4 items, ('f3', '1'), ('f3', '2') and 2 more: the record is")
 
 
 def test_a_reader_that_is_open_while_a_row_is_repaired(store: Path) -> None:
