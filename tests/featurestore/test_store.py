@@ -22,7 +22,7 @@ from featurestore.store.lock import store_lock
 from featurestore.store.shards import DamagedShard
 from tests.conftest import LAYERS, run_pass, write_photographs
 
-KEPT = Path(__file__).parent / "data" / "version-1.zarr"
+KEPT = Path(__file__).parent / "data"
 
 
 def test_items_are_in_row_order_with_their_metadata(tmp_path: Path) -> None:
@@ -255,9 +255,10 @@ def test_shards_written_by_zarr_python_are_put_in_order(tmp_path: Path, small_st
     ]
 
 
-def test_the_kept_store_of_version_1_opens(tmp_path: Path) -> None:
+@pytest.mark.parametrize("version", [1, 2])
+def test_the_kept_store_of_each_version_opens(version: int) -> None:
     """A tiny store written when the format was made. It must open for ever; do not write it anew."""
-    store = FeatureStore.open(KEPT)
+    store = FeatureStore.open(KEPT / f"version-{version}.zarr")
     assert list(store.layers) == ["maxp_5_3", "fc7-relu"]
     assert store.items.index.tolist() == [("head-007", "11.25"), ("head-007", "frontal"), ("head-012", "frontal")]
     assert store.items["gender"].tolist() == ["female", "female", "male"]
