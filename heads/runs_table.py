@@ -107,6 +107,7 @@ class Answers:
         return _mean(self.runs, "validation_loss")
 
 
+_TEXTS = ("split", "split_name", "trials", "photographs")
 _COUNTS = ("n_train", "n_validation", "n_left_out", "n_set_aside")
 _ABOUT = (
     "test",
@@ -137,22 +138,33 @@ def finished_runs(folder: Path) -> list[FinishedRun]:
             config = json.loads((path.parent / "config.json").read_text("utf-8"))
             settings = {"layer": config["layer"], "head": config["head"], "sources": " ".join(config["sources"])}
             settings |= {"dtype": config.get("dtype", "float32"), **config["settings"], **config["options"]}
-            about = {name: config[name] for name in ("split", "split_name", "trials", "photographs")}
+            about = {name: config[name] for name in _TEXTS} | {name: config.get(name, "") for name in _ABOUT}
         except (OSError, ValueError, KeyError, TypeError):
             continue  # not a run of ours, or one that is being written
+        if not _is_plain(about, result):
+            continue
         test = (config["trials"], config["split"], config["photographs"])
         answered = read_predictions(path.parent, ["correct"] if test in shown else None)
         if answered is None:
             continue
         table = shown.setdefault(test, answered.drop(columns=list(ANSWERS), errors="ignore"))
         correct = answered["correct"].to_numpy(bool)
-        about |= {name: config.get(name, "") for name in _ABOUT}
         about["test"] = about["test"] or about["split_name"]  # before there were folds
         row = {**_with_losses(result, path.parent), **about, **settings}
         row.pop("normalised", None)  # of version 0.1: over the ceiling of other trials
         row |= score(table, correct, result["chance"], about["trials_file"] == SAME_PERSON)
         runs.append(FinishedRun(row, settings, correct, table))
     return runs
+
+
+def _is_plain(about: dict[str, Any], result: dict[str, Any]) -> bool:
+    """Whether what runs are put in groups and in order by is text and numbers, as it was written."""
+    texts = all(isinstance(about[name], str) for name in (*_TEXTS, "test"))
+    return (
+        texts
+        and isinstance(about["fold"], str | int | None)
+        and isinstance(result.get("validation_loss"), float | int | None)
+    )
 
 
 def _with_losses(result: dict[str, Any], folder: Path) -> dict[str, Any]:

@@ -100,6 +100,23 @@ def test_predictions_without_a_column_of_the_trials_make_a_run_unfinished(kept: 
     assert len(runs_table(finished_runs(kept / "runs"))) == 1
 
 
+@pytest.mark.parametrize(
+    ("name", "change"),
+    [
+        ("config", {"trials": 1}),
+        ("config", {"trials": []}),
+        ("config", {"fold": []}),
+        ("result", {"validation_loss": "a"}),
+    ],
+)
+def test_a_run_that_cannot_be_put_in_order_is_left_out(kept: Path, name: str, change: dict) -> None:
+    (trained,) = (kept / "runs").glob("fc7-relu-similarity-*")
+    path = trained / f"{name}.json"
+    path.write_text(json.dumps({**json.loads(path.read_text()), **change}))
+    (untrained,) = (kept / "runs").glob("fc7-relu-zero-shot-*")
+    assert list(runs_table(finished_runs(kept / "runs"))["name"]) == [untrained.name]
+
+
 def test_a_split_of_what_no_split_can_hold_is_refused(kept: Path) -> None:
     (path,) = (kept / "runs" / "splits").glob("*.json")
     document = json.loads(path.read_text())
