@@ -68,6 +68,11 @@ def run_pass(images: Path, store: Path, layers: list[str], **options) -> Summary
         return cache_layers(job, make_plan(job))
 
 
+def files_of(folder: Path) -> dict[str, bytes]:
+    """The content of every file below."""
+    return {str(path.relative_to(folder)): path.read_bytes() for path in sorted(folder.rglob("*")) if path.is_file()}
+
+
 def forget_shard(store: Path, layer: str, number: int) -> None:
     """As if one shard of a layer had never been computed."""
     writer = SourceWriter(store, FeatureStore.open(store).source(layers=[layer]).name, {})

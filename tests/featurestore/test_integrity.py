@@ -21,7 +21,7 @@ from featurestore.store.shards import DamagedShard
 from featurestore.store.writer import SourceWriter
 from featurestore.store.zarr_format import METADATA
 from tests.commands import command
-from tests.conftest import LAYERS, run_pass, write_photographs
+from tests.conftest import LAYERS, files_of, run_pass, write_photographs
 from tests.soak.damage import DAMAGES, Store, damage_and_repair, make_store
 
 IDENTITY = {"backbone": "imported", "weights": "unknown", "recipe": {}, "precision": "float32", "imported": {}}
@@ -59,10 +59,6 @@ def exchange(one: Path, other: Path) -> None:
     contents = one.read_bytes(), other.read_bytes()
     one.write_bytes(contents[1])
     other.write_bytes(contents[0])
-
-
-def files(store: Path) -> dict[str, bytes]:
-    return {str(path.relative_to(store)): path.read_bytes() for path in store.rglob("*") if path.is_file()}
 
 
 @pytest.mark.parametrize("what", DAMAGES)
@@ -116,13 +112,13 @@ def test_compressed_rows_are_compared_too(tmp_path: Path, compress: str) -> None
 
 
 def test_coordinate_chunks_in_each_others_place_are_refused_and_put_back(long_store: Path) -> None:
-    before, folder = files(long_store), long_store / "long" / "face_id" / "c"
+    before, folder = files_of(long_store), long_store / "long" / "face_id" / "c"
     exchange(folder / "0", folder / "1")
     with pytest.raises(FeatureStoreError, match=r"sound but not the one that belongs here.*--repair"):
         FeatureStore.open(long_store).find([("f1", "1")])
     assert [found.path for found in check_files(long_store)] == [folder / "0", folder / "1"]
     assert restore(check_files(long_store)) == []
-    assert files(long_store) == before
+    assert files_of(long_store) == before
     for name in ("0", "0" + COPY):
         (folder / name).write_bytes(b"gone")
     assert all("what was there is lost" in str(found) for found in restore(check_files(long_store)))
@@ -131,16 +127,16 @@ def test_coordinate_chunks_in_each_others_place_are_refused_and_put_back(long_st
 
 def test_checksums_in_each_others_place_do_not_make_rows_wrong(long_store: Path) -> None:
     """Of a chunk and its copy that differ the records tell which is right."""
-    before, folder = files(long_store), long_store / "long" / "checksums" / "pair" / "c"
+    before, folder = files_of(long_store), long_store / "long" / "checksums" / "pair" / "c"
     exchange(folder / "0", folder / "1")
     assert {found.path for found in check_files(long_store)} == {folder / "0", folder / "1"}
     restore(check_files(long_store))
-    assert files(long_store) == before
+    assert files_of(long_store) == before
     (folder / "2").unlink()
     with pytest.raises(DamagedShard, match="it is missing"):
         FeatureStore.open(long_store).rows("pair")
     restore(check_files(long_store))
-    assert files(long_store) == before
+    assert files_of(long_store) == before
 
 
 def test_the_noted_checksums_are_those_of_the_rows(long_store: Path) -> None:
@@ -169,7 +165,7 @@ def test_a_shard_that_lost_bytes_is_refused_before_a_row_is_served(store: Path, 
 
 
 def test_a_document_is_restored_from_the_roots_and_the_roots_from_it(store: Path) -> None:
-    before = files(store)
+    before = files_of(store)
     name = FeatureStore.open(store).source().name
     for path in (store / METADATA, store / name / METADATA, store / name / LAYERS[0] / METADATA):
         path.write_text("{")
@@ -177,7 +173,7 @@ def test_a_document_is_restored_from_the_roots_and_the_roots_from_it(store: Path
         assert done.returncode == 1
         assert f"WRONG  {path}: " in done.stdout
         assert command("verify_store", store, "--recompute", 0, "--repair").returncode == 0
-        assert files(store) == before
+        assert files_of(store) == before
     for path in (store / METADATA, store / name / METADATA):
         path.write_text("{")
     done = command("verify_store", store, "--repair")

@@ -22,7 +22,7 @@ from featurestore.store.upgrading import upgrade_store
 from featurestore.store.zarr_format import METADATA, root_document, write_json
 from tests import commands
 from tests.commands import command
-from tests.conftest import LAYERS, run_pass, write_photographs
+from tests.conftest import LAYERS, files_of, run_pass, write_photographs
 
 KEPT = Path(__file__).parent / "data" / "version-1.zarr"
 NAMES = {"string": 0, "float64": 1, "int64": 2}  # how version 1 named the chunks of each type
@@ -60,10 +60,6 @@ def as_version_1(store: Path) -> Path:
     return store
 
 
-def files(store: Path) -> dict[str, bytes]:
-    return {str(path.relative_to(store)): path.read_bytes() for path in store.rglob("*") if path.is_file()}
-
-
 @pytest.fixture
 def table(tmp_path: Path) -> Path:
     images = write_photographs(tmp_path / "p", 5, 2)
@@ -84,11 +80,11 @@ def test_an_upgraded_store_is_the_one_that_the_pass_writes(table: Path, tmp_path
     assert before.items["age"].tolist() == [i + 0.5 for i in range(10)]
     expected = FeatureStore.open(tmp_path / "new.zarr").rows(LAYERS[1], verify=True).gather(range(10))
     assert np.array_equal(before.rows(LAYERS[1]).gather(range(10)), expected)
-    assert files(store) != files(tmp_path / "new.zarr")
+    assert files_of(store) != files_of(tmp_path / "new.zarr")
     opened = before.rows(LAYERS[1])
     done = command("upgrade_store", store)
     assert done.returncode == 0, done.stderr
-    assert files(store) == files(tmp_path / "new.zarr")
+    assert files_of(store) == files_of(tmp_path / "new.zarr")
     assert np.array_equal(opened.gather(range(10)), expected)  # a reader that was open
     assert "nothing to do" in command("upgrade_store", store).stdout
 
@@ -96,7 +92,7 @@ def test_an_upgraded_store_is_the_one_that_the_pass_writes(table: Path, tmp_path
 def test_version_1_is_read_and_not_written(table: Path, tmp_path: Path) -> None:
     run_pass(table, tmp_path / "s.zarr", LAYERS)
     store = as_version_1(tmp_path / "s.zarr")
-    before = files(store)
+    before = files_of(store)
     report = check_source(FeatureStore.open(store).source())
     assert report.sound
     assert "format version 1 does not say whose row stands where" in report.notes[0]
@@ -108,7 +104,7 @@ def test_version_1_is_read_and_not_written(table: Path, tmp_path: Path) -> None:
         remove(store, removal_of(FeatureStore.open(store), None, LAYERS[0]))
     with pytest.raises(FeatureStoreError, match=r"holds no checksums apart from the rows.*upgrade_store"):
         FeatureStore.open(store).rows(LAYERS[0], verify=True)
-    assert files(store) == before
+    assert files_of(store) == before
 
 
 def test_the_kept_store_is_upgraded_with_its_absent_row(tmp_path: Path) -> None:
@@ -140,7 +136,7 @@ def test_what_is_damaged_is_named_and_counts_as_not_cached(table: Path, tmp_path
     assert "layer maxp_2_2, 1 items from ('f1', '2') on: a record does not match its checksum" in done.stdout
     assert np.flatnonzero(~FeatureStore.open(store).rows(LAYERS[1]).present).tolist() == [1]
     run_pass(table, store, LAYERS)
-    assert files(store) == files(tmp_path / "new.zarr")
+    assert files_of(store) == files_of(tmp_path / "new.zarr")
 
 
 def test_an_upgrade_that_is_killed_goes_on(table: Path, tmp_path: Path) -> None:
@@ -160,4 +156,4 @@ def test_an_upgrade_that_is_killed_goes_on(table: Path, tmp_path: Path) -> None:
             assert np.array_equal(opened.rows(LAYERS[0]).gather(range(10)), expected)
             assert np.array_equal(opened.dask(LAYERS[0]).compute(), expected)
         assert command("upgrade_store", store).returncode == 0
-        assert files(store) == files(tmp_path / "new.zarr")
+        assert files_of(store) == files_of(tmp_path / "new.zarr")

@@ -17,7 +17,7 @@ from featurestore.store.rows import open_shard
 from featurestore.store.zarr_format import Layer
 from pipelines.cache_layers import main as cache_layers
 from pipelines.verify_store import main as verify_store
-from tests.conftest import write_photographs
+from tests.conftest import files_of, write_photographs
 from tests.heads.tiny_network import NAME, RECIPE
 
 DAMAGES = ("flip", "swap", "insert", "cut")
@@ -52,7 +52,7 @@ def make_store(folder: Path, faces: int = 9) -> Store:
         done = CliRunner().invoke(cache_layers, [str(each) for each in options])
         assert done.exit_code == 0, done.output
     kept = shutil.copytree(store, folder / "kept.zarr")
-    return Store(store, kept, _files(store))
+    return Store(store, kept, files_of(store))
 
 
 def damage_and_repair(store: Store, what: str, case: int) -> Damaged:
@@ -61,16 +61,12 @@ def damage_and_repair(store: Store, what: str, case: int) -> Damaged:
     named = sorted(store.files)
     path = store.path / named[case % len(named)]
     said = _swap(store, chance, case) if what == "swap" else _change(path, what, chance)
-    changed = [name for name, content in _files(store.path).items() if store.files.get(name) != content]
+    changed = [name for name, content in files_of(store.path).items() if store.files.get(name) != content]
     problem = _problem(store, changed) if changed else ""
-    if problem or _files(store.path) != store.files:
+    if problem or files_of(store.path) != store.files:
         shutil.rmtree(store.path)
         shutil.copytree(store.kept, store.path)
     return Damaged(said if changed else f"{said}: the same bytes", problem)
-
-
-def _files(store: Path) -> dict[str, bytes]:
-    return {str(path.relative_to(store)): path.read_bytes() for path in sorted(store.rglob("*")) if path.is_file()}
 
 
 def _problem(store: Store, changed: list[str]) -> str:
@@ -85,7 +81,7 @@ def _problem(store: Store, changed: list[str]) -> str:
     done = CliRunner().invoke(verify_store, [*options, "--repair"])
     if done.exit_code != 0:
         return f"the repair ended with {done.exit_code}: {done.exception!r} {done.output[-500:]}"
-    now = _files(store.path)
+    now = files_of(store.path)
     wrong = sorted(name for name in now.keys() | store.files.keys() if now.get(name) != store.files.get(name))
     return f"after the repair other bytes are in {wrong}" if wrong else ""
 

@@ -14,7 +14,7 @@ from featurestore.caching.verify import check_source
 from featurestore.store.integrity import check_files
 from pipelines.cache_layers import main as cache_layers
 from tests import commands
-from tests.conftest import write_photographs
+from tests.conftest import files_of, write_photographs
 from tests.heads.tiny_network import NAME, RECIPE
 
 _LAYERS = ("relu1", "block1", "pool", "descriptor")
@@ -57,7 +57,7 @@ def kill_passes(folder: Path, kills: int, seed: int, done: Callable[[int], objec
                     killed += 1
                     done(1)
                     wrong += [f"store {stores}, after kill {killed}: {problem}" for problem in _problems(store)]
-        if _files(store) != _files(whole[added]):
+        if files_of(store) != files_of(whole[added]):
             wrong.append(f"store {stores}: other bytes than those of a pass that was not killed")
     return wrong
 
@@ -85,7 +85,3 @@ def _problems(store: Path) -> list[str]:
     for source in FeatureStore.open(store).sources.values():
         found += [str(each) for each in check_source(source).damage]
     return found
-
-
-def _files(store: Path) -> dict[str, bytes]:
-    return {str(path.relative_to(store)): path.read_bytes() for path in sorted(store.rglob("*")) if path.is_file()}
