@@ -24,9 +24,11 @@ from featurestore.caching.plan import CountPhotographs, LayerPlan, Plan
 from featurestore.caching.shard_sink import ShardSink
 from featurestore.devices import PRECISIONS, reproducible
 from featurestore.errors import FeatureStoreError
-from featurestore.keys import Place
+from featurestore.keys import KEY, Place
 from featurestore.photos.boxes import place_of
 from featurestore.photos.loading import Failure, Photo, batches
+from featurestore.store.reader import Source
+from featurestore.store.rows import present_rows
 from featurestore.store.writer import SourceWriter
 
 _WAITING = 2  # batches between the network and the disk
@@ -89,14 +91,35 @@ class _Run:
         self._publish_table()
         plans = {part.layer.name: part for part in plan.layers}
         incomplete = {name: part for name, part in plans.items() if part.needed.any()}
+        filled: list[int] = []
         if incomplete:
             hashes = self._stage(incomplete, photos_to_fill(self.job, plan), plan.new.iloc[:0])
+            filled = list(hashes)
             if plan.recompute.any():
                 self._end_recompute(hashes)
+        first = self.writer.n_items
         if len(plan.new):
             self._stage(plans, photos_to_append(self.job, plan), plan.new)
         if self.summary.computed:
-            self.writer.require_written()
+            self._require_written(filled, first)
+
+    def _require_written(self, filled: list[int], first: int) -> None:
+        """FeatureStoreError if rows that were ``filled``, or items from ``first`` on, are not in the store, read anew."""
+        source = Source(self.job.request.store, self.job.source_name)
+        gone = {}
+        for part in self.plan.layers:
+            due = np.zeros(self.writer.n_items, bool)
+            due[[row for row in filled if part.needed[row]]] = True
+            due[first:] = True
+            present = np.zeros(len(due), bool)
+            present[: source.n_items] = present_rows(source.layers[part.layer.name])
+            gone[part.layer.name] = int((due & ~present).sum())
+        lost = ", ".join(f"{n} rows of {name}" for name, n in gone.items() if n)
+        if lost or not source.keys.equals(pd.MultiIndex.from_frame(self.writer.table[list(KEY)])):
+            raise FeatureStoreError(
+                f"{lost or 'items'} that were written to {source.folder} are gone: another program removed files while it was "
+                "written. Run the same command again, which computes them."
+            )
 
     def _publish_table(self) -> None:
         """Publish new layers (still without rows) and metadata; changed photographs lose their hash until all is recomputed."""

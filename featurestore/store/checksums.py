@@ -23,6 +23,7 @@ from featurestore.store.shards import DamagedShard
 from featurestore.store.zarr_format import CHECKSUMS, Layer
 
 _KIND = "checksum"
+_KEPT = 2  # chunks that stay in memory although they are on disk
 NOT_ITS_OWN = "the record is damaged, or another one's: it does not have the checksum that is noted of this item"
 
 
@@ -76,13 +77,11 @@ class Checksums:
                 any_was = True
         return any_was
 
-    def save(self) -> bool:
-        """Write the chunks that have changed; whether there were any."""
-        changed = sorted(self._changed)
-        for chunk in changed:
+    def save(self) -> None:
+        """Write the chunks that have changed."""
+        for chunk in sorted(self._changed):
             write_chunk(self.chunk_file(chunk), self._chunks[chunk], _KIND)
         self._changed.clear()
-        return bool(changed)
 
     def _chunk(self, chunk: int) -> np.ndarray:
         if chunk not in self._chunks:
@@ -96,6 +95,8 @@ class Checksums:
             except (OSError, RuntimeError, ValueError) as error:
                 raise self._damaged(path, getattr(error, "strerror", None) or error) from None
             values[max(0, self._registered - chunk * COORDINATE_CHUNK) :] = -1
+            for old in [each for each in self._chunks if each not in self._changed][:-_KEPT]:
+                del self._chunks[old]
             self._chunks[chunk] = values
         return self._chunks[chunk]
 

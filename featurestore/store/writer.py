@@ -31,7 +31,7 @@ from featurestore.store.coordinates import (
     write_chunk,
 )
 from featurestore.store.reader import Source
-from featurestore.store.rows import open_shard, present_rows
+from featurestore.store.rows import open_shard
 from featurestore.store.shards import KEPT, DamagedShard, ShardWriter
 from featurestore.store.zarr_format import (
     CHECKSUMS,
@@ -256,21 +256,6 @@ class SourceWriter:
             self._published = self.n_items
             self._unpublished_changes = self._replaced = False
         publish_root(self.store)  # also after a kill just before it
-
-    def require_written(self) -> None:
-        """FeatureStoreError if what this writer published is not all there, read from the disk."""
-        source = Source(self.store, self.folder.name)
-        gone = {}
-        for name, layer in source.layers.items():
-            held = present_rows(layer)
-            gone[name] = int((~held & (self._checksums[name][range(layer.n_items)] >= 0)).sum())
-        lost = {name: n for name, n in gone.items() if n}
-        if lost or not source.keys.equals(pd.MultiIndex.from_frame(self.table[list(KEY)])):
-            what = ", ".join(f"{n} rows of {name}" for name, n in lost.items()) or "items"
-            raise FeatureStoreError(
-                f"{what} that were written to {self.folder} are gone: another program removed files while it was written. Run "
-                "the same command again, which computes them."
-            )
 
     def _require_store(self) -> None:
         """FeatureStoreError if the store was removed, or another one put in its place, since this writer was made."""
