@@ -123,7 +123,7 @@ class OpenFolder:
     """
 
     def __init__(self, path: Path, inode: int | None = None) -> None:
-        self.path = path.resolve()
+        self.path = Path(os.path.realpath(path))
         self._inode = inode
         try:
             descriptor = os.open(self.path, os.O_RDONLY | os.O_DIRECTORY)

@@ -25,7 +25,7 @@ def dask_array(layer: Layer, opened: OpenFolder) -> da.Array:
 
     ``opened`` is the source's folder. Blocks that are computed after it was rewritten raise FeatureStoreError.
     """
-    layer = replace(layer, folder=layer.folder.resolve())  # a worker may have another current directory
+    layer = replace(layer, folder=layer.folder.absolute())  # a worker may have another current directory
     blocks = block_bounds(layer.n_items, layer.slots, layer.row_bytes)
     items = tuple(stop - start for start, stop in blocks) or (0,)
     files = [path.stat() for path in map(layer.shard_path, range(layer.n_shards)) if path.exists()]

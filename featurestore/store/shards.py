@@ -163,6 +163,10 @@ def read_index(fd: int, slots: int, record: RecordFormat, name: object, anywhere
     if size < length:
         raise DamagedShard(f"{name} has {size} bytes, fewer than its index of {length}")
     raw = os.pread(fd, length, size - length)
+    if record.compress == "none" and record.alignment > 1:
+        whole, index = _index_of_whole(slots, record)
+        if raw == whole and size == slots * record.stride + length:
+            return index
     if crc32c(raw[:-CRC_BYTES]) != int.from_bytes(raw[-CRC_BYTES:], "little"):
         raise DamagedShard(f"{name}: the index does not match its checksum")
     pairs = np.frombuffer(raw[:-CRC_BYTES], "<u8").reshape(slots, 2)
@@ -177,6 +181,16 @@ def read_index(fd: int, slots: int, record: RecordFormat, name: object, anywhere
     if problem:
         raise DamagedShard(f"{name}: {problem}; bytes were lost or put in, or another program wrote it")
     return index
+
+
+@cache
+def _index_of_whole(slots: int, record: RecordFormat) -> tuple[bytes, ShardIndex]:
+    """What the index of a shard in which no row is absent has to be: comparing with it is faster than reading it."""
+    offsets, nbytes = np.arange(slots) * record.stride, np.full(slots, record.nbytes)
+    raw = np.stack([offsets, nbytes], axis=1).astype("<u8").tobytes()
+    for values in (offsets, nbytes):
+        values.setflags(write=False)
+    return raw + crc32c(raw).to_bytes(CRC_BYTES, "little"), ShardIndex(offsets, nbytes)
 
 
 def _misplaced(index: ShardIndex, record: RecordFormat, end: int) -> str:

@@ -30,7 +30,8 @@ def damage(name: str, content: bytes, rng: random.Random, others: Sequence[bytes
             content = _splice(content, rng, rng.choice(others))
         else:
             content = damage_bytes(content, rng)
-    return content[:MOST_BYTES]
+        content = content[:MOST_BYTES]  # each time, or what is doubled again and again takes minutes to make
+    return content
 
 
 def damage_bytes(content: bytes, rng: random.Random) -> bytes:
@@ -162,7 +163,8 @@ def change_cells(content: bytes, rng: random.Random, inner: Callable[[bytes, ran
     elif action == 7:  # none
         lines = [[*cells[:column], *cells[column + 1 :]] for cells in lines]
     elif action == 8:
-        lines[row:row] = [lines[row]] * rng.choice((1, 2, 50, 2000))
+        times, length = rng.choice((1, 2, 50, 2000)), sum(map(len, lines[row])) + 1
+        lines[row:row] = [lines[row]] * min(times, MOST_BYTES // length)
     elif action == 9:
         del lines[row : row + rng.choice((1, 1, 3, len(lines)))]
     else:
