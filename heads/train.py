@@ -300,11 +300,11 @@ class Checkpoint:
                 adam.setdefault(int(number), {})[slot] = tensor
             optimizer.load_state_dict({**optimizer.state_dict(), "state": adam})
             history = [Epoch(**line) for line in about["history"]]
+            return TrainingState(history, _under(tensors, "best."), about["best_epoch"], about["best_loss"])
         except (SafetensorError, OSError, KeyError, ValueError, TypeError, RuntimeError) as error:
             raise FeatureStoreError(
                 f"{self.path}, the state of an unfinished run, is damaged: {error}. Delete it to start this run again."
             ) from None
-        return TrainingState(history, _under(tensors, "best."), about["best_epoch"], about["best_loss"])
 
     def remove(self) -> None:
         """A finished run needs no state."""

@@ -191,6 +191,8 @@ def _open_hdf5(path: Path, layer: str | None, opened: ExitStack) -> Found:
     others = file.get("items", {})
     columns = {name: _dataset(file, name) for name in KEY if name in file}
     columns |= {str(name): _dataset(others, name) for name in others}
+    for one in columns.values():
+        refuse_bomb(path.stat().st_size, one.nbytes)
     texts = {name: one.asstr()[:] if one.dtype.kind == "O" else one[:] for name, one in columns.items()}
     datasets = [_dataset(file, name) for name in file if name not in (*KEY, "items")]
     arrays = {str(one.attrs.get("layer", one.name.strip("/"))): one for one in datasets}

@@ -18,7 +18,8 @@ import pandas as pd
 import psutil
 import pytest
 import torch
-from safetensors.torch import load_file
+from safetensors import safe_open
+from safetensors.torch import load_file, save_file
 
 from featurestore import FeatureStore, FeatureStoreError
 from heads.checkpoints import load_head
@@ -33,7 +34,7 @@ from heads.runs_table import finished_runs, runs_table, write_runs_table
 from heads.schedule import run_grid
 from heads.scores import paired_test
 from heads.tasks import Task
-from heads.train import STOP, Checkpoint, Pace, Settings, train
+from heads.train import STOP, Checkpoint, Pace, Settings, TrainingState, train
 from heads.trials.matching import Sessions
 from tests.commands import ROOT
 from tests.heads.conftest import N_FACES, VIEWS, write_store, write_trials
@@ -572,3 +573,18 @@ def test_stopping_ends_runs_in_threads(made: Path, judged: Path, tmp_path: Path)
     seen: list[int] = []
     train_run(task, each, tmp_path, lambda label, epoch: seen.append(epoch.epoch))
     assert seen[0] == 2
+
+
+@pytest.mark.parametrize("left_out", ["best_epoch", "best_loss", "history"])
+def test_a_state_that_lacks_a_part_is_refused(tmp_path: Path, left_out: str) -> None:
+    head = draw_head("similarity", (4,), 0)
+    adam = torch.optim.Adam(head.parameters())
+    path = tmp_path / "state.safetensors"
+    Checkpoint(path, "a run").save(head, adam, TrainingState([], head.state_dict(), 0, 1.5))
+    with safe_open(path, framework="pt") as file:
+        metadata = file.metadata()
+    about = json.loads(metadata["progress"])
+    del about[left_out]
+    save_file(load_file(path), path, {**metadata, "progress": json.dumps(about)})
+    with pytest.raises(FeatureStoreError, match=f"is damaged: '{left_out}'. Delete it"):
+        Checkpoint(path, "a run").restore(head, adam)
