@@ -128,7 +128,9 @@ def _problem(document: Document | None, folder: Path) -> str:
             return "it is not a source's document of a version that this program reads"
         if contents.version > 1 and "imported" not in made and source_name(made) != folder.name:
             return f"it is the document of another source, {source_name(made)}"
-    except (FeatureStoreError, KeyError, TypeError) as error:
+        if not contents.foreign:
+            document_bytes(document)  # ValueError for what can be read and not written, such as half a surrogate pair
+    except (FeatureStoreError, KeyError, TypeError, ValueError) as error:
         return str(error)
     return ""
 
@@ -250,7 +252,10 @@ def _check_root(store: Path, root: Document | str, sources: Mapping[str, Documen
     versions = [document["attributes"]["format_version"] for document in sources.values()]
     if 1 in versions or said == {"format": FORMAT, "format_version": 1}:
         return
-    due = document_bytes(root_document(dict(sources)))
+    try:
+        due = document_bytes(root_document(dict(sources)))
+    except ValueError:  # what another program put beside our arrays
+        return
     if isinstance(root, str):
         yield FileDamage(path, root, due)
     elif _bytes(path) != due and not _is_older_root(path, root, store):

@@ -199,7 +199,7 @@ def source_document(
 
 
 def content_matches(document: Mapping[str, Any], foreign: Iterable[str]) -> bool:
-    """Whether a source's document has the checksum that it says; see ``source_document``."""
+    """Whether a source's document has the checksum that it says; see ``source_document``. ValueError if it cannot be written."""
     said = dict(document["attributes"])
     found = said.pop("sha256", None)
     return bool(found == _content_digest(said, document["consolidated_metadata"]["metadata"], foreign))
@@ -208,7 +208,8 @@ def content_matches(document: Mapping[str, Any], foreign: Iterable[str]) -> bool
 def _content_digest(said: Mapping[str, Any], arrays: Mapping[str, Any], foreign: Iterable[str]) -> str:
     left_out = {*foreign, CHECKSUMS}
     ours = {name: array for name, array in arrays.items() if name not in left_out}
-    return hashlib.sha256(json.dumps([dict(said), ours], sort_keys=True, ensure_ascii=True).encode()).hexdigest()
+    text = json.dumps([dict(said), ours], sort_keys=True, ensure_ascii=False, allow_nan=False)
+    return hashlib.sha256(text.encode()).hexdigest()
 
 
 def source_name(attributes: Mapping[str, Any]) -> str:

@@ -193,6 +193,20 @@ def test_a_repair_writes_nothing_outside_of_the_store(store: Path, long_store: P
     assert set(path.name for path in store.parent.iterdir()) - set(above) <= {"s.zarr.lock"}
 
 
+@pytest.mark.parametrize("text", ["\ud800", float("nan")])
+def test_a_document_that_could_not_be_written_is_refused(store: Path, text: object) -> None:
+    """Half a surrogate pair and NaN, which JSON readers let pass."""
+    path = store / FeatureStore.open(store).source().name / METADATA
+    document = json.loads(path.read_text())
+    document["attributes"]["licence"] = text
+    path.write_text(json.dumps(document))
+    with pytest.raises(FeatureStoreError, match="is damaged or was written by another program"):
+        FeatureStore.open(store)
+    assert str(check_files(store)[0]).startswith(str(path))
+    restore(check_files(store))
+    assert len(FeatureStore.open(store).sources) == 1
+
+
 def test_a_source_that_denies_being_one_is_not_passed_over(store: Path) -> None:
     path = store / FeatureStore.open(store).source().name / METADATA
     path.write_text(path.read_text().replace('"face-featurestore"', '"face-featurestorf"'))
