@@ -128,7 +128,7 @@ def note_left_out(failures: Collection[object], what: str) -> None:
     if failures:
         click.echo(f"\n{len(failures)} photographs were {what}:", err=True)
         for failure in failures:
-            click.echo(f"  {failure}", err=True)
+            click.echo(f"  {as_typed(str(failure))}", err=True)
 
 
 def progress_bar(total: int | None, doing: str, unit: str = " images", alike: bool = True) -> Any:

@@ -42,7 +42,7 @@ def main(store: Path, dry_run: bool) -> None:
     if lost:
         click.echo("  These rows count as not cached now: run pipelines/cache_layers.py again to compute them.")
         click.get_current_context().exit(1)
-    click.echo("Done. Check it: " + f"pipelines/verify_store.py {store}")
+    click.echo(f"Done. Check it: pipelines/verify_store.py {store}")
 
 
 if __name__ == "__main__":

@@ -49,6 +49,8 @@ def keep_intact(store: FeatureStore, source: Source, damage: Sequence[Damage]) -
                 gone[row - rows.start] = False
             if new:
                 new.commit()
+            elif not gone.any():  # a damaged file that no row is noted of
+                layer.shard_path(shard).unlink()
             lost[name][rows.start : rows.stop] |= gone
     writer.publish()
     return lost

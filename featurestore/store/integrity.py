@@ -40,6 +40,7 @@ from featurestore.store.zarr_format import (
 )
 
 Document = Mapping[str, Any]
+_MISSING = "it is missing"
 
 
 @dataclass(frozen=True)
@@ -61,6 +62,8 @@ def check_files(store: Path) -> list[FileDamage]:
     """
     documents = {path: _read(path) for path in [store / METADATA, *sorted(store.glob(f"*/{METADATA}"))]}
     whole = _whole_sources(store, documents)
+    if documents[store / METADATA] == _MISSING and not any((store / name).is_dir() for name in whole):
+        return []  # no store, as opening it will say
     damage: list[FileDamage] = []
     right: dict[str, Document] = {}
     for folder in _source_folders(store, documents, whole):
@@ -93,7 +96,10 @@ def restore(damage: list[FileDamage]) -> list[FileDamage]:
             try:
                 write_atomically(found.path, found.content)
             except OSError as error:
-                raise FeatureStoreError(f"{found.path} cannot be written: {error.strerror or error}.") from None
+                raise FeatureStoreError(
+                    f"{found.path} cannot be written: {error.strerror or error}. Remove what stands in its place, or free some "
+                    "space, and repair again: what was put back so far stays."
+                ) from None
     return [found for found in damage if found.content is None]
 
 
@@ -103,7 +109,7 @@ def _read(path: Path) -> Document | str:
         document = read_json(path)
         return document if isinstance(document, dict) else "it is no JSON object"
     except FileNotFoundError:
-        return "it is missing"
+        return _MISSING
     except OSError as error:
         return f"it cannot be read: {error.strerror or error}"
     except ValueError as error:
@@ -120,7 +126,7 @@ def _bytes(path: Path) -> bytes | None:
 def _problem(document: Document | None, folder: Path) -> str:
     """What is wrong with the document of the source in ``folder``; empty if nothing is."""
     if document is None:
-        return "it is missing"
+        return _MISSING
     try:
         contents = contents_of(document, folder)
         made = contents.attributes
@@ -200,7 +206,7 @@ def _problem_of_chunk(path: Path, kind: str, n: int, digest: int | None) -> str:
     try:
         decode_coordinate(read_file(path), kind, n, digest)
     except FileNotFoundError:
-        return "it is missing"
+        return _MISSING
     except (OSError, RuntimeError, ValueError, MemoryError) as error:
         return str(getattr(error, "strerror", None) or error)
     return ""
@@ -257,8 +263,10 @@ def _check_root(store: Path, root: Document | str, sources: Mapping[str, Documen
     except ValueError:  # what another program put beside our arrays
         return
     if isinstance(root, str):
-        yield FileDamage(path, root, due)
-    elif _bytes(path) != due and not _is_older_root(path, root, store):
+        yield FileDamage(
+            path, root, due if sources else None
+        )  # without a source there is no telling whether it is a store
+    elif sources and _bytes(path) != due and not _is_older_root(path, root, store):
         yield FileDamage(path, "it does not repeat its sources' documents", due)
 
 

@@ -164,6 +164,24 @@ def test_a_shard_that_lost_bytes_is_refused_before_a_row_is_served(store: Path, 
             FeatureStore.open(store).rows(LAYERS[1])
 
 
+@pytest.mark.parametrize("within", [None, "other", "a.zarr"])
+def test_what_is_no_store_is_left_alone(tmp_path: Path, store: Path, within: str | None) -> None:
+    """A folder of photographs, of another program's Zarr groups, or of stores."""
+    folder = write_photographs(tmp_path / "photographs", 2, 1)
+    if within == "other":
+        zarr.create_group(folder / within, zarr_format=3)
+    elif within:
+        shutil.copytree(store, folder / within)
+    before = files_of(folder)
+    for path in (folder, tmp_path / "nothing"):
+        done = command("verify_store", path, "--repair")
+        assert done.returncode == 1
+        assert "WRONG" not in done.stdout
+        assert "not a feature store: it has no zarr.json" in done.stderr or "there is no store" in done.stderr
+    assert files_of(folder) == before
+    assert not (tmp_path / "nothing").exists()
+
+
 def test_a_document_is_restored_from_the_roots_and_the_roots_from_it(store: Path) -> None:
     before = files_of(store)
     name = FeatureStore.open(store).source().name
