@@ -32,7 +32,6 @@ if TYPE_CHECKING:
 
     from featurestore.store.rows import Rows
 
-_MOST_COMPARED = 10_000  # names in the search for one that is near another
 Part: TypeAlias = "str | SupportsIndex"  # of a key: an integer stands for its digits
 Keys: TypeAlias = "str | tuple[Part, Part] | Iterable[tuple[Part, Part] | str] | pd.MultiIndex | pd.DataFrame"
 
@@ -168,7 +167,7 @@ class Source:
         known = self._views[self._views["face_id"] == face]["view"]
         if not len(known) or view is None:
             faces = in_natural_order(set(self._views["face_id"]))
-            return f"There is no face {face!r}. {near_matches(face, faces[:_MOST_COMPARED], f'There are {listing(faces)}.')}"
+            return f"There is no face {face!r}. {near_matches(face, faces, f'There are {listing(faces)}.')}"
         views = in_natural_order(known)
         return f"Face {face!r} has no view {view!r}; {near_matches(view, views, f'it has {listing(views, 12)}.')}"
 
