@@ -246,16 +246,17 @@ class SourceWriter:
     def publish(self) -> None:
         """Show readers everything committed so far, in one step; touches no file if nothing changed."""
         self._require_store()
-        for noted in self._checksums.values():
-            noted.save()
-        if self._unpublished_changes:
-            changed = self._changed_columns() if self._replaced else set()
-            if changed:  # under names that no published document describes, and then under the usual ones
-                self._publish_source(changed)
-            self._publish_source(set())
-            self._published = self.n_items
-            self._unpublished_changes = self._replaced = False
-        publish_root(self.store)  # also after a kill just before it
+        with self._opened.unchanged():
+            for noted in self._checksums.values():
+                noted.save()
+            if self._unpublished_changes:
+                changed = self._changed_columns() if self._replaced else set()
+                if changed:  # under names that no published document describes, and then under the usual ones
+                    self._publish_source(changed)
+                self._publish_source(set())
+                self._published = self.n_items
+                self._unpublished_changes = self._replaced = False
+            publish_root(self.store)  # also after a kill just before it
 
     def _require_store(self) -> None:
         """FeatureStoreError if the store was removed, or another one put in its place, since this writer was made."""
