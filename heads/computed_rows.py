@@ -74,6 +74,9 @@ class ComputedRows:
     def __len__(self) -> int:
         return self.layer.n_items
 
+    def prefetch(self, indices: torch.Tensor) -> None:
+        """Nothing: the file was written a moment ago, and is in memory if it fits."""
+
     def gather(self, indices: torch.Tensor, out: torch.Tensor | None = None) -> torch.Tensor:
         """The rows of ``indices`` (int64), float32 (n, *shape), into ``out`` if given. FeatureStoreError for other items."""
         places = self._places[np.asarray(indices)]

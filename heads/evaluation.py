@@ -57,8 +57,8 @@ def raw_logits(head: Head, features: Features, items: np.ndarray) -> np.ndarray:
     """As ``evaluate``, whatever they are."""
     out = []
     with torch.no_grad():
-        for part in torch.from_numpy(np.asarray(items)).split(_EXAMPLES):
-            distinct, examples = part.unique(return_inverse=True)
+        parts = torch.from_numpy(np.asarray(items)).split(_EXAMPLES)
+        for distinct, examples in features.ahead(part.unique(return_inverse=True) for part in parts):
             logits = head.logits(features.gather(distinct), examples.to(features.device))
             out.append(logits.float().cpu())
     return torch.cat(out).numpy()

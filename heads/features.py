@@ -1,6 +1,8 @@
 """Rows of one layer as a head takes them: distinct items, float32, on the head's device, in buffers used again."""
 
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterable, Iterator, Sequence
+from itertools import chain, pairwise
+from typing import TypeVar
 
 import numpy as np
 import torch
@@ -8,6 +10,8 @@ import torch
 from featurestore.errors import FeatureStoreError
 from featurestore.store.rows import Rows
 from heads.computed_rows import ComputedRows
+
+Batch = TypeVar("Batch", bound=tuple[torch.Tensor, ...])
 
 _BATCH = 256  # rows at a time, where all of them are looked at once
 _FLIPS = 1  # tells the random numbers of the mirroring from those of the order of examples
@@ -55,6 +59,20 @@ class Features:
         gathered = self._from_maps(items)
         return gathered.to(self.device, torch.float32, non_blocking=True)
 
+    def ahead(self, batches: Iterable[Batch]) -> Iterator[Batch]:
+        """``batches``, whose first part are the items that are gathered for each: those of the next are being read meanwhile."""
+        for batch, following in pairwise(chain(batches, [None])):
+            assert batch is not None
+            if following is not None:
+                self.prefetch(following[0])
+            yield batch
+
+    def prefetch(self, items: torch.Tensor) -> None:
+        """Start reading the rows of ``items`` (int64, ascending) that are not in memory."""
+        if self._resident is None:
+            for rows, wanted, _ in self._parts_of(items):
+                rows.prefetch(wanted)
+
     def augmented(self, seed: int, epoch: int) -> Callable[[torch.Tensor], torch.Tensor]:
         """``gather`` for one epoch of training: of each item the mirrored row instead, at random, if there are such."""
         mirrored = self.mirrored
@@ -72,7 +90,7 @@ class Features:
     def statistics(self, items: np.ndarray) -> tuple[torch.Tensor, float]:
         """Mean row of distinct ``items`` (features,) and the factor that makes the mean square of what is left of a feature 1."""
         n, total, squares = 0, torch.zeros(int(np.prod(self.shape)), dtype=torch.float64), 0.0
-        for part in torch.from_numpy(np.unique(items)).split(_BATCH):
+        for (part,) in self.ahead(zip(torch.from_numpy(np.unique(items)).split(_BATCH), strict=True)):
             # On the CPU, since not every device has float64; not in float16, where the square of 256 is infinite.
             flat = self._from_maps(part).flatten(1).float()
             n += len(flat)
@@ -94,13 +112,19 @@ class Features:
 
     def _from_maps(self, items: torch.Tensor) -> torch.Tensor:
         out = self._buffer(len(items))
-        cuts = np.searchsorted(items.numpy(), self.starts)
-        for rows, start, a, b in zip(self.parts, self.starts, cuts, cuts[1:], strict=False):
-            if b > a and rows.dtype == out.dtype:
-                rows.gather(items[a:b] - int(start), out=out[a:b])
-            elif b > a:  # sources stored in different precisions meet in float32
-                out[a:b] = rows.gather(items[a:b] - int(start))
+        for rows, wanted, place in self._parts_of(items):
+            if rows.dtype == out.dtype:
+                rows.gather(wanted, out=out[place])
+            else:  # sources stored in different precisions meet in float32
+                out[place] = rows.gather(wanted)
         return out
+
+    def _parts_of(self, items: torch.Tensor) -> Iterator[tuple[Rows | ComputedRows, torch.Tensor, slice]]:
+        """The sources that hold some of ``items``, with their own row numbers, and where among ``items`` those stand."""
+        cuts = np.searchsorted(items.numpy(), self.starts).tolist()
+        for rows, start, first, last in zip(self.parts, self.starts.tolist(), cuts, cuts[1:], strict=False):
+            if last > first:
+                yield rows, items[first:last] - start, slice(first, last)
 
     def _buffer(self, n: int) -> torch.Tensor:
         """The first ``n`` rows of a buffer that only grows: allocating a new one costs more than the gather."""
@@ -120,7 +144,7 @@ class Features:
             return
         kept = torch.empty((len(items), *self.shape), device=self.device)
         start = 0
-        for part in torch.from_numpy(items).split(_BATCH):
+        for (part,) in self.ahead(zip(torch.from_numpy(items).split(_BATCH), strict=True)):
             rows = self.gather(part)
             kept[start : start + len(rows)] = rows
             start += len(rows)

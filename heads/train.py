@@ -211,12 +211,13 @@ def train_epoch(
     if settings.permute and head.n_places == 3:
         items, labels = _permuted(items, labels, rng)
     total, right = 0.0, 0
-    for step, first in enumerate(range(0, len(items), settings.batch_size), start=1):
+    parts = torch.from_numpy(items).split(settings.batch_size)
+    batches = features.ahead(part.unique(return_inverse=True) for part in parts)
+    for step, (distinct, places) in enumerate(batches, start=1):
         if STOP.is_set():
             raise FeatureStoreError("stopped; run the same command again to go on.")
-        batch = torch.from_numpy(items[first : first + settings.batch_size])
+        first = (step - 1) * settings.batch_size
         wanted = torch.from_numpy(labels[first : first + settings.batch_size]).to(features.device)
-        distinct, places = batch.unique(return_inverse=True)
         optimizer.zero_grad()
         loss, logits = head.accumulate(gather(distinct), places.to(features.device), wanted, generator)
         value = float(loss)

@@ -2,14 +2,13 @@
 
 All shards of a layer are mapped side by side into one reserved range of addresses. A tensor laid over that range
 with strides (1, 1) then has the row that begins at *any* element, so one ``torch.index_select`` gathers from any
-number of shards at the speed of a bare memory map; nothing is read before it is asked for.
+number of shards at the speed of a bare memory map; nothing is read before it is asked for. Rows that are not in memory
+are asked of the disk all at once (``read_ahead``) before they are copied.
 """
 
-import ctypes
 import mmap
 import numbers
 import os
-import weakref
 from collections.abc import Callable, Iterator
 from contextlib import ExitStack, contextmanager
 from typing import Any
@@ -21,16 +20,10 @@ from crc32c import crc32c
 from featurestore.errors import FeatureStoreError
 from featurestore.files import open_file
 from featurestore.store.checksums import NOT_ITS_OWN, Checksums
+from featurestore.store.mapped import PAGE, Region
+from featurestore.store.read_ahead import PREFETCH_BYTES, ReadAhead, Unreadable, major_faults
 from featurestore.store.shards import DamagedShard, ShardIndex, read_index, read_record, thread_pool
 from featurestore.store.zarr_format import Layer
-
-_MAP_FIXED = 0x10  # not in Python's mmap module; the same on Linux and macOS
-_PAGE = mmap.PAGESIZE
-
-_libc = ctypes.CDLL(None, use_errno=True)
-_libc.mmap.restype = ctypes.c_void_p
-_libc.mmap.argtypes = (ctypes.c_void_p, ctypes.c_size_t, ctypes.c_int, ctypes.c_int, ctypes.c_int, ctypes.c_longlong)
-_libc.munmap.argtypes = (ctypes.c_void_p, ctypes.c_size_t)
 
 Indices = torch.Tensor | np.ndarray | list[int] | range
 
@@ -72,6 +65,7 @@ class Rows:
             last = max(flat.numel() - self._elements + 1, 0)
             self._view = flat.as_strided((last, self._elements), (1, 1))
         self._positions = torch.from_numpy(positions)
+        self._ahead = ReadAhead(self._region)
 
     def __len__(self) -> int:
         return self.layer.n_items
@@ -120,16 +114,80 @@ class Rows:
         try:
             # Both selections check their bounds: the first refuses rows that do not exist, the second absent ones (-1).
             positions = torch.index_select(self._positions, 0, index)
-            if self._view is not None:
-                torch.index_select(self._view, 0, positions, out=flat)
-                if self._checksums is not None:
-                    self._compare(index, flat.numpy())
+            if self._ahead.cold:
+                self._copy_cold(index, positions, flat)
             else:
-                self._decode(index, positions, flat.numpy())
+                faults = major_faults()
+                self._select(index, positions, flat)
+                if major_faults() != faults:  # something was read from the disk, page by page
+                    self._ahead.cold = True
+            if self._checksums is not None and self._view is not None:
+                self._compare(index, flat.numpy())
         except IndexError:
             self._refuse(index)
             raise
         return out
+
+    def prefetch(self, indices: Indices) -> None:
+        """Start reading the rows that are gathered next; returns at once, and does nothing while rows are found in memory.
+
+        They are read into the page cache, the first ``PREFETCH_BYTES`` (256 MiB) of them, which takes none of this process's
+        memory. Rows that do not exist or are not cached are left to ``gather`` to refuse.
+        """
+        if not self._ahead.cold:
+            return
+        index = _as_index(indices)
+        self._ahead.announced = index
+        index = index[(index >= 0) & (index < len(self))][: max(1, PREFETCH_BYTES // self.layer.row_bytes)]
+        positions = torch.index_select(self._positions, 0, index)
+        there = positions >= 0
+        self._ahead.start(*self._ranges(index[there], positions[there]))
+
+    def _select(self, index: torch.Tensor, positions: torch.Tensor, flat: torch.Tensor) -> None:
+        """Rows whose records are at ``positions`` into ``flat`` (n, elements)."""
+        if self._view is None:
+            self._decode(index, positions, flat.numpy())
+        else:
+            torch.index_select(self._view, 0, positions, out=flat)
+
+    def _copy_cold(self, index: torch.Tensor, positions: torch.Tensor, flat: torch.Tensor) -> None:
+        """The same for rows that are perhaps not in memory: they are copied while those after them are being read."""
+        if bool((positions < 0).any()):
+            raise IndexError("an absent row")
+        announced, self._ahead.announced = self._ahead.announced, None
+        starts, lengths = self._ranges(index, positions)
+        probe = announced is None or not torch.equal(announced, index)
+        try:
+            for some in self._ahead.arriving(starts, lengths, probe):
+                if self._view is not None and self.layer.row_bytes >= PAGE:
+                    # One by one: they come slower than they are copied, and a selection would wait for all its threads.
+                    for i in some.tolist():
+                        self._region.copy(int(starts[i]), self.layer.row_bytes, flat[i])
+                else:
+                    part = torch.empty(len(some), self._elements, dtype=self.dtype)
+                    self._select(index[some], positions[some], part)
+                    flat[some] = part
+        except Unreadable as error:
+            raise self._unreadable(int(index[error.which])) from None
+
+    def _ranges(self, index: torch.Tensor, positions: torch.Tensor) -> tuple[np.ndarray, np.ndarray]:
+        """Where in the region the records begin, and how long they are, in bytes."""
+        starts = positions.numpy() * (1 if self._view is None else self.layer.dtype.itemsize)
+        lengths = self._lengths[index.numpy()] if self._view is None else np.full(len(starts), self.layer.row_bytes)
+        return starts, lengths
+
+    def _unreadable(self, row: int) -> DamagedShard:
+        """What reading the file of a row says, of which the memory map only says that it cannot be read."""
+        path = self.layer.shard_path(row // self.layer.slots)
+        reason = "the file is shorter than it was when these rows were opened"
+        try:
+            stored_row(self.layer, row)
+        except (OSError, DamagedShard) as error:
+            reason = getattr(error, "strerror", None) or str(error)
+        return DamagedShard(
+            f"layer {self.layer.name!r}, row {row} cannot be read from {path}: {reason}. Check the disk, then repair the store: "
+            f"pipelines/verify_store.py {self.layer.store} --repair"
+        )
 
     def _refuse_output(self, out: torch.Tensor, n: int) -> None:
         kind = "contiguous" if out.is_contiguous() else "non-contiguous"
@@ -189,10 +247,10 @@ def noted_rows(layer: Layer) -> np.ndarray | None:
     return Checksums(layer)[range(layer.n_items)] if layer.version > 1 else None
 
 
-def _map_shards(layer: Layer) -> tuple["_Region", np.ndarray, np.ndarray]:
+def _map_shards(layer: Layer) -> tuple["Region", np.ndarray, np.ndarray]:
     """All shards mapped, and each row's byte position there (-1 if absent) and length."""
     positions, lengths = np.full((2, layer.n_items), -1, np.int64)
-    region = _Region(layer.n_shards, layer.record.largest_shard(layer.slots))
+    region = Region(layer.n_shards, layer.record.largest_shard(layer.slots))
     for shard in range(layer.n_shards):
         with open_shard(layer, shard) as opened:
             if opened is None:
@@ -204,51 +262,6 @@ def _map_shards(layer: Layer) -> tuple["_Region", np.ndarray, np.ndarray]:
             positions[rows.start : rows.stop] = np.where(offsets < 0, -1, start + offsets)
             lengths[rows.start : rows.stop] = index.nbytes[: len(rows)]
     return region, positions, lengths
-
-
-class _Region:
-    """One reserved range of addresses with a place of ``capacity`` bytes for each of ``n`` files, mapped read-only.
-
-    Reserving takes no memory, and files can be closed once they are mapped: a million items need no more
-    open files than ten.
-    """
-
-    def __init__(self, n: int, capacity: int) -> None:
-        self._capacity = -(-capacity // _PAGE) * _PAGE
-        self._nbytes = n * self._capacity
-        if self._nbytes:
-            self._base = _mmap(None, self._nbytes, 0, mmap.MAP_PRIVATE | mmap.MAP_ANONYMOUS, -1)
-            self._finalizer = weakref.finalize(self, _libc.munmap, self._base, self._nbytes)
-
-    def map(self, place: int, fd: int, name: object) -> int:
-        """Map an open file into its place; returns the place's first byte. Raises DamagedShard if it is too large."""
-        size, start = os.fstat(fd).st_size, place * self._capacity
-        if size > self._capacity:
-            raise DamagedShard(f"{name} has {size} bytes, more than its records can take ({self._capacity})")
-        _mmap(self._base + start, size, mmap.PROT_READ, mmap.MAP_SHARED | _MAP_FIXED, fd)
-        return start
-
-    def tensor(self, dtype: torch.dtype) -> torch.Tensor:
-        """The whole range as a flat tensor. Only for reading, only inside the files, only while this object lives."""
-        if not self._nbytes:
-            return torch.empty(0, dtype=dtype)
-        return torch.frombuffer((ctypes.c_uint8 * self._nbytes).from_address(self._base), dtype=dtype)
-
-    def content(self) -> memoryview:
-        """The whole range as bytes, under the same conditions."""
-        return (
-            memoryview((ctypes.c_uint8 * self._nbytes).from_address(self._base)).cast("B")
-            if self._nbytes
-            else memoryview(b"")
-        )
-
-
-def _mmap(address: int | None, nbytes: int, protection: int, flags: int, fd: int) -> int:
-    found: int = _libc.mmap(address, nbytes, protection, flags, fd, 0)
-    if found == ctypes.c_void_p(-1).value:
-        number = ctypes.get_errno()
-        raise OSError(number, f"cannot map {nbytes} bytes: {os.strerror(number)}")
-    return found
 
 
 @contextmanager

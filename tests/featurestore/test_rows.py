@@ -2,15 +2,20 @@
 
 import gc
 import os
+import sys
 from pathlib import Path
 
 import numpy as np
+import pandas as pd
 import pytest
 import torch
 
 from featurestore import FeatureStore, FeatureStoreError
+from featurestore.store.lock import store_lock
+from featurestore.store.mapped import Region
 from featurestore.store.rows import Rows
 from featurestore.store.shards import DamagedShard
+from featurestore.store.writer import SourceWriter
 from tests.conftest import LAYERS, run_pass, write_photographs
 
 PICK = [7, 0, 9, 4, 4, 3, 8]  # crosses shards, repeats, out of order
@@ -158,3 +163,89 @@ def test_maps_and_files_are_given_back(small_store: Path) -> None:
     del rows
     gc.collect()
     assert used() == (0, before)
+
+
+def write_rows(store: Path, n: int, shape: tuple[int, ...], slots: int, compress: str = "none") -> np.ndarray:
+    """A store of ``n`` random rows of one layer, all its files out of the page cache as far as the system does that."""
+    rows = np.random.default_rng(7).standard_normal((n, *shape), np.float32)
+    with store_lock(store, "test"):
+        writer = SourceWriter(
+            store, "source", {"backbone": "none", "weights": "seed:0", "recipe": {}, "precision": "fp32"}
+        )
+        writer.add_layer("layer", shape, "float32", compress, slots)
+        for first in range(0, n, slots):
+            shard = writer.open_shard("layer", first // slots, end=slots)
+            part = rows[first : first + slots].reshape(-1, int(np.prod(shape)))
+            shard.write(range(len(part)), part)
+            shard.commit()
+        faces = [f"f{i}" for i in range(n)]
+        writer.append(pd.DataFrame({"face_id": faces, "view": "1", "path": faces, "image_sha256": "0" * 64}))
+        writer.publish()
+    for path in (path for path in store.rglob("*") if path.is_file() and hasattr(os, "posix_fadvise")):
+        with path.open("rb") as file:
+            os.posix_fadvise(file.fileno(), 0, 0, os.POSIX_FADV_DONTNEED)
+    return rows
+
+
+def cold(rows: Rows) -> Rows:
+    """Rows that take the way of those that are not in memory, whether the page cache could be emptied or not."""
+    rows._ahead.cold = True
+    return rows
+
+
+@pytest.mark.parametrize("compress", ["none", "zstd"])
+@pytest.mark.parametrize(
+    ("shape", "slots"),
+    [
+        ((3,), 64),
+        ((1024,), 64),
+        ((1025,), 7),
+        ((700, 700), 4),
+    ],  # less than a page, a page, more, more than is asked for at once
+)
+def test_rows_from_the_disk_are_those_that_were_written(
+    tmp_path: Path, compress: str, shape: tuple[int, ...], slots: int, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr("featurestore.store.read_ahead.AHEAD_BYTES", 4 << 20)
+    written = write_rows(tmp_path / "s.zarr", 40, shape, slots, compress)
+    rng = np.random.default_rng(0)
+    rows = FeatureStore.open(tmp_path / "s.zarr").rows("layer", verify=True)
+    for pick in (range(40), rng.permutation(40), rng.integers(0, 40, 100), [17], [39, 0]):
+        following = rng.integers(0, 40, 30)
+        assert rows._ahead.cold
+        rows.prefetch(following)
+        assert np.array_equal(cold(rows).gather(pick).numpy(), written[np.asarray(pick)])
+        rows.prefetch([-1, 5, 10**9])  # gather refuses them
+        assert np.array_equal(cold(rows).gather(following).numpy(), written[following])
+    for wrong in (-1, 40):
+        with pytest.raises(IndexError, match=f"row {wrong} is outside"):
+            cold(rows).gather([3, wrong])
+
+
+def test_rows_in_memory_are_found_to_be_so(small_store: Path) -> None:
+    rows = FeatureStore.open(small_store).rows("maxp_2_2")
+    np.asarray(rows)
+    for _ in range(40):
+        rows.gather(PICK)
+    assert not rows._ahead.cold
+
+
+@pytest.mark.skipif(sys.platform != "linux", reason="elsewhere a page that is gone ends the process")
+def test_a_row_that_the_disk_does_not_give_is_named(tmp_path: Path) -> None:
+    """The last page of a shard is cut off while it is mapped; touching that page would be a bus error."""
+    written = write_rows(tmp_path / "s.zarr", 16, (4096,), 8)
+    rows = FeatureStore.open(tmp_path / "s.zarr").rows("layer")
+    shard = next(path for path in (tmp_path / "s.zarr").glob("*/layer/c/1/**/*") if path.is_file())
+    with shard.open("r+b") as file:
+        file.truncate(shard.stat().st_size // 2 // 4096 * 4096)
+    with pytest.raises(DamagedShard, match=r"layer 'layer', row 1[0-9] cannot be read from .*verify_store"):
+        rows.gather(range(16))
+    assert np.array_equal(rows.gather(range(8)).numpy(), written[:8])
+
+
+def test_a_file_system_without_memory_maps_is_named() -> None:
+    file = Path("/sys/kernel/mm/transparent_hugepage/enabled")
+    if not file.is_file():
+        pytest.skip("no sysfs here")
+    with file.open("rb") as opened, pytest.raises(FeatureStoreError, match=r"cannot be mapped.*local disk"):
+        Region(1, 1 << 20).map(0, opened.fileno(), file)
