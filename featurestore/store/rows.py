@@ -291,6 +291,8 @@ def read_shard(layer: Layer, shard: int, part: slice = slice(None)) -> np.ndarra
     with open_shard(layer, shard) as opened:
         if opened is not None and opened[1].strided(layer.record, len(rows)):
             mapped = mmap.mmap(opened[0], 0, prot=mmap.PROT_READ)
+            if hasattr(mmap, "MADV_SEQUENTIAL"):  # read far ahead, and free what was read before what others use
+                mapped.madvise(mmap.MADV_SEQUENTIAL)
             inner = np.empty(layer.shape, layer.dtype).strides
             shape = (len(rows), *layer.shape)
             return np.ndarray(shape, layer.dtype, mapped, strides=(layer.record.stride, *inner))[part]

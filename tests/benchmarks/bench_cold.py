@@ -24,6 +24,9 @@ import torch
 import zarr
 
 from featurestore import FeatureStore
+from heads.features import Features
+from heads.registry import draw_head
+from heads.train import Examples, Settings, train_epoch
 from tests.benchmarks.measure import MAXP_5_3, Line, compare, fill_store, run_sections
 
 LAYERS = {"maxp_5_3": (MAXP_5_3, 20_480), "fc7-relu": ((4096,), 65_536)}  # shape of a row, items
@@ -185,7 +188,61 @@ def opening(folder: Path) -> list[Line]:
     return lines
 
 
-SECTIONS: dict[str, Callable[[Path], list[Line]]] = {"gather": gather, "share": share, "opening": opening}
+def training(folder: Path) -> list[Line]:
+    """An epoch of training from a cold store, against the slower of the same epoch from memory and of reading its rows alone."""
+    lines = []
+    for (layer, store), (kind, batch, steps) in zip(
+        stores(folder).items(), (("conv", 256, 6), ("similarity", 256, 40)), strict=True
+    ):
+        shape, n_items = LAYERS[layer]
+        rng = np.random.default_rng(3)
+        items = rng.permutation(n_items)[: 3 * batch * steps].reshape(-1, 3)
+        none = np.empty(0, np.int64)
+        examples = Examples(items, rng.integers(0, 3, len(items)), np.arange(len(items)), none, none)
+        settings = Settings(batch_size=batch)
+
+        def epoch(
+            cold: bool,
+            store: Path = store,
+            layer: str = layer,
+            kind: str = kind,
+            shape: tuple = shape,
+            settings: Settings = settings,
+            examples: Examples = examples,
+        ) -> float:
+            empty_cache(store)
+            rows = FeatureStore.open(store).rows(layer)
+            features, head = Features([rows]), draw_head(kind, shape, 0)
+            if head.wants_statistics:
+                head.standardise(torch.zeros(int(np.prod(shape))), 1.0)
+            optimizer = torch.optim.Adam(head.parameters(), lr=5e-4, fused=True)
+            if not cold:
+                read_all(features, examples)
+            return train_epoch(head, features, examples, settings, optimizer, 1).examples_per_second
+
+        def reading(store: Path = store, layer: str = layer, examples: Examples = examples) -> float:
+            empty_cache(store)
+            features = Features([FeatureStore.open(store).rows(layer)])
+            return len(examples.items) / seconds_of(partial(read_all, features, examples))
+
+        def read_all(features: Features, examples: Examples, batch: int = batch) -> None:
+            for part in torch.from_numpy(examples.items).split(batch):
+                features.gather(part.unique())
+
+        def slower(epoch: Callable = epoch, reading: Callable = reading) -> float:
+            return min(epoch(cold=False), reading())
+
+        what = f"{layer}, {kind} head: an epoch from the disk, against the slower of memory and the disk alone"
+        lines.append(compare(what, partial(epoch, True), slower, 0.85, "triplets/s", 3))
+    return lines
+
+
+SECTIONS: dict[str, Callable[[Path], list[Line]]] = {
+    "gather": gather,
+    "share": share,
+    "opening": opening,
+    "training": training,
+}
 
 
 @click.command()
