@@ -11,6 +11,7 @@ from pathlib import Path
 from typing import Any
 
 from featurestore.errors import FeatureStoreError
+from featurestore.memory import give_back_memory, keep_freed_memory
 from heads.grid import Grid
 from heads.runs import OnEpoch, Run, train_run
 from heads.tasks import Task
@@ -91,7 +92,7 @@ def run_grid(
             begun: dict[str, Any] = {}
             for each in runs:
                 before = begun.get(each.frozen.name(task)) if each.settings.finetune_from else None
-                future = client.submit(_remote, shared, each, folder, every, before, pure=False)
+                future = client.submit(_remote, shared, each, folder, every, before, scheduler != "threads", pure=False)
                 begun[each.name(task)] = future
                 waiting[future] = each
         by_key = {future.key: each for future, each in waiting.items()}
@@ -186,9 +187,12 @@ def _attempt(task: Task, each: Run, folder: Path, report: OnEpoch, every: float)
 
 
 def _remote(
-    task: Task, each: Run, folder: Path, every: float, before: object = None
+    task: Task, each: Run, folder: Path, every: float, before: object = None, own_process: bool = True
 ) -> dict[str, Any] | FeatureStoreError:
-    """In a Dask worker: epochs and the pace are sent to the client. It waits for ``before``, another's result."""
+    """In a Dask worker: epochs and the pace are sent to the client. It waits for ``before``, another's result.
+
+    ``own_process``: the worker's process is not the client's, so that its memory is its own to keep.
+    """
     from distributed import get_worker
 
     worker = get_worker()
@@ -198,7 +202,12 @@ def _remote(
     def report(label: str, line: Progress) -> None:
         worker.log_event("epoch", {"label": label, "kind": type(line).__name__, "line": asdict(line)})
 
-    return _attempt(task, each, folder, report, every)
+    if own_process and each.settings.device == "cpu":
+        keep_freed_memory()
+    try:
+        return _attempt(task, each, folder, report, every)
+    finally:
+        give_back_memory()
 
 
 def share_threads(parts: Sequence[tuple[Task, Sequence[Run]]], jobs: int) -> list[tuple[Task, list[Run]]]:

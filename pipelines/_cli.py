@@ -123,6 +123,17 @@ def complete_backbones(ctx: click.Context, param: click.Parameter, incomplete: s
     return [CompletionItem(name) for name in [*BACKBONES, TORCHVISION, TIMM] if name.startswith(incomplete)]
 
 
+def kept_memory(device: str) -> str:
+    """Called before a network or a head runs on ``device``: on the CPU freed memory is used again from now on.
+
+    Returns what a plan says of it; on a GPU nothing is done or said.
+    """
+    from featurestore.devices import choose_device
+    from featurestore.memory import keep_freed_memory
+
+    return keep_freed_memory() if choose_device(device).type == "cpu" else ""
+
+
 def note_left_out(failures: Collection[object], what: str) -> None:
     """List what was skipped, at the end where it is seen."""
     if failures:

@@ -14,8 +14,8 @@ if TYPE_CHECKING:
     from heads.train import Progress
 
 
-def plan_text(grid: "Grid", jobs: int) -> str:
-    """What will be trained on what, and what it costs."""
+def plan_text(grid: "Grid", jobs: int, kept: str = "") -> str:
+    """What will be trained on what, and what it costs. ``kept``: what becomes of freed memory, if there is something to say."""
     from featurestore.text import human_bytes
 
     lines = []
@@ -64,6 +64,7 @@ def plan_text(grid: "Grid", jobs: int) -> str:
         f"{', and at most for what the network computes' if grid.finetuning else ''}; "
         f"disk {human_bytes(grid.disk(jobs))} at most"
     )
+    lines += [f"  buffers   {kept}"] if kept else []
     return "\n".join(lines)
 
 

@@ -13,6 +13,7 @@ from pipelines._cli import (
     Command,
     as_typed,
     complete_backbones,
+    kept_memory,
     note_left_out,
     progress_bar,
     weights_file,
@@ -381,6 +382,9 @@ def _plan(job: "CachingJob", dry_run: bool) -> "tuple[Plan, Loaded | None]":
     click.echo(f"Plan{' (nothing is run)' if dry_run else ''}\n{as_typed(str(plan))}")
     if not dry_run:
         plan.refuse_if_renamed()
+    kept = kept_memory(job.request.device)
+    if kept:
+        click.echo(f"  {'buffers':<9} {kept}")
     timed = estimate(job, plan)
     if timed:
         click.echo(f"  {'time':<9} {timed}")

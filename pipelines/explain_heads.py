@@ -8,7 +8,7 @@ import click
 from click.shell_completion import CompletionItem
 
 from heads.explain.names import METHODS
-from pipelines._cli import Command, progress_bar
+from pipelines._cli import Command, kept_memory, progress_bar
 from pipelines._params import Device, Expression
 
 if TYPE_CHECKING:
@@ -187,9 +187,10 @@ def main(
         check_ending("figure.png")
     folder = Path(run) if Path(run).is_dir() else runs / run
     request = ExplainRequest(folder, persons=not head_only, checks=not no_checks, **options)
+    kept = kept_memory(options["device"])
     plan = plan_explanation(request)
     out = out or DEFAULT_OUT / folder.name
-    click.echo(f"Plan{' (nothing is run)' if dry_run else ''}\n{_plan_text(plan, out)}\n")
+    click.echo(f"Plan{' (nothing is run)' if dry_run else ''}\n{_plan_text(plan, out, kept)}\n")
     if dry_run:
         return
     plan.refuse_if_full(out)
@@ -208,7 +209,7 @@ def main(
         click.echo(f"{len(table)} photographs: {export_masked}, listed in {export_masked / 'masked.csv'}")
 
 
-def _plan_text(plan: "ExplainPlan", out: Path) -> str:
+def _plan_text(plan: "ExplainPlan", out: Path, kept: str) -> str:
     from featurestore.text import human_bytes, human_duration
 
     legs, about, tuned = plan.any_legs, plan.attributes, plan.config.get("settings", {}).get("finetune_from")
@@ -223,17 +224,21 @@ def _plan_text(plan: "ExplainPlan", out: Path) -> str:
         + (f"; maps of {legs.maps}" if any(method.needs == "maps" for method in plan.methods) else ""),
         f"checks     {'deletion, insertion, shuffled weights' if plan.request.checks else 'none'}",
         f"takes      about {human_duration(plan.seconds)}, up to {human_bytes(plan.maps_bytes)} in {out}",
+        *([f"buffers    {kept}"] if kept else []),
     ]
     return "\n".join(f"  {line}" for line in lines)
 
 
 def _explain(plan: "ExplainPlan", out: Path) -> "Archive":
+    from featurestore.memory import give_back_memory
     from heads.explain.run import explain
 
     with progress_bar(plan.photographs, "comparing with cached rows", " photographs") as compared:
         plan.check(compared.update)
     with progress_bar(len(plan), "explaining", " trials") as explained:
-        return explain(plan, out, explained.update)
+        archive = explain(plan, out, explained.update)
+    give_back_memory()
+    return archive
 
 
 def _regions(plan: "ExplainPlan", given: tuple[Path | None, ...]) -> "RegionsOf | None":

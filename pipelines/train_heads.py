@@ -9,7 +9,7 @@ import click
 from click.shell_completion import CompletionItem
 
 from heads.registry import HEADS
-from pipelines._cli import DEMO_IMAGES, DEMO_STORE, Command, as_typed, progress_bar
+from pipelines._cli import DEMO_IMAGES, DEMO_STORE, Command, as_typed, kept_memory, progress_bar
 from pipelines._params import Device, Expression, Finite, Pairs, Rank
 from pipelines._training_text import accuracy_text, comparison_text, faulty_file, group_text, plan_text, progress_text
 
@@ -297,6 +297,7 @@ def main(
         _compare(options["out"], compare)
         return
     request = _request(**options)
+    from featurestore.memory import give_back_memory
     from heads.grid import plan_grid
     from heads.schedule import default_jobs, run_grid, share_threads
 
@@ -305,7 +306,8 @@ def main(
         _draw(grid, draw)
         return
     jobs = jobs or default_jobs(grid)
-    click.echo(f"Plan{' (nothing is run)' if dry_run else ''}\n{as_typed(plan_text(grid, jobs))}\n")
+    kept = kept_memory(options["device"])
+    click.echo(f"Plan{' (nothing is run)' if dry_run else ''}\n{as_typed(plan_text(grid, jobs, kept))}\n")
     if dry_run:
         return
     grid.refuse_if_full(jobs)
@@ -329,6 +331,7 @@ def main(
                 say(f"{run.label}: {accuracy_text(result)}")
             else:
                 failed.append((run, result))
+            give_back_memory()
             bar.update()
 
         run_grid(share_threads(grid.parts, jobs), grid.out, jobs, scheduler, seen, done, died)

@@ -5,7 +5,7 @@ from typing import TYPE_CHECKING
 
 import click
 
-from pipelines._cli import Command, as_typed, note_left_out, progress_bar
+from pipelines._cli import Command, as_typed, kept_memory, note_left_out, progress_bar
 from pipelines._params import Device
 
 if TYPE_CHECKING:
@@ -145,6 +145,7 @@ def _repair(
         click.echo(f"\nRepair\n{plan}\n")
         if plan.images:
             plan.refuse_if_full()
+            kept_memory(device)
             job = repair_job(store, source, weights_of(source, weights, backbone), device)
             with progress_bar(plan.images, "recomputing") as bar:
                 summary = cache_layers(job, plan, bar.update)

@@ -19,6 +19,7 @@ GROUND = (
     "keys",
     "versions",
     "devices",
+    "memory",
     "intervals",
     "discovery",
     "conditions",

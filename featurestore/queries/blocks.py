@@ -1,6 +1,5 @@
 """How much of a layer is held at once: the size of blocks under a memory cap, and Dask tasks that add up."""
 
-import ctypes
 import math
 import sys
 from collections.abc import Callable, Iterator, Sequence
@@ -18,6 +17,7 @@ from dask.utils import parse_bytes
 from threadpoolctl import ThreadpoolController
 
 from featurestore.errors import FeatureStoreError
+from featurestore.memory import give_back_memory
 from featurestore.text import human_bytes
 
 MEMORY = "1GiB"  # that a query may add to what the process holds, if no cap is given
@@ -174,17 +174,10 @@ def run_task(function: Callable[..., Any], *arguments: Any) -> Any:
             _give_back()
 
 
-@cache
-def _trim() -> Callable[[int], Any]:
-    """glibc's ``malloc_trim``; where there is none, nothing."""
-    trim: Callable[[int], Any] = getattr(ctypes.CDLL(None), "malloc_trim", lambda pad: None)
-    return trim
-
-
 def _give_back() -> None:
     """Return freed memory to the system once there is more than tasks need: glibc keeps it, for each thread apart."""
     if anonymous_bytes() > _trimmed_from:
-        _trim()(0)
+        give_back_memory()
 
 
 def computed(tasks: Sequence[Delayed]) -> list[Any]:
