@@ -319,7 +319,9 @@ def the_pass(folder: Path) -> list[Line]:
     def line(what: str, ours: str, theirs: str, name: str, wanted: float) -> Line:
         def side(which: str) -> float:
             arguments = ["--child", "pass", which, str(folder), name]
-            return float(json.loads(in_fresh_process("tests.benchmarks.bench_store", arguments)))
+            found = float(json.loads(in_fresh_process("tests.benchmarks.bench_store", arguments)))
+            click.echo(f"  {name}, {which}: {found:.2f} images/s", err=True)
+            return found
 
         a, b = zip(*((side(ours), side(theirs)) for _ in range(ROUNDS)), strict=True)
         ratio = statistics.median(x / y for x, y in zip(a, b, strict=True))
