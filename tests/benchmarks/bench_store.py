@@ -188,7 +188,9 @@ def index(folder: Path) -> list[Line]:
         opening.append(middle - start)
         assert np.array_equal(found, picks)
     seconds, milliseconds = statistics.median(opening), 1000 * statistics.median(finding)
-    mib = int(in_fresh_process("tests.benchmarks.bench_store", ["--memory-child", "index", str(folder), "0"])) / 2**20
+    mib = (
+        int(in_fresh_process("tests.benchmarks.bench_store", ["--child", "memory", "index", str(folder), "0"])) / 2**20
+    )
     group = zarr.open_group(path / "bench", mode="r")
     what = f"a store of {VGGFACE2:,} items"
     return [
