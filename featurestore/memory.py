@@ -27,9 +27,9 @@ _MMAP_MAX = (-4, 0, "MALLOC_MMAP_MAX_", "glibc.malloc.mmap_max")
 def keep_freed_memory() -> str:
     """Have glibc keep freed memory in this process from now on, and say so, or why not, in a line for a plan.
 
-    What is kept is at most what was in use at once, with at most ``MOST_AT_END`` bytes at the end of each heap;
-    ``give_back_memory`` returns it. Left as it is: another allocator (macOS, musl, a preloaded one), and one that
-    the user has set up by MALLOC_… or GLIBC_TUNABLES.
+    What is kept is what was in use at once and holes too small for what was asked for next, with at most ``MOST_AT_END``
+    bytes at the end of a heap; ``give_back_memory`` returns it. Left as it is: another allocator (macOS, musl, a preloaded
+    one), and one that the user has set up by MALLOC_… or GLIBC_TUNABLES.
     """
     if not _glibc():
         return "as the system's allocator has it: keeping what is freed is for glibc"
@@ -41,7 +41,7 @@ def keep_freed_memory() -> str:
     if not accepted[0]:  # before glibc 2.35 32 MiB was the highest threshold; no buffer is mapped apart if none may be
         mallopt(*_MMAP_MAX[:2])
     return (
-        f"freed ones of up to {human_bytes(LARGEST_KEPT)} are kept and used again, no more than were in use at once; with "
+        f"freed ones of up to {human_bytes(LARGEST_KEPT)} are kept and used again, about as many as were in use at once; with "
         "MALLOC_TRIM_THRESHOLD_=131072 in the environment they are given back at once"
     )
 
