@@ -58,7 +58,7 @@ def raw_logits(head: Head, features: Features, items: np.ndarray) -> np.ndarray:
     out = []
     with torch.no_grad():
         parts = torch.from_numpy(np.asarray(items)).split(_EXAMPLES)
-        for distinct, examples in features.ahead(part.unique(return_inverse=True) for part in parts):
-            logits = head.logits(features.gather(distinct), examples.to(features.device))
+        for rows, (_, examples) in features.gathered(part.unique(return_inverse=True) for part in parts):
+            logits = head.logits(rows, examples.to(features.device))
             out.append(logits.float().cpu())
     return torch.cat(out).numpy()

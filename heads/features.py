@@ -59,13 +59,19 @@ class Features:
         gathered = self._from_maps(items)
         return gathered.to(self.device, torch.float32, non_blocking=True)
 
-    def ahead(self, batches: Iterable[Batch]) -> Iterator[Batch]:
-        """``batches``, whose first part are the items that are gathered for each: those of the next are being read meanwhile."""
+    def gathered(
+        self, batches: Iterable[Batch], gather: Callable[[torch.Tensor], torch.Tensor] | None = None
+    ) -> Iterator[tuple[torch.Tensor, Batch]]:
+        """Of each batch, whose first part are its items, the rows (by ``gather``) and itself; the next one's are read meanwhile.
+
+        Rows are valid until the next batch.
+        """
         for batch, following in pairwise(chain(batches, [None])):
             assert batch is not None
+            rows = (gather or self.gather)(batch[0])
             if following is not None:
                 self.prefetch(following[0])
-            yield batch
+            yield rows, batch
 
     def prefetch(self, items: torch.Tensor) -> None:
         """Start reading the rows of ``items`` (int64, ascending) that are not in memory."""
@@ -90,9 +96,10 @@ class Features:
     def statistics(self, items: np.ndarray) -> tuple[torch.Tensor, float]:
         """Mean row of distinct ``items`` (features,) and the factor that makes the mean square of what is left of a feature 1."""
         n, total, squares = 0, torch.zeros(int(np.prod(self.shape)), dtype=torch.float64), 0.0
-        for (part,) in self.ahead(zip(torch.from_numpy(np.unique(items)).split(_BATCH), strict=True)):
+        parts = zip(torch.from_numpy(np.unique(items)).split(_BATCH), strict=True)
+        for rows, _ in self.gathered(parts, self._from_maps):
             # On the CPU, since not every device has float64; not in float16, where the square of 256 is infinite.
-            flat = self._from_maps(part).flatten(1).float()
+            flat = rows.flatten(1).float()
             n += len(flat)
             total += flat.sum(0, dtype=torch.float64)
             squares += float(flat.square().sum(dtype=torch.float64))
@@ -144,8 +151,7 @@ class Features:
             return
         kept = torch.empty((len(items), *self.shape), device=self.device)
         start = 0
-        for (part,) in self.ahead(zip(torch.from_numpy(items).split(_BATCH), strict=True)):
-            rows = self.gather(part)
+        for rows, _ in self.gathered(zip(torch.from_numpy(items).split(_BATCH), strict=True)):
             kept[start : start + len(rows)] = rows
             start += len(rows)
         place = torch.full((len(self),), -1, dtype=torch.int64)

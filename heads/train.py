@@ -212,14 +212,14 @@ def train_epoch(
         items, labels = _permuted(items, labels, rng)
     total, right = 0.0, 0
     parts = torch.from_numpy(items).split(settings.batch_size)
-    batches = features.ahead(part.unique(return_inverse=True) for part in parts)
-    for step, (distinct, places) in enumerate(batches, start=1):
+    batches = features.gathered((part.unique(return_inverse=True) for part in parts), gather)
+    for step, (rows, (_, places)) in enumerate(batches, start=1):
         if STOP.is_set():
             raise FeatureStoreError("stopped; run the same command again to go on.")
         first = (step - 1) * settings.batch_size
         wanted = torch.from_numpy(labels[first : first + settings.batch_size]).to(features.device)
         optimizer.zero_grad()
-        loss, logits = head.accumulate(gather(distinct), places.to(features.device), wanted, generator)
+        loss, logits = head.accumulate(rows, places.to(features.device), wanted, generator)
         value = float(loss)
         if not np.isfinite(value):
             raise NonFiniteLossError(

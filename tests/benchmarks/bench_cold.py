@@ -140,48 +140,49 @@ def stores(folder: Path) -> dict[str, Path]:
 def gather(folder: Path) -> list[Line]:
     """Random rows from the disk: against threads of pread and of O_DIRECT, and against other readers of the same files."""
     lines = []
-    rng = np.random.default_rng(1)
     for layer, store in stores(folder).items():
-        shape, n_items = LAYERS[layer]
-        row = 4 * int(np.prod(shape))
         sequential = statistics.median(in_sequence(store) for _ in range(3))
-        lines.append(Line(f"{layer}: files in sequence", "", f"{sequential:.2f} GB/s", sequential, "<", True))
+        lines.append(Line(f"{layer}: files in sequence", "", f"{sequential:.2f} GB/s", sequential, "", True))
         for n, batches in ((96, 10), (1024, 3)):
-
-            def measure(
-                open_reader: Callable,
-                n: int = n,
-                k: int = batches,
-                store: Path = store,
-                row: int = row,
-                n_items: int = n_items,
-            ) -> float:
-                picks = np.split(rng.permutation(n_items)[: n * k], k)
-                return cold_rate(store, open_reader, picks, row)
-
-            ours = partial(measure, partial(our_reader, store, layer, n))
-            peers: dict[str, Callable[[], float]] = {
-                f"{'O_DIRECT' if direct else 'pread'}, {threads} threads": partial(
-                    measure, partial(pread_reader, store, layer, n, threads, direct)
-                )
-                for direct in (False, True)
-                for threads in DEPTHS
-            }
-            best = max(peers, key=lambda name: peers[name]())
-            lines.append(compare(f"{layer}: {n} cold rows against {best}", ours, peers[best], 0.9, "GB/s", 5))
-            others = (
-                ("a bare memory map", mapped_reader),
-                ("TensorStore", tensorstore_reader),
-                ("zarr-python", zarr_reader),
-            )
-            for name, reader in others:
-                few = partial(measure, partial(reader, store, layer), k=1)
-                lines.append(compare(f"{layer}: {n} cold rows against {name}", ours, few, 1, "GB/s", 3))
+            lines += gather_lines(store, layer, n, batches)
     return lines
 
 
+def gather_lines(store: Path, layer: str, n: int, batches: int) -> list[Line]:
+    """``batches`` of ``n`` rows by each reader in turn; only one batch by those that need seconds for it."""
+    shape, n_items = LAYERS[layer]
+    rng = np.random.default_rng(1)
+
+    def measure(open_reader: Callable[[], Callable[[np.ndarray], object]], batches: int = batches) -> float:
+        picks = np.split(rng.permutation(n_items)[: n * batches], batches)
+        return cold_rate(store, open_reader, picks, 4 * int(np.prod(shape)))
+
+    ours = partial(measure, partial(our_reader, store, layer, n))
+    threads = {
+        f"{'O_DIRECT' if direct else 'pread'}, {depth} threads": partial(pread_reader, store, layer, n, depth, direct)
+        for direct in (False, True)
+        for depth in DEPTHS
+    }
+    best = max(threads, key=lambda name: measure(threads[name]))
+    others = {"a bare memory map": mapped_reader, "TensorStore": tensorstore_reader, "zarr-python": zarr_reader}
+    return [
+        compare(f"{layer}: {n} cold rows against {best}", ours, partial(measure, threads[best]), 0.9, "GB/s", 5),
+        *(
+            compare(
+                f"{layer}: {n} cold rows against {name}",
+                ours,
+                partial(measure, partial(reader, store, layer), 1),
+                1,
+                "GB/s",
+                3,
+            )
+            for name, reader in others.items()
+        ),
+    ]
+
+
 def share(folder: Path) -> list[Line]:
-    """Batches of 96 rows with a part of the store in memory; 100 % in memory is what the others are compared with."""
+    """Batches of 96 rows with a part of the store in memory, beside what the speeds at 0 % and at 100 % let expect."""
     lines = []
     rng = np.random.default_rng(2)
     for layer, store in stores(folder).items():
@@ -196,13 +197,15 @@ def share(folder: Path) -> list[Line]:
             read = our_reader(store, layer, 96)
             picks = np.split(rng.permutation(n_items)[: 96 * 60], 60)
             rates[percent] = gigabytes * len(picks) / sum(seconds_of(partial(read, pick)) for pick in picks)
-            mixed = 100 / (percent / rates[100] + (100 - percent) / rates[0]) if 0 in rates else rates[percent]
+            what, ours = f"{layer}: 96 rows, {percent} % of the store in memory", f"{rates[percent]:.2f} GB/s"
+            del read  # what is mapped stays in the page cache
+            if percent in (0, 100):
+                lines.append(Line(what, ours, "", rates[percent], "", True))
+                continue
+            mixed = 100 / (percent / rates[100] + (100 - percent) / rates[0])
             ratio = rates[percent] / mixed
-            lines.append(
-                Line(f"{layer}: 96 rows, {percent} % of the store in memory, against the mean of 0 % and 100 %",
-                     f"{rates[percent]:.2f} GB/s", f"{mixed:.2f} GB/s", ratio, "0.8", ratio >= 0.8)
-            )  # fmt: skip
-            del read
+            what += ", against the mean of 0 % and 100 %"
+            lines.append(Line(what, ours, f"{mixed:.2f} GB/s", ratio, "0.8", ratio >= 0.8))
     return lines
 
 
@@ -218,58 +221,47 @@ def opening(folder: Path) -> list[Line]:
             seconds.append(time.perf_counter() - start)
         shards = FeatureStore.open(store).source().layer(layer).n_shards
         lines.append(
-            Line(f"{layer}: open {shards} cold shards", f"{statistics.median(seconds):.3f} s", "", 0, "<", True)
+            Line(f"{layer}: open {shards} cold shards", f"{statistics.median(seconds):.3f} s", "", 0, "", True)
         )
     return lines
 
 
 def training(folder: Path) -> list[Line]:
     """An epoch of training from a cold store, against the slower of the same epoch from memory and of reading its rows alone."""
-    lines = []
-    for (layer, store), (kind, batch, steps) in zip(
-        stores(folder).items(), (("conv", 256, 6), ("similarity", 256, 40)), strict=True
-    ):
-        shape, n_items = LAYERS[layer]
-        rng = np.random.default_rng(3)
-        items = rng.permutation(n_items)[: 3 * batch * steps].reshape(-1, 3)
-        none = np.empty(0, np.int64)
-        examples = Examples(items, rng.integers(0, 3, len(items)), np.arange(len(items)), none, none)
-        settings = Settings(batch_size=batch)
+    found = stores(folder)
+    return [
+        epoch_line(found["maxp_5_3"], "maxp_5_3", "conv", steps=6),
+        epoch_line(found["fc7-relu"], "fc7-relu", "similarity", steps=40),
+    ]
 
-        def epoch(
-            cold: bool,
-            store: Path = store,
-            layer: str = layer,
-            kind: str = kind,
-            shape: tuple = shape,
-            settings: Settings = settings,
-            examples: Examples = examples,
-        ) -> float:
-            empty_cache(store)
-            rows = FeatureStore.open(store).rows(layer)
-            features, head = Features([rows]), draw_head(kind, shape, 0)
-            if head.wants_statistics:
-                head.standardise(torch.zeros(int(np.prod(shape))), 1.0)
-            optimizer = torch.optim.Adam(head.parameters(), lr=5e-4, fused=True)
-            if not cold:
-                read_all(features, examples)
-            return train_epoch(head, features, examples, settings, optimizer, 1).examples_per_second
 
-        def reading(store: Path = store, layer: str = layer, examples: Examples = examples) -> float:
-            empty_cache(store)
-            features = Features([FeatureStore.open(store).rows(layer)])
-            return len(examples.items) / seconds_of(partial(read_all, features, examples))
+def epoch_line(store: Path, layer: str, kind: str, steps: int) -> Line:
+    shape, n_items = LAYERS[layer]
+    rng, settings, none = np.random.default_rng(3), Settings(), np.empty(0, np.int64)
+    items = rng.permutation(n_items)[: 3 * settings.batch_size * steps].reshape(-1, 3)
+    examples = Examples(items, rng.integers(0, 3, len(items)), np.arange(len(items)), none, none)
 
-        def read_all(features: Features, examples: Examples, batch: int = batch) -> None:
-            for part in torch.from_numpy(examples.items).split(batch):
-                features.gather(part.unique())
+    def opened() -> Features:
+        empty_cache(store)
+        return Features([FeatureStore.open(store).rows(layer)])
 
-        def slower(epoch: Callable = epoch, reading: Callable = reading) -> float:
-            return min(epoch(cold=False), reading())
+    def read(features: Features) -> float:
+        """Triplets per second of reading each batch's rows."""
+        batches = torch.from_numpy(items).split(settings.batch_size)
+        return len(items) / seconds_of(lambda: [features.gather(batch.unique()) for batch in batches])
 
-        what = f"{layer}, {kind} head: an epoch from the disk, against the slower of memory and the disk alone"
-        lines.append(compare(what, partial(epoch, True), slower, 0.85, "triplets/s", 3))
-    return lines
+    def train(features: Features) -> float:
+        head = draw_head(kind, shape, 0)
+        head.standardise(torch.zeros(int(np.prod(shape))), 1.0)
+        optimizer = torch.optim.Adam(head.parameters(), lr=5e-4, fused=True)
+        return train_epoch(head, features, examples, settings, optimizer, 1).examples_per_second
+
+    def slower() -> float:
+        features = opened()
+        return min(read(features), train(features))
+
+    what = f"{layer}, {kind} head: an epoch from the disk, against the slower of memory and the disk alone"
+    return compare(what, lambda: train(opened()), slower, 0.85, "triplets/s", 3)
 
 
 SECTIONS: dict[str, Callable[[Path], list[Line]]] = {

@@ -27,7 +27,7 @@ MAXP_5_3 = (512, 7, 7)
 
 @dataclass(frozen=True)
 class Line:
-    """One comparison. ``ratio`` is ours over theirs (or a plain measurement); ``wanted`` is what the project asks for."""
+    """One comparison. ``ratio`` is ours over theirs, or a plain measurement; ``wanted`` what the project asks for, or empty."""
 
     what: str
     ours: str
@@ -129,7 +129,7 @@ def in_fresh_process(module: str, arguments: list[str]) -> str:
 def show(lines: list[Line], markdown: bool) -> None:
     rows = [("what", "ours", "theirs", "ratio", "wanted", "")]
     for line in lines:
-        plain = line.wanted.startswith("<")
+        plain = line.wanted == "" or line.wanted.startswith("<")
         rows.append(
             (
                 line.what,
@@ -137,7 +137,7 @@ def show(lines: list[Line], markdown: bool) -> None:
                 line.theirs,
                 "" if plain else f"{line.ratio:.2f}",
                 line.wanted,
-                "ok" if line.reached else "SHORT",
+                ("ok" if line.reached else "SHORT") if line.wanted else "",
             )
         )
     click.echo(

@@ -588,3 +588,15 @@ def test_a_state_that_lacks_a_part_is_refused(tmp_path: Path, left_out: str) -> 
     save_file(load_file(path), path, {**metadata, "progress": json.dumps(about)})
     with pytest.raises(FeatureStoreError, match=f"is damaged: '{left_out}'. Delete it"):
         Checkpoint(path, "a run").restore(head, adam)
+
+
+def test_rows_of_batches_are_those_of_gather_and_the_next_are_asked_for(small_store: Path) -> None:
+    rows = FeatureStore.open(small_store).rows("maxp_2_2")
+    features, parts = Features([rows]), torch.arange(10).split(4)
+    for number, (given, (items,)) in enumerate(features.gathered(zip(parts, strict=True))):
+        assert torch.equal(items, parts[number])
+        assert torch.equal(given, FeatureStore.open(small_store).rows("maxp_2_2").gather(items))
+        if number < 2:
+            assert rows._ahead.announced is not None
+            assert torch.equal(rows._ahead.announced, parts[number + 1])
+    assert rows._ahead.announced is None
