@@ -39,6 +39,24 @@ def choose_device(name: str) -> torch.device:
     return torch.device(name)
 
 
+def fast_precision(device: torch.device) -> str:
+    """``bf16`` where the device has arithmetic of its own for bfloat16 (AMX, AVX512_BF16; CUDA from Ampere on), else ``fp32``.
+
+    Elsewhere bfloat16 is emulated, and slower than float32.
+    """
+    if device.type == "cuda":
+        fast = torch.cuda.get_device_capability(device) >= (8, 0)
+    else:
+        fast = device.type == "cpu" and bool({"amx_bf16", "avx512_bf16"} & _processor())
+    return "bf16" if fast else "fp32"
+
+
+def _processor() -> set[str]:
+    """What the processor can do, by torch's names; nothing where torch does not tell."""
+    told: dict[str, object] = getattr(torch.cpu, "get_capabilities", dict)()
+    return {name for name, has in told.items() if has is True}
+
+
 @contextmanager
 def reproducible() -> Iterator[None]:
     """fp32 means fp32 (no TF32), and the same images give the same bits on the same GPU; settings are restored."""

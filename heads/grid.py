@@ -6,12 +6,17 @@ from dataclasses import dataclass, field, replace
 from pathlib import Path
 from typing import Any, Literal
 
+import torch
+
 from featurestore import FeatureStore
+from featurestore.devices import fast_precision
 from featurestore.errors import FeatureStoreError
 from featurestore.files import sha256_of
+from featurestore.store.reader import Source
 from featurestore.text import human_bytes, in_natural_order, listing
 from heads.finetuning import CHUNK_BYTES
 from heads.finetuning_plan import FinetuningPlan, plan_finetuning
+from heads.models.base import Head
 from heads.registry import build_head, check_head
 from heads.reuse import why_not_reused
 from heads.run_files import read_result
@@ -41,6 +46,8 @@ class GridRequest:
     head that often, so that every face (view, triplet) is tested once. With ``finetune_from``, a layer or ``input``, each head is
     trained on with the network from there to its own layer, at ``backbone_lr`` (a tenth of ``lr`` by default); ``weights`` is
     the network's file, unless the source was made with random or packaged ones, ``backbone`` the name of one of your own.
+    ``precision`` auto is that of such runs in ``out``, else what the device is fast at (for a head with a bridge; the others have
+    float32); without it ``settings`` says which.
     """
 
     store: Path
@@ -70,6 +77,7 @@ class GridRequest:
     augment: str = ""
     weights: str | None = None
     backbone: str | None = None
+    precision: Literal["auto"] | None = None
     settings: Settings = field(default_factory=Settings)
 
 
@@ -175,12 +183,16 @@ def _parameters(
         for run in runs:
             if run.kind in parameters:
                 continue
-            faces = {"faces": list(task.classes)} if run.head == "identity" else {}
-            head = build_head(run.head, source.layer(run.layer).shape, **run.options, **faces)
-            parameters[run.kind] = sum(weight.numel() for weight in head.parameters())
+            parameters[run.kind] = sum(weight.numel() for weight in _unloaded(source, run, task).parameters())
             if run.kind in finetuning:
                 parameters[run.kind] += finetuning[run.kind].parameters
     return parameters
+
+
+def _unloaded(source: Source, run: Run, task: Task) -> Head:
+    """The run's head without weights."""
+    faces = {"faces": list(task.classes)} if run.head == "identity" else {}
+    return build_head(run.head, source.layer(run.layer).shape, **run.options, **faces)
 
 
 def _refuse_useless(request: GridRequest) -> None:
@@ -316,12 +328,35 @@ def _runs(
                 options = {"parallel": request.parallel}
             elif head == "similarity":
                 options = {"rank": request.rank, "measure": request.measure, "l2": request.l2}
-            for lr in dict.fromkeys(request.lr):
-                for seed in dict.fromkeys(request.seeds):
-                    runs.append(Run(layer, head, replace(request.settings, lr=lr, seed=seed), options, fold, dtype))
-                    if request.finetune_from:
-                        runs.append(_finetuned(request, store, task, runs[-1]))
+            frozen = [
+                Run(layer, head, replace(request.settings, lr=lr, seed=seed), options, fold, dtype)
+                for lr in dict.fromkeys(request.lr)
+                for seed in dict.fromkeys(request.seeds)
+            ]
+            if request.precision == "auto":
+                frozen = _at_fast_precision(request, store, task, frozen)
+            for run in frozen:
+                runs.append(run)
+                if request.finetune_from:
+                    runs.append(_finetuned(request, store, task, run))
     return runs
+
+
+def _at_fast_precision(request: GridRequest, store: FeatureStore, task: Task, runs: Sequence[Run]) -> list[Run]:
+    """``runs``, of one head, at the precision of those begun before, which may have been on another device; else at this one's.
+
+    All have the same, so that their mean is over seeds and nothing else. A head without a bridge has float32.
+    """
+    if not _unloaded(store.source(task.sources[0]), runs[0], task).has_bridge:
+        return [_at_precision(run, "fp32") for run in runs]
+    fast = fast_precision(torch.device(request.settings.device))
+    choices = [[_at_precision(run, name) for run in runs] for name in dict.fromkeys([fast, "fp32", "bf16"])]
+    begun = (each for each in choices if any((request.out / run.name(task) / "config.json").exists() for run in each))
+    return next(begun, choices[0])
+
+
+def _at_precision(run: Run, precision: str) -> Run:
+    return replace(run, settings=replace(run.settings, precision=precision))
 
 
 def _finetuned(request: GridRequest, store: FeatureStore, task: Task, frozen: Run) -> Run:

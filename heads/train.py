@@ -31,7 +31,7 @@ STOP = threading.Event()  # Ctrl-C reaches only the main thread; runs in other t
 
 @dataclass(frozen=True)
 class Settings:
-    """How a head is trained. ``precision`` is that of the bridge's products: float32; on a GPU TF32; or bfloat16.
+    """How a head is trained. ``precision`` is that of the bridge's products: fp32; on a GPU tf32 (all products); or bf16.
 
     ``epochs`` at most, fewer when the validation loss has not fallen for ``patience`` of them. ``permute`` shows the
     three items of each trial in a new random order every epoch. ``threads`` changes the order of sums, hence last bits.
@@ -53,6 +53,10 @@ class Settings:
     augment: str = ""
 
     def __post_init__(self) -> None:
+        if self.precision not in PRECISIONS:
+            raise FeatureStoreError(
+                f"`precision` {self.precision!r} is not possible; it is one of {', '.join(PRECISIONS)}."
+            )
         if self.augment not in AUGMENTATIONS:
             raise FeatureStoreError(f"`augment` {self.augment!r} is not possible; it is flip, or left out.")
         if self.backbone_lr is not None and not 0 < self.backbone_lr < float("inf"):

@@ -54,6 +54,7 @@ def plan_text(grid: "Grid", jobs: int, kept: str = "") -> str:
             lines.append(f"  left out  {len(grid.trials.faulty)} faulty trials, kept in {faulty_file(grid)}")
     lines += _choices(grid)
     lines.append(f"  runs      {grid.runs}, {grid.finished} of them finished before; {jobs} at a time; into {grid.out}")
+    lines.append(f"  steps     {_steps_text(grid)}")
     lines += [f"  note      {reason}" for reason in grid.not_reused]
     for name, parameters in grid.parameters.items():
         lines.append(f"            {name:<24} {parameters:>13,} parameters")
@@ -69,6 +70,19 @@ def plan_text(grid: "Grid", jobs: int, kept: str = "") -> str:
 
 
 _FEW_VALIDATION = 30
+
+
+def _steps_text(grid: "Grid") -> str:
+    """How many examples a step has, and in which precision heads are trained; how to have float32."""
+    runs = [run for _, runs in grid.parts for run in runs if run.head != "zero-shot"]
+    if not runs:
+        return "none"
+    heads: dict[str, list[str]] = {}
+    for head, precision in dict.fromkeys((run.head, run.settings.precision) for run in runs):
+        heads.setdefault(precision, []).append(head)
+    told = f"{runs[0].settings.batch_size} examples each (--batch-size), products in "
+    told += "; ".join(f"{precision} ({', '.join(names)})" for precision, names in heads.items())
+    return told + ("" if list(heads) == ["fp32"] else "; --precision fp32 for float32 alone")
 
 
 def _finetuning_lines(name: str, plan: "FinetuningPlan") -> list[str]:

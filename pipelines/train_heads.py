@@ -250,10 +250,11 @@ def _complete_compared(ctx: click.Context, param: click.Parameter, incomplete: s
 )
 @click.option(
     "--precision",
-    type=click.Choice(["fp32", "tf32", "bf16"]),
-    default="fp32",
+    type=click.Choice(["auto", "fp32", "tf32", "bf16"]),
+    default="auto",
     show_default=True,
-    help="Precision of the bridge's matrix products in training; tf32 needs a GPU.",
+    help="Of the bridge's matrix products in training. auto: as such runs in --out, else bf16 where the device is fast at it, "
+    "else fp32; tf32 needs a GPU.",
 )
 @click.option(
     "--jobs",
@@ -379,7 +380,7 @@ def _request(
         epochs=epochs,
         patience=patience,
         permute=permute,
-        precision=precision,
+        precision="fp32" if precision == "auto" else precision,
         device=str(chosen),
     )
     sessions = Sessions(dict(session_view), dict(session_source))
@@ -391,6 +392,7 @@ def _request(
         settings=settings,
         parallel=parallel_bridge,
         augment=augment or "",
+        precision="auto" if precision == "auto" else None,
         **rest,
     )
 

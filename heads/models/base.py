@@ -26,7 +26,8 @@ class Head(nn.Module):
 
     n_places = 3  # items in one example
     wants_statistics = False  # whether ``standardise`` is to be called with the training rows' before training
-    low_precision = False  # whether a bridge multiplies in bfloat16
+    has_bridge = False  # a product so large that its precision decides the time of a training step
+    low_precision = False  # whether the bridge multiplies in bfloat16
 
     def __init__(self, shape: tuple[int, ...]) -> None:
         super().__init__()

@@ -9,6 +9,7 @@ from torch import nn
 
 from featurestore.errors import FeatureStoreError
 from heads.models.base import DROPOUT, Head, StandardisedHead, dropout_mask
+from heads.models.low_precision import low_product
 
 BRIDGE_OF_MAPS, BRIDGE_OF_VECTORS = 4096, 300  # features, as published
 
@@ -47,6 +48,7 @@ class TripletHead(StandardisedHead):
     Bridge 4,096 wide from a map (channels, y, x), 300 from a vector, as published.
     """
 
+    has_bridge = True
     decision: Decision
 
     def __init__(self, shape: tuple[int, ...], decision: Callable[[int], Decision], parallel: bool = False) -> None:
@@ -82,30 +84,34 @@ class TripletHead(StandardisedHead):
     def _bridges(self) -> list[Bridge]:
         return [bridge for bridge in self.bridges if isinstance(bridge, Bridge)]
 
-    def _embed(self, rows: torch.Tensor, triplets: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
-        """Every item once through its bridge: (m, width), and where each triplet's three are in it, (n, 3)."""
+    def _embed(
+        self, rows: torch.Tensor, triplets: torch.Tensor, generator: torch.Generator | None
+    ) -> tuple[torch.Tensor, torch.Tensor]:
+        """Every item once through its bridge: (m, width), and where each triplet's three are in it, (n, 3).
+
+        With a ``generator`` scaled for the dropout that follows.
+        """
         rows = self.standardised(rows)
+        scale = 1.0 if generator is None else 1 / (1 - DROPOUT)
         if len(self.bridges) == 1:
-            return self._cross(self._bridges[0], rows), triplets
+            return self._cross(self._bridges[0], rows) * scale, triplets
         embedded, places, start = [], [], 0
         for bridge, items in zip(self._bridges, triplets.unbind(1), strict=True):
             distinct, inverse = items.unique(return_inverse=True)
             embedded.append(self._cross(bridge, rows[distinct]))
             places.append(inverse + start)
             start += len(distinct)
-        return torch.cat(embedded), torch.stack(places, dim=1)
+        return torch.cat(embedded) * scale, torch.stack(places, dim=1)
 
     def _cross(self, bridge: Bridge, rows: torch.Tensor) -> torch.Tensor:
         """Rows (m, features) to (m, width), before dropout."""
-        with torch.autocast(rows.device.type, torch.bfloat16, enabled=self.low_precision):
-            return F.relu(bridge.linear(rows)).to(rows.dtype)
+        linear = bridge.linear
+        return F.relu(low_product(rows, linear.weight) + linear.bias if self.low_precision else linear(rows))
 
     def _decide(self, embedded: torch.Tensor, places: torch.Tensor, generator: torch.Generator | None) -> torch.Tensor:
-        if generator is None:
-            gathered = _gather(embedded, places)
-        else:
+        gathered = _gather(embedded, places)
+        if generator is not None:
             # Dropout after the gather: every place of every triplet draws its own, as if each had its own bridge.
-            gathered = _gather(embedded / (1 - DROPOUT), places)
             gathered.masked_fill_(dropout_mask(gathered.shape, generator), 0)
         return self.decision.fast(gathered, generator)
 
@@ -113,14 +119,14 @@ class TripletHead(StandardisedHead):
         self, rows: torch.Tensor, examples: torch.Tensor, generator: torch.Generator | None = None
     ) -> torch.Tensor:
         """See ``Head.logits``."""
-        embedded, places = self._embed(rows, examples)
+        embedded, places = self._embed(rows, examples, generator)
         return torch.cat([self._decide(embedded, part, generator) for part in places.split(self.decision.chunk)])
 
     def accumulate(
         self, rows: torch.Tensor, examples: torch.Tensor, labels: torch.Tensor, generator: torch.Generator | None
     ) -> tuple[torch.Tensor, torch.Tensor]:
         """As ``Head.accumulate``, but backward through the decision block a few triplets at a time, to bound memory."""
-        embedded, places = self._embed(rows, examples)
+        embedded, places = self._embed(rows, examples, generator)
         leaf = embedded.detach().requires_grad_()
         total, logits = torch.zeros((), device=rows.device), []
         chunk = self.decision.chunk

@@ -5,21 +5,25 @@
     python -m tests.benchmarks.bench_heads --markdown       # the table as the README shows it
 
 The usual loop: activations in a pandas table, looked up item by item; a ``DataLoader`` of batch 32; the published head in
-plain modules, its bridge run on all three faces; default Adam. Sections ``accuracy`` and ``real`` show what heads
-reach on the demo trials and on real photographs (shared/data/orl_faces).
+plain modules, its bridge run on all three faces; default Adam. ``defaults`` and ``race`` measure what ``train_heads.py`` does
+without options on the demo store. Sections ``precision``, ``precision_maps``, ``accuracy`` and ``real`` show what heads reach on
+the demo trials and on real photographs (shared/data/orl_faces).
 """
 
 import json
 import os
 import time
 from collections.abc import Callable, Iterator
+from dataclasses import replace
 from pathlib import Path
+from typing import Any
 
 import click
 import numpy as np
 import pandas as pd
 import torch
 import torch.nn.functional as F
+from scipy import stats
 from torch.utils.data import DataLoader, Dataset
 
 from featurestore import FeatureStore
@@ -30,6 +34,7 @@ from featurestore.caching.planning import make_plan
 from featurestore.caching.run import cache_layers
 from featurestore.checkpoints.weights import open_weights
 from featurestore.demo.dataset import make_faces
+from featurestore.memory import keep_freed_memory
 from featurestore.networks.registry import get_backbone
 from featurestore.photos.decode import decode
 from featurestore.photos.keys import find_faces
@@ -38,6 +43,7 @@ from heads.checkpoints import load_head
 from heads.features import Features
 from heads.finetuning import FinetunedHead, NetworkPart
 from heads.grid import GridRequest, plan_grid
+from heads.models.base import Head
 from heads.published import export
 from heads.registry import draw_head
 from heads.runs_table import write_runs_table
@@ -62,6 +68,7 @@ SHARED = Path(os.environ.get("FEATURESTORE_SHARED", ROOT.parent / "shared"))
 LAYERS = {"maxp_5_3": (MAXP_5_3, 5, 25.0), "fc7-relu": ((4096,), 7, 10.0)}
 BATCH = 1024  # ours; the usual loop's is 32
 DEMO_FACES, DEMO_VIEWS = 100, 5
+DEMO_STORE, DEMO_TRIALS = ROOT / "store" / "demo.zarr", ROOT / "store" / "demo_faces" / "trials.csv"
 
 
 class UsualTrials(Dataset):
@@ -176,11 +183,10 @@ def run_pass(images: Path, store: Path, layers: list[str]) -> None:
 
 def demo(layers: tuple[str, ...] = ("maxp_5_3", "fc7-relu")) -> tuple[Path, Path]:
     """The demo store and its trials, made where ``make demo`` makes them, if they are not there."""
-    faces, store = ROOT / "store" / "demo_faces", ROOT / "store" / "demo.zarr"
-    if not (faces / "trials.csv").exists():
-        make_faces(faces)
-    run_pass(faces / "faces.csv", store, list(layers))
-    return store, faces / "trials.csv"
+    if not DEMO_TRIALS.exists():
+        make_faces(DEMO_TRIALS.parent)
+    run_pass(DEMO_TRIALS.parent / "faces.csv", DEMO_STORE, list(layers))
+    return DEMO_STORE, DEMO_TRIALS
 
 
 def demo_examples(store: Path, trials: Path) -> tuple[Examples, float]:
@@ -188,6 +194,70 @@ def demo_examples(store: Path, trials: Path) -> tuple[Examples, float]:
     split = split_trials(loaded, "trial", seed=0)
     parts = [split.indices(name) for name in ("train", "validation", "test")]
     return Examples(loaded.items, loaded.odd, *parts), ceiling_scores(loaded.table, None)["ceiling"]
+
+
+def as_by_default(layer: str) -> tuple[Head, Features, Examples, Settings]:
+    """What ``train_heads.py --layers LAYER --heads conv`` trains on the demo store, as training begins.
+
+    In a process of its own: the command keeps freed memory, and the usual loop does not.
+    """
+    keep_freed_memory()
+    request = GridRequest(DEMO_STORE, ROOT / "store" / "no_runs", [layer], ["conv"], DEMO_TRIALS, precision="auto")
+    ((task, (_, run)),) = plan_grid(request).parts
+    features = Features([FeatureStore.open(DEMO_STORE).rows(layer)])
+    head = draw_head("conv", features.shape, run.settings.seed, **run.options)
+    head.standardise(*features.statistics(task.items[task.split.indices("train")]))
+    head.low_precision = run.settings.precision == "bf16"
+    return head, features, task.examples, run.settings
+
+
+def defaults_child(layer: str) -> tuple[float, str]:
+    """Triplets/s by default in the last of three short epochs, since the first steps take memory; and the settings."""
+    head, features, examples, settings = as_by_default(layer)
+    optimizer = torch.optim.Adam(head.parameters(), lr=settings.lr, fused=True)
+    short = replace(examples, train=examples.train[: (6 if layer == "maxp_5_3" else 13) * settings.batch_size])
+    speeds = [train_epoch(head, features, short, settings, optimizer, 1).examples_per_second for _ in range(3)]
+    return speeds[-1], f"batch {settings.batch_size}, {settings.precision}"
+
+
+def race_child(wanted: str) -> list[tuple[float, float]]:
+    """Seconds of training and validation accuracy after each epoch by default, until the latter is as ``wanted``."""
+    head, features, examples, settings = as_by_default("maxp_5_3")
+    optimizer = torch.optim.Adam(head.parameters(), lr=settings.lr, fused=True)
+    spent, curve = 0.0, []
+    while len(curve) < 30 and (not curve or curve[-1][1] < float(wanted)):
+        spent += train_epoch(head, features, examples, settings, optimizer, len(curve) + 1).seconds
+        curve.append((spent, validate(head, features, examples, len(curve) + 1)[1]))
+    return curve
+
+
+def child(name: str, argument: str) -> Any:
+    """What ``name``_child returns in a process of its own."""
+    return json.loads(in_fresh_process("tests.benchmarks.bench_heads", ["--child", name, argument]))
+
+
+def defaults(_: Path) -> list[Line]:
+    """Triplets/s of the command's defaults on the demo store, conv head."""
+    store, trials = demo()
+    examples, _ceiling = demo_examples(store, trials)
+    lines = []
+    for layer, wanted, steps in (("maxp_5_3", 20.0, 4), ("fc7-relu", 15.0, 60)):
+        rows = FeatureStore.open(store).rows(layer)
+        data = usual(*examples.of(examples.train), rows.gather(range(len(rows))))
+        block, shape, settings = LAYERS[layer][1], rows.layer.shape, child("defaults", layer)[1]
+        plain = Published(block, int(np.prod(shape)), conv=True, parallel=False)
+        batches, adam = forever(DataLoader(data, 32, shuffle=True)), torch.optim.Adam(plain.parameters(), lr=5e-4)
+
+        def ours(layer=layer) -> float:
+            return child("defaults", layer)[0]
+
+        def theirs(plain=plain, batches=batches, adam=adam, steps=steps) -> float:
+            start = time.perf_counter()
+            return usual_steps(plain, batches, steps, adam) / (time.perf_counter() - start)
+
+        what = f"the command's defaults ({settings}) on the demo store, {layer}, conv head"
+        lines.append(compare(what, ours, theirs, wanted, "triplets/s", rounds=3))
+    return lines
 
 
 def usual_race(
@@ -215,10 +285,10 @@ def usual_race(
 
 
 def race(folder: Path) -> list[Line]:
-    """Time to the validation accuracy that the usual loop reaches on the demo trials, maxp_5_3, conv head.
+    """Time to the validation accuracy that the usual loop reaches on the demo trials, maxp_5_3, conv head; ours by defaults.
 
     Twice: the loop as it is, on raw rows with torch's initial weights, whose ReLUs may close in the first steps; and
-    helped, with our standardised rows and live initial weights.
+    helped, with our standardised rows and live initial weights. An epoch each.
     """
     store, trials = demo()
     examples, _ = demo_examples(store, trials)
@@ -231,19 +301,15 @@ def race(folder: Path) -> list[Line]:
     helped_head = Published(5, 25088, conv=True, parallel=False)
     helped_head.load_state_dict(torch.load(folder / "start.pth"))
     head.standardise(*features.statistics(examples.items[examples.train]))
-    helped = usual_race("helped loop", helped_head, (x - head.mean) * head.scale, examples, 2)
-    settings = Settings(batch_size=512, lr=1e-3)
-    optimizer = torch.optim.Adam(head.parameters(), lr=settings.lr, fused=True)
-    ours, curve = 0.0, []
-    while len(curve) < 30 and (not curve or max(right for _, right in curve) < max(as_it_is[0], helped[0])):
-        ours += train_epoch(head, features, examples, settings, optimizer, len(curve) + 1).seconds
-        curve.append((ours, validate(head, features, examples, len(curve) + 1)[1]))
-        click.echo(f"  ours, epoch {len(curve)}: validation accuracy {curve[-1][1]:.3f} after {ours:.0f} s", err=True)
+    helped = usual_race("helped loop", helped_head, (x - head.mean) * head.scale, examples, 1)
+    curve = child("race", str(max(as_it_is[0], helped[0])))
+    for epoch, (spent, right) in enumerate(curve, start=1):
+        click.echo(f"  ours, epoch {epoch}: validation accuracy {right:.3f} after {spent:.0f} s", err=True)
     lines = []
     for what, (wanted, theirs) in (("the usual loop", as_it_is), ("the usual loop helped", helped)):
         seconds = next((spent for spent, right in curve if right >= wanted), float("inf"))
-        label = f"time to the validation accuracy of {what}, {wanted:.3f}, demo trials, maxp_5_3"
-        lines.append(Line(label, f"{seconds:.0f} s", f"{theirs:.0f} s", theirs / seconds, "15", theirs / seconds >= 15))
+        label = f"time to the validation accuracy of {what}, {wanted:.3f}, demo trials, maxp_5_3, by defaults"
+        lines.append(Line(label, f"{seconds:.0f} s", f"{theirs:.0f} s", theirs / seconds, "20", theirs / seconds >= 20))
     return lines
 
 
@@ -336,7 +402,7 @@ def finetune(folder: Path) -> list[Line]:
     ]
 
 
-def memory_child(store: Path) -> int:
+def memory_child(store: str) -> int:
     """Peak RssAnon of an epoch over a whole store."""
     rows = FeatureStore.open(store).rows("maxp_5_3")
     features, head = Features([rows]), draw_head("conv", MAXP_5_3, 0)
@@ -351,8 +417,7 @@ def memory(folder: Path) -> list[Line]:
     peaks = []
     for n in (500, 5000):
         fill_store(folder / f"{n}.zarr", n, MAXP_5_3, 250)
-        child = in_fresh_process("tests.benchmarks.bench_heads", ["--memory-child", str(folder / f"{n}.zarr")])
-        peaks.append(int(json.loads(child)))
+        peaks.append(child("memory", str(folder / f"{n}.zarr")))
     ratio, mib = peaks[1] / peaks[0], [f"{peak / 2**20:,.0f} MiB" for peak in peaks]
     what = "anonymous memory of training, conv head on maxp_5_3, from a store 10 × larger"
     return [Line(what, mib[1], mib[0], ratio, "≤ 1.1", ratio <= 1.1)]
@@ -380,6 +445,42 @@ def results(request: GridRequest) -> dict[tuple[str, str], list[dict]]:
         run_grid([(task, runs)], grid.out, done=done)
     write_runs_table(grid.out)
     return found
+
+
+def equal_precision(folder: Path, layer: str, heads: list[str], epochs: int) -> list[Line]:
+    """Test accuracy at the precision that is chosen by default, beside float32: five seeds, their difference by seed."""
+    store, trials = demo()
+    found, used = [], {}
+    for name in ("auto", None):
+        request = GridRequest(
+            store, folder / str(name), [layer], heads, trials, seeds=range(5), precision=name, settings=Settings(epochs=epochs)
+        )  # fmt: skip
+        used |= {run.head: run.settings.precision for _, runs in plan_grid(request).parts for run in runs if name}
+        found.append(results(request))
+    lines = []
+    for head in heads:
+        fast, plain = (np.array([result["accuracy"] for result in each[layer, head]]) for each in found)
+        mean = float((fast - plain).mean())
+        half = float(stats.t.ppf(0.975, len(fast) - 1) * (fast - plain).std(ddof=1) / len(fast) ** 0.5)
+        what = (
+            f"test accuracy, {layer}, {head}, at {used[head]} beside fp32, mean of five seeds, ≤ {epochs} epochs: "
+            f"difference {mean:+.4f} [{mean - half:+.4f}, {mean + half:+.4f}]"
+        )
+        equal = abs(mean) <= half
+        lines.append(
+            Line(what, f"{fast.mean():.4f}", f"{plain.mean():.4f}", fast.mean() / plain.mean(), "equal", equal)
+        )
+    return lines
+
+
+def precision(folder: Path) -> list[Line]:
+    """Heads on vectors, trained to the end."""
+    return equal_precision(folder, "fc7-relu", ["conv", "fc", "similarity"], 100)
+
+
+def precision_maps(folder: Path) -> list[Line]:
+    """The conv head on maps: 103 million weights, so three epochs."""
+    return equal_precision(folder, "maxp_5_3", ["conv"], 3)
 
 
 def accuracy(folder: Path) -> list[Line]:
@@ -452,19 +553,19 @@ def real(folder: Path) -> list[Line]:
 
 
 SECTIONS: dict[str, Callable[[Path], list[Line]]] = {
-    "speed": speed, "race": race, "backbone": backbone, "finetune": finetune, "memory": memory, "accuracy": accuracy,
-    "faces": faces, "real": real,
+    "speed": speed, "defaults": defaults, "race": race, "precision": precision, "precision_maps": precision_maps,
+    "backbone": backbone, "finetune": finetune, "memory": memory, "accuracy": accuracy, "faces": faces, "real": real,
 }  # fmt: skip
 
 
 @click.command()
 @click.option("--only", multiple=True, type=click.Choice(list(SECTIONS)), help="Only these sections.")
 @click.option("--markdown", is_flag=True, help="Print a Markdown table.")
-@click.option("--memory-child", type=click.Path(path_type=Path), hidden=True)
-def main(only: tuple[str, ...], markdown: bool, memory_child: Path | None) -> None:
+@click.option("--child", "task", nargs=2, hidden=True)
+def main(only: tuple[str, ...], markdown: bool, task: tuple[str, str] | None) -> None:
     """Compare training with the usual loop, and show what heads reach; nothing is asserted."""
-    if memory_child:
-        click.echo(json.dumps(globals()["memory_child"](memory_child)))
+    if task:
+        click.echo(json.dumps(globals()[f"{task[0]}_child"](task[1])))
         return
     run_sections(SECTIONS, only, markdown)
 

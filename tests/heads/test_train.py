@@ -27,6 +27,7 @@ from heads.evaluation import evaluate
 from heads.features import Features
 from heads.grid import GridRequest, plan_grid
 from heads.models.identity import IdentityHead
+from heads.models.low_precision import low_product
 from heads.published import export
 from heads.registry import draw_head
 from heads.runs import Run, train_run
@@ -459,6 +460,76 @@ def test_training_in_bfloat16_stays_close(made: Path, judged: Path, tmp_path: Pa
         losses[precision] = progress.history[0].train_loss
     assert losses["bf16"] != losses["fp32"]
     assert losses["bf16"] == pytest.approx(losses["fp32"], rel=0.02)
+
+
+@pytest.mark.parametrize("rows_learn", [False, True])
+def test_products_in_bfloat16_have_the_gradients_of_products_in_float32(rows_learn: bool) -> None:
+    torch.manual_seed(0)
+    weight, rows = torch.randn(30, 50, requires_grad=True), torch.randn(9, 50, requires_grad=rows_learn)
+    upstream = torch.randn(9, 30)
+    product = low_product(rows, weight)
+    torch.testing.assert_close(product, rows @ weight.t(), rtol=0.02, atol=0.1)
+    (product * upstream).sum().backward()
+    torch.testing.assert_close(weight.grad, upstream.t() @ rows.detach(), rtol=0.02, atol=0.1)
+    if rows_learn:
+        torch.testing.assert_close(rows.grad, upstream @ weight.detach(), rtol=0.02, atol=0.1)
+
+
+def _processor_with(monkeypatch: pytest.MonkeyPatch, *names: str) -> None:
+    """A processor that says it can do ``names``."""
+    monkeypatch.setattr(torch.cpu, "get_capabilities", lambda: dict.fromkeys(names, True), raising=False)
+
+
+def test_auto_precision_is_what_the_processor_is_fast_at(
+    made: Path, judged: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """And recorded as such: nothing says auto, and a run is the same whether its precision was chosen or asked for."""
+    options = {"heads": ["conv", "similarity"], "precision": "auto"}
+
+    def chosen() -> dict[str, Run]:
+        ((_, runs),) = plan_grid(request(made, judged, tmp_path, **options)).parts
+        return {run.head: run for run in runs}
+
+    _processor_with(monkeypatch, "avx512_f", "avx512_vnni")
+    slow, task = chosen(), task_of(made, judged, tmp_path)
+    assert {run.settings.precision for run in slow.values()} == {"fp32"}
+    for feature in ("amx_bf16", "avx512_bf16"):
+        _processor_with(monkeypatch, feature)
+        assert {head: run.settings.precision for head, run in chosen().items()} == {
+            "zero-shot": "fp32",
+            "conv": "bf16",
+            "similarity": "fp32",  # has no bridge, so an earlier run of it is read
+        }
+    fast = chosen()
+    asked = {**options, "precision": None, "settings": replace(QUICK, precision="bf16")}
+    ((_, runs),) = plan_grid(request(made, judged, tmp_path, **asked)).parts
+    (conv,) = (run for run in runs if run.head == "conv")
+    assert conv.identity(task) == fast["conv"].identity(task) != slow["conv"].identity(task)
+    assert fast["similarity"].identity(task) == slow["similarity"].identity(task)
+    assert fast["conv"].config(task)["settings"]["precision"] == "bf16"
+
+
+def test_auto_precision_goes_on_with_what_was_begun(
+    made: Path, judged: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """On another machine, and with another seed: a mean over seeds is of one precision."""
+    options = {"heads": ["conv"], "precision": "auto", "settings": replace(QUICK, epochs=1)}
+    _processor_with(monkeypatch, "amx_bf16")
+    grid = plan_grid(request(made, judged, tmp_path, **options))
+    run_grid(grid.parts, tmp_path)
+    table, _ = write_runs_table(tmp_path)
+    assert table.set_index("head")["precision"]["conv"] == "bf16"
+    _processor_with(monkeypatch)
+    again = plan_grid(request(made, judged, tmp_path, seeds=(0, 1), **options))
+    assert again.finished == 2
+    assert [run.settings.precision for _, runs in again.parts for run in runs if run.head == "conv"] == ["bf16"] * 2
+    elsewhere = plan_grid(request(made, judged, tmp_path / "elsewhere", **options))
+    assert [run.settings.precision for _, runs in elsewhere.parts for run in runs] == ["fp32"] * 2
+
+
+def test_a_precision_that_there_is_not_is_refused() -> None:
+    with pytest.raises(FeatureStoreError, match="'auto' is not possible; it is one of fp32, tf32, bf16"):
+        Settings(precision="auto")
 
 
 def test_conditions_choose_the_items_of_identities(made: Path, tmp_path: Path) -> None:

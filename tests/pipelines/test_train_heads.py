@@ -8,6 +8,7 @@ import pytest
 import torch
 
 from featurestore import FeatureStore
+from featurestore.devices import fast_precision
 from heads.describe import draw, layer_table, summary
 from heads.registry import build_head
 from tests.commands import command
@@ -94,6 +95,21 @@ def test_the_plan_says_what_is_trained_on_and_what_other_splits_would_leave(fold
     assert "  choices " in done.stdout and suggested in done.stdout
     assert done.stdout.count("  suggested: ") == 1
     assert "left out because they mix parts" in done.stdout
+
+
+def test_the_plan_says_the_precision_and_how_to_have_float32(folder: Path) -> None:
+    line = ["--layers", "fc7-relu", "--heads", "conv", "similarity", "--dry-run", "--out", "planned"]
+    said = command("train_heads", *line, cwd=folder).stdout
+    fast = fast_precision(torch.device("cpu"))
+    chosen = {
+        "bf16": "products in bf16 (conv); fp32 (similarity); --precision fp32 for float32 alone",
+        "fp32": "products in fp32 (conv, similarity)\n",
+    }
+    assert f"256 examples each (--batch-size), {chosen[fast]}" in said
+    assert chosen["fp32"] in command("train_heads", *line, "--precision", "fp32", cwd=folder).stdout
+    assert (
+        "products in bf16 (conv, similarity)" in command("train_heads", *line, "--precision", "bf16", cwd=folder).stdout
+    )
 
 
 def test_faulty_trials_are_left_out_and_kept(folder: Path) -> None:
