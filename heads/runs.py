@@ -78,6 +78,8 @@ class Run:
         del settings["threads"]
         if self.settings.finetune_from is None:
             settings = {name: value for name, value in settings.items() if name not in _FINETUNING}
+        if self.settings.order == "random":
+            del settings["order"]  # as in the runs of before there was another
         settings["device"] = settings["device"].partition(":")[0]  # which GPU of several makes no difference
         if self.head == "zero-shot":
             settings = {}

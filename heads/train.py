@@ -26,6 +26,9 @@ _ADVICE = "Try a smaller learning rate (`lr`), and check the layer's rows: pipel
 
 
 PACE_AFTER = 3.0  # seconds into the first epoch when the pace is told: that of a large head takes minutes
+ORDERS = ("random", "blocks")
+_BLOCK = 256  # items that are read together in ``order`` blocks: as many as a shard has by default
+_MIXED = 8  # blocks whose examples are mixed
 STOP = threading.Event()  # Ctrl-C reaches only the main thread; runs in other threads look here before every step
 
 
@@ -35,6 +38,7 @@ class Settings:
 
     ``epochs`` at most, fewer when the validation loss has not fallen for ``patience`` of them. ``permute`` shows the
     three items of each trial in a new random order every epoch. ``threads`` changes the order of sums, hence last bits.
+    ``order`` random draws an epoch's examples from all, ``blocks`` from a few stretches of the store at a time (``epoch_order``).
     With ``finetune_from``, a layer or ``input``, the backbone is trained from there on too, at ``backbone_lr``; ``augment`` flip:
     on training photographs that are mirrored at random, anew each epoch. FeatureStoreError for impossible values of these.
     """
@@ -51,8 +55,11 @@ class Settings:
     finetune_from: str | None = None
     backbone_lr: float | None = None
     augment: str = ""
+    order: str = "random"
 
     def __post_init__(self) -> None:
+        if self.order not in ORDERS:
+            raise FeatureStoreError(f"`order` {self.order!r} is not possible; it is one of {', '.join(ORDERS)}.")
         if self.precision not in PRECISIONS:
             raise FeatureStoreError(
                 f"`precision` {self.precision!r} is not possible; it is one of {', '.join(PRECISIONS)}."
@@ -194,6 +201,20 @@ def _groups(head: Head, weights: list[torch.nn.Parameter], settings: Settings) -
     return [group for group in groups if group["params"]]
 
 
+def epoch_order(examples: Examples, order: str, rng: np.random.Generator) -> np.ndarray:
+    """The training examples, int64, as an epoch shows them: in random order.
+
+    In that of ``blocks`` those are mixed whose first items are in one of 8 blocks, drawn at random, of 256 items that follow
+    each other in the store; then those of the next 8. For heads on single items every row is read so; of a trial's the first.
+    """
+    shown = rng.permutation(examples.train)
+    if order == "random":
+        return shown
+    blocks = examples.items[shown].reshape(len(shown), -1)[:, 0] // _BLOCK
+    turns = rng.permutation(int(blocks.max(initial=0)) + 1) // _MIXED
+    return shown[np.argsort(turns[blocks], kind="stable")]
+
+
 def train_epoch(
     head: Head,
     features: Features,
@@ -211,7 +232,7 @@ def train_epoch(
     rng = np.random.default_rng([settings.seed, epoch])
     generator = torch.Generator(features.device).manual_seed(settings.seed * 1_000_003 + epoch)
     gather = features.augmented(settings.seed, epoch)
-    items, labels = examples.of(rng.permutation(examples.train))
+    items, labels = examples.of(epoch_order(examples, settings.order, rng))
     if settings.permute and head.n_places == 3:
         items, labels = _permuted(items, labels, rng)
     total, right = 0.0, 0

@@ -187,6 +187,13 @@ def _complete_compared(ctx: click.Context, param: click.Parameter, incomplete: s
     show_default=True,
     help="Stop after so many epochs without a lower validation loss.",
 )
+@click.option(
+    "--order",
+    type=click.Choice(["random", "blocks"]),
+    default="random",
+    show_default=True,
+    help="Of an epoch's examples. blocks: from eight stretches of 256 items at a time, for disks that are slow at random reads.",
+)
 @click.option("--permute", is_flag=True, help="Show the three faces of each trial in a new order every epoch.")
 @click.option(
     "--parallel-bridge", is_flag=True, help="conv, fc: one bridge for each of the three places, not a shared one."
@@ -354,6 +361,7 @@ def _request(
     epochs: int,
     patience: int,
     permute: bool,
+    order: str,
     precision: str,
     device: str,
     parallel_bridge: bool,
@@ -380,6 +388,7 @@ def _request(
         epochs=epochs,
         patience=patience,
         permute=permute,
+        order=order,
         precision="fp32" if precision == "auto" else precision,
         device=str(chosen),
     )

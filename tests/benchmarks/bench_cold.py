@@ -7,7 +7,6 @@ Before every reading the page cache is emptied of the store's files (``posix_fad
 read twice, so that every row comes from the disk: ``share`` shows what it is when they do not.
 """
 
-import gc
 import mmap
 import os
 import statistics
@@ -27,22 +26,11 @@ from featurestore import FeatureStore
 from heads.features import Features
 from heads.registry import draw_head
 from heads.train import Examples, Settings, train_epoch
-from tests.benchmarks.measure import MAXP_5_3, Line, compare, fill_store, run_sections
+from tests.benchmarks.measure import MAXP_5_3, Line, compare, empty_cache, fill_store, run_sections
 
 LAYERS = {"maxp_5_3": (MAXP_5_3, 20_480), "fc7-relu": ((4096,), 65_536)}  # shape of a row, items
 DEPTHS = (8, 32)  # threads that read side by side
 _PAGE = mmap.PAGESIZE
-
-
-def empty_cache(store: Path) -> None:
-    """Drop what the page cache holds of a store's files. Nothing may map them."""
-    gc.collect()
-    for path in store.rglob("*"):
-        if path.is_file():
-            fd = os.open(path, os.O_RDONLY)
-            os.fsync(fd)
-            os.posix_fadvise(fd, 0, 0, os.POSIX_FADV_DONTNEED)
-            os.close(fd)
 
 
 def cold_rate(
@@ -232,6 +220,7 @@ def training(folder: Path) -> list[Line]:
     return [
         epoch_line(found["maxp_5_3"], "maxp_5_3", "conv", steps=6),
         epoch_line(found["fc7-relu"], "fc7-relu", "similarity", steps=40),
+        order_line(found["fc7-relu"], "fc7-relu", n_items=60_000),
     ]
 
 
@@ -262,6 +251,23 @@ def epoch_line(store: Path, layer: str, kind: str, steps: int) -> Line:
 
     what = f"{layer}, {kind} head: an epoch from the disk, against the slower of memory and the disk alone"
     return compare(what, lambda: train(opened()), slower, 0.85, "triplets/s", 3)
+
+
+def order_line(store: Path, layer: str, n_items: int) -> Line:
+    """An epoch of who is who on each of the first items of a cold store, in order of blocks against at random."""
+    items, none, faces = np.arange(n_items)[:, None], np.empty(0, np.int64), [str(face) for face in range(40)]
+    examples = Examples(items, items[:, 0] % len(faces), items[:, 0], none, none)
+
+    def epoch(order: str) -> float:
+        empty_cache(store)
+        head = draw_head("identity", LAYERS[layer][0], 0, faces=faces)
+        head.standardise(torch.zeros(head.n_features), 1.0)
+        optimizer = torch.optim.Adam(head.parameters(), lr=5e-4, fused=True)
+        features = Features([FeatureStore.open(store).rows(layer)])
+        return train_epoch(head, features, examples, Settings(order=order), optimizer, 1).examples_per_second
+
+    what = f"{layer}, identity head: a cold epoch with --order blocks, against random order"
+    return compare(what, lambda: epoch("blocks"), lambda: epoch("random"), None, "items/s", 3)
 
 
 SECTIONS: dict[str, Callable[[Path], list[Line]]] = {

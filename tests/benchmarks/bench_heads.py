@@ -57,6 +57,7 @@ from tests.benchmarks.measure import (
     ROOT,
     Line,
     compare,
+    empty_cache,
     fill_store,
     in_fresh_process,
     peak_anonymous,
@@ -403,13 +404,19 @@ def finetune(folder: Path) -> list[Line]:
 
 
 def memory_child(store: str) -> int:
-    """Peak RssAnon of an epoch over a whole store."""
+    """Peak RssAnon, as the command is run, of an epoch over a whole store that is not in memory."""
+    keep_freed_memory()
+    empty_cache(Path(store))
     rows = FeatureStore.open(store).rows("maxp_5_3")
     features, head = Features([rows]), draw_head("conv", MAXP_5_3, 0)
-    head.standardise(*features.statistics(np.arange(len(rows))))
     optimizer = torch.optim.Adam(head.parameters(), lr=5e-4, fused=True)
     examples = random_examples(4 * 256, len(rows), 0)
-    return peak_anonymous(lambda: train_epoch(head, features, examples, Settings(batch_size=256), optimizer, 1))
+
+    def epoch() -> None:
+        head.standardise(*features.statistics(np.arange(0, len(rows), 2)))
+        train_epoch(head, features, examples, Settings(batch_size=256), optimizer, 1)
+
+    return peak_anonymous(epoch)
 
 
 def memory(folder: Path) -> list[Line]:
@@ -419,7 +426,7 @@ def memory(folder: Path) -> list[Line]:
         fill_store(folder / f"{n}.zarr", n, MAXP_5_3, 250)
         peaks.append(child("memory", str(folder / f"{n}.zarr")))
     ratio, mib = peaks[1] / peaks[0], [f"{peak / 2**20:,.0f} MiB" for peak in peaks]
-    what = "anonymous memory of training, conv head on maxp_5_3, from a store 10 × larger"
+    what = "anonymous memory of training from the disk, conv head on maxp_5_3, from a store 10 × larger"
     return [Line(what, mib[1], mib[0], ratio, "≤ 1.1", ratio <= 1.1)]
 
 

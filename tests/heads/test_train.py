@@ -35,7 +35,7 @@ from heads.runs_table import finished_runs, runs_table, write_runs_table
 from heads.schedule import run_grid
 from heads.scores import paired_test
 from heads.tasks import Task
-from heads.train import STOP, Checkpoint, Pace, Settings, TrainingState, train
+from heads.train import STOP, Checkpoint, Examples, Pace, Settings, TrainingState, epoch_order, train
 from heads.trials.matching import Sessions
 from tests.commands import ROOT
 from tests.heads.conftest import N_FACES, VIEWS, write_store, write_trials
@@ -121,6 +121,35 @@ def test_permuted_training_still_learns_the_same_question(made: Path, judged: Pa
     task = task_of(made, judged, tmp_path)
     each = Run("fc7-relu", "similarity", replace(QUICK, permute=True, epochs=20))
     assert train_run(task, each, tmp_path)["accuracy"] > 0.7
+
+
+def test_an_epoch_by_blocks_shows_every_example_once_and_stays_in_few_stretches() -> None:
+    """Eight blocks of 256 items at a time, mixed; another order every time; random order is as it was in earlier versions."""
+    items = np.random.default_rng(1).permutation(10_000)[:, None]
+    none = np.empty(0, np.int64)
+    examples = Examples(items, items[:, 0], np.arange(10_000), none, none)
+    shown = epoch_order(examples, "blocks", np.random.default_rng(0))
+    assert np.array_equal(np.sort(shown), examples.train)
+    blocks = items[shown, 0] // 256
+    first = set(blocks[: 7 * 256].tolist())
+    assert len(first) <= 8 and not first & set(blocks[8 * 256 :].tolist())
+    assert np.abs(np.diff(blocks[:2000])).mean() > 1  # mixed, not one block after the other
+    assert not np.array_equal(shown, epoch_order(examples, "blocks", np.random.default_rng(1)))
+    plain = np.random.default_rng([0, 1]).permutation(examples.train)
+    assert np.array_equal(epoch_order(examples, "random", np.random.default_rng([0, 1])), plain)
+
+
+def test_the_order_of_examples_is_in_the_config_where_it_is_not_random(
+    made: Path, judged: Path, tmp_path: Path
+) -> None:
+    task = task_of(made, judged, tmp_path)
+    run = Run("fc7-relu", "similarity", replace(QUICK, epochs=2))
+    blocks = replace(run, settings=replace(run.settings, order="blocks"))
+    assert "order" not in run.config(task)["settings"] and blocks.config(task)["settings"]["order"] == "blocks"
+    assert run.identity(task) != blocks.identity(task)
+    assert train_run(task, blocks, tmp_path)["epochs"] == 2
+    with pytest.raises(FeatureStoreError, match="'sorted' is not possible; it is one of random, blocks"):
+        Settings(order="sorted")
 
 
 def test_a_resumed_run_ends_with_the_same_weights(made: Path, judged: Path, tmp_path: Path) -> None:
