@@ -3,6 +3,7 @@
 from collections.abc import Iterable
 
 import torch
+import torch.nn.functional as F
 from torch import nn
 
 from heads.models.base import StandardisedHead
@@ -37,7 +38,7 @@ class IdentityHead(StandardisedHead):
         self, rows: torch.Tensor, examples: torch.Tensor, generator: torch.Generator | None = None
     ) -> torch.Tensor:
         """See ``Head.logits``; examples (n, 1)."""
-        return self.forward(rows)[examples[:, 0]]
+        return F.embedding(examples[:, 0], self.forward(rows))  # its backward is deterministic, unlike an index's
 
 
 build = IdentityHead

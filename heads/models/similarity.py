@@ -95,12 +95,14 @@ class SimilarityHead(Head):
                 # z = x + (x down) up, so  z·z' = x·x' + p·q' + q·p' + p (up upᵀ) p'  with p = x down, q = x upᵀ.
                 p, q = x @ self.down, x @ self.up.t()
                 mixed = q + p @ (self.up @ self.up.t()) / 2
-                pl, pr, ml, mr = p[left], p[right], mixed[left], mixed[right]
-                similarity = similarity + (pl * mr).sum(1) + (ml * pr).sum(1)
+                at = F.embedding  # its backward is deterministic, unlike an index's
+                similarity = (
+                    similarity + (at(left, p) * at(right, mixed)).sum(1) + (at(left, mixed) * at(right, p)).sum(1)
+                )
                 lengths = lengths + 2 * (p * mixed).sum(1)
         if self.measure == "cosine":
             norms = lengths.clamp_min(1e-24).sqrt()
-            similarity = similarity / (norms[left] * norms[right])
+            similarity = similarity / (norms.index_select(0, left) * norms.index_select(0, right))
         return similarity.view(-1, 3) * self.log_factor.exp()
 
     def penalty(self) -> torch.Tensor | None:
@@ -113,9 +115,9 @@ class SimilarityHead(Head):
 def _inner(x: torch.Tensor, left: torch.Tensor, right: torch.Tensor) -> torch.Tensor:
     """x[left] · x[right] for each pair, (n,): out of all products where rows are few, in pieces where they are many."""
     if len(x) ** 2 <= 100 * len(left):
-        return (x @ x.t())[left, right]
+        return (x @ x.t()).flatten().index_select(0, left * len(x) + right)
     pairs = zip(left.split(64), right.split(64), strict=True)
-    # The backward of an embedding is deterministic, unlike an index's.
+    # Not indexed either: what it sums in the backward would be in another order each time.
     return torch.cat([(F.embedding(a, x) * F.embedding(b, x)).sum(1) for a, b in pairs])
 
 

@@ -3,6 +3,7 @@
 python -m tests.benchmarks.bench_cold                  # everything, about 10 minutes and 4 GB of disk
 python -m tests.benchmarks.bench_cold --only gather    # one section
 
+Section ``peers`` runs where the environment variable PEERS_PYTHON names a Python, 3.12 or newer, with annbatch and zarrs.
 Before every reading the page cache is emptied of the store's files (``posix_fadvise``, once nothing maps them), and no row is
 read twice, so that every row comes from the disk: ``share`` shows what it is when they do not.
 """
@@ -10,6 +11,7 @@ read twice, so that every row comes from the disk: ``share`` shows what it is wh
 import mmap
 import os
 import statistics
+import subprocess
 import time
 from collections.abc import Callable
 from concurrent.futures import ThreadPoolExecutor
@@ -29,6 +31,8 @@ from heads.train import Examples, Settings, train_epoch
 from tests.benchmarks.measure import MAXP_5_3, Line, compare, empty_cache, fill_store, run_sections
 
 LAYERS = {"maxp_5_3": (MAXP_5_3, 20_480), "fc7-relu": ((4096,), 65_536)}  # shape of a row, items
+PEERS = Path(__file__).with_name("cold_peers.py")
+READERS = ("annbatch", "zarr-python, fused pipeline", "zarr-python, zarrs pipeline")  # of PEERS
 DEPTHS = (8, 32)  # threads that read side by side
 _PAGE = mmap.PAGESIZE
 
@@ -169,6 +173,34 @@ def gather_lines(store: Path, layer: str, n: int, batches: int) -> list[Line]:
     ]
 
 
+def peers(folder: Path) -> list[Line]:
+    """The same beside libraries that need a newer Python: that of the environment variable PEERS_PYTHON."""
+    python = os.environ.get("PEERS_PYTHON")
+    if not python:
+        click.echo("  left out: PEERS_PYTHON names no Python that has annbatch and zarrs", err=True)
+        return []
+    lines = []
+    for layer, store in stores(folder).items():
+        shape, n_items = LAYERS[layer]
+        for n in (96, 1024):
+
+            def ours(store=store, layer=layer, n=n, n_items=n_items, shape=shape) -> float:
+                picks = [np.random.default_rng(1).permutation(n_items)[:n]]
+                return cold_rate(store, partial(our_reader, store, layer, n), picks, 4 * int(np.prod(shape)))
+
+            for name in READERS:
+
+                def theirs(name=name, store=store, layer=layer, n=n) -> float:
+                    empty_cache(store)
+                    arguments = [str(PEERS), name, str(store / "bench" / layer), str(n)]
+                    return float(
+                        subprocess.run([python, *arguments], check=True, capture_output=True, text=True).stdout
+                    )
+
+                lines.append(compare(f"{layer}: {n} cold rows against {name}", ours, theirs, 1, "GB/s", 3))
+    return lines
+
+
 def share(folder: Path) -> list[Line]:
     """Batches of 96 rows with a part of the store in memory, beside what the speeds at 0 % and at 100 % let expect."""
     lines = []
@@ -272,6 +304,7 @@ def order_line(store: Path, layer: str, n_items: int) -> Line:
 
 SECTIONS: dict[str, Callable[[Path], list[Line]]] = {
     "gather": gather,
+    "peers": peers,
     "share": share,
     "opening": opening,
     "training": training,

@@ -482,7 +482,7 @@ def equal_precision(folder: Path, layer: str, heads: list[str], epochs: int) -> 
 
 def precision(folder: Path) -> list[Line]:
     """Heads on vectors, trained to the end."""
-    return equal_precision(folder, "fc7-relu", ["conv", "fc", "similarity"], 100)
+    return equal_precision(folder, "fc7-relu", ["conv", "fc"], 100)
 
 
 def precision_maps(folder: Path) -> list[Line]:

@@ -257,3 +257,33 @@ def refused(tmp_path: Path, about: str) -> None:
     save_file({"x": torch.zeros(1)}, tmp_path / "w.safetensors", metadata)
     with pytest.raises(FeatureStoreError, match=r"w\.safetensors says that it is a head, but not which"):
         load_head(tmp_path / "w.safetensors", "fc7")
+
+
+@pytest.mark.parametrize(
+    ("kind", "options"),
+    [
+        ("similarity", {}),
+        ("similarity", {"measure": "cosine"}),
+        ("similarity", {"rank": None}),
+        ("conv", {}),
+        ("conv", {"parallel": True}),
+        ("fc", {}),
+        ("identity", {"faces": ["a", "b", "c"]}),
+    ],
+)
+def test_gradients_are_the_same_bits_each_time(kind: str, options: dict) -> None:
+    """On several threads: a step repeated by a resumed run, or the same run by another person, has to give the same weights."""
+    numbers = torch.Generator().manual_seed(1)
+    rows = torch.randn(300, 512, generator=numbers)
+    head = draw_head(kind, (512,), 0, **options)
+    with torch.no_grad():
+        for parameter in head.parameters():
+            parameter.add_(torch.randn(parameter.shape, generator=numbers) * 0.01)
+    examples = torch.randint(0, 300, (256, head.n_places), generator=numbers)
+    labels = torch.randint(0, 3, (256,), generator=numbers)
+    seen = []
+    for _ in range(12):
+        head.zero_grad()
+        head.accumulate(rows, examples, labels, torch.Generator().manual_seed(0))
+        seen.append([weight.grad.clone() for weight in head.parameters() if weight.grad is not None])
+    assert all(torch.equal(a, b) for again in seen[1:] for a, b in zip(seen[0], again, strict=True))
