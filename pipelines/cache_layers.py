@@ -212,7 +212,11 @@ def _complete_recipes(ctx: click.Context, param: click.Parameter, incomplete: st
     metavar="N",
     help="Items in one shard file of a new store. [default: 256]",
 )
-@click.option("--dry-run", is_flag=True, help="Print the plan and stop.")
+@click.option(
+    "--dry-run",
+    is_flag=True,
+    help="Print the plan, and what the store will take, and stop. Photographs of a list need not be there yet.",
+)
 def main(
     list_layers: bool, draw: Path | None, dry_run: bool, rename: bool, forget: tuple[str, ...], **options: Any
 ) -> None:
@@ -288,7 +292,7 @@ def _request(
 
     if boxes and find_faces:
         raise click.UsageError("--boxes says where the faces are, --find-faces finds them: give one of the two.")
-    faces = keys.find_faces(images, pattern, images_root)
+    faces = keys.find_faces(images, pattern, images_root, listed_only=dry_run and not find_faces)
     store = store or Path("store") / f"{images.resolve().stem}.zarr"
     if find_faces:
         faces = _found_faces(faces, store.with_suffix(".faces.csv"), rest["on_error"], rest["max_pixels"], dry_run)
@@ -377,6 +381,7 @@ def _make_plan(job: "CachingJob") -> "Plan":
 def _plan(job: "CachingJob", dry_run: bool) -> "tuple[Plan, Loaded | None]":
     """The plan, printed, and the network if it was timed for it. Renamed photographs end a run that is not dry."""
     from featurestore.caching.estimate import estimate
+    from featurestore.caching.scale import scale_lines
 
     plan = _make_plan(job)
     click.echo(f"Plan{' (nothing is run)' if dry_run else ''}\n{as_typed(str(plan))}")
@@ -388,6 +393,8 @@ def _plan(job: "CachingJob", dry_run: bool) -> "tuple[Plan, Loaded | None]":
     timed = estimate(job, plan)
     if timed:
         click.echo(f"  {'time':<9} {timed}")
+    if dry_run:
+        click.echo("\n" + "\n".join(scale_lines(plan, timed)))
     return plan, timed.loaded if timed else None
 
 

@@ -44,14 +44,18 @@ class FoundFaces:
 
 
 def find_faces(
-    images: str | os.PathLike[str], pattern: str | None = None, images_root: str | os.PathLike[str] | None = None
+    images: str | os.PathLike[str],
+    pattern: str | None = None,
+    images_root: str | os.PathLike[str] | None = None,
+    listed_only: bool = False,
 ) -> FoundFaces:
     """Key every photograph of a folder, of a CSV with ``face_id, view, path`` columns, or of a ``.txt`` list with a path a line.
 
     ``pattern`` is a layout's name (see ``LAYOUTS``) or a regular expression with groups ``face`` and ``view``,
     searched for in each path below the folder, or as the list has it. Paths of a list are relative to ``images_root``, or to
-    the list's own folder. Raises FeatureStoreError for a missing folder or photograph, no images,
-    an image without a key (no pattern given), two files for one key, or a view whose name ends in ``|flipped``.
+    the list's own folder. ``listed_only``: photographs of a CSV or a list need not be there, to plan for them. Raises
+    FeatureStoreError for a missing folder or photograph, no images, an image without a key (no pattern given), two files for one
+    key, or a view whose name ends in ``|flipped``.
     """
     root = Path(images).expanduser()
     if not root.exists():
@@ -62,11 +66,12 @@ def find_faces(
             f"`images_root` is for lists of photographs, a .txt file with a path a line; {root} is none."
         )
     if is_list:
-        found = _read_list(root, root.parent if images_root is None else Path(images_root).expanduser(), pattern)
+        beside = root.parent if images_root is None else Path(images_root).expanduser()
+        found = _read_list(root, beside, pattern, listed_only)
     elif root.is_file():
         if pattern is not None:
             raise FeatureStoreError(f"`pattern` is for folders; the keys of {root} are its face_id and view columns.")
-        found = FoundFaces(_read_csv(root), layout=f"CSV {root.name}")
+        found = FoundFaces(_read_csv(root, listed_only), layout=f"CSV {root.name}")
     else:
         found = _scan(root, pattern)
     _refuse_duplicates(found.table)
@@ -132,7 +137,7 @@ def _scan(root: Path, pattern: str | None) -> FoundFaces:
     return _keyed(files, root, pattern, root)
 
 
-def _read_list(path: Path, root: Path, pattern: str | None) -> FoundFaces:
+def _read_list(path: Path, root: Path, pattern: str | None, listed_only: bool) -> FoundFaces:
     """The photographs whose paths, absolute or below ``root``, are the lines of a text file."""
     if not root.is_dir():
         raise FeatureStoreError(f"there is no folder {root}. Check the path given with `images_root`.")
@@ -152,7 +157,7 @@ def _read_list(path: Path, root: Path, pattern: str | None) -> FoundFaces:
         files.append(Path(os.path.relpath(line, root) if Path(line).is_relative_to(root) else line).as_posix())
     if not files:
         raise FeatureStoreError(f"no images in {path}: it has no line with a path.")
-    absent = [file for file in files if not os.path.isfile(root / file)]
+    absent = [] if listed_only else [file for file in files if not os.path.isfile(root / file)]
     if absent:
         raise FeatureStoreError(
             f"{len(absent)} of {len(files)} images named in {path} do not exist: {listing(absent, 3)}. "
@@ -218,7 +223,7 @@ def _regexes(pattern: str | None) -> dict[str, re.Pattern[str]]:
     return {pattern: regex}
 
 
-def _read_csv(path: Path) -> pd.DataFrame:
+def _read_csv(path: Path, listed_only: bool) -> pd.DataFrame:
     as_text = {
         "dtype": str,
         "keep_default_na": False,
@@ -252,7 +257,7 @@ def _read_csv(path: Path) -> pd.DataFrame:
     if table["path"].str.contains("\0", regex=False).any():
         raise FeatureStoreError(f"{path} has a path with a NUL character in it.")
     table["path"] = _resolved(table["path"], folder)
-    absent = [image for image in table["path"] if not os.path.isfile(image)]
+    absent = [] if listed_only else [image for image in table["path"] if not os.path.isfile(image)]
     if absent:
         raise FeatureStoreError(
             f"{len(absent)} of {len(table)} images named in {path} do not exist: {listing(absent, 3)}. "
