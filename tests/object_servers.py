@@ -112,7 +112,7 @@ class _Passing(_Quiet):
             self.connection.close()
             return
         self.server.answered(self.path, answer.status)
-        self._answer(answer.status, headers, content, cut=fault == "cut")
+        self._answer(answer.status, headers, content, cut=fault == "cut" and answer.status < 300)
 
     def _answer(self, status: int, headers: dict[str, str], content: bytes, cut: bool = False) -> None:
         self.send_response_only(status)

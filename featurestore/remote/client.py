@@ -7,6 +7,7 @@ says how many seconds instead. obstore's own limit is three minutes.
 
 import os
 import re
+import time
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
 from datetime import timedelta
@@ -21,6 +22,7 @@ TIMEOUT = "FEATURESTORE_REMOTE_TIMEOUT"
 _URL = re.compile(rf"({'|'.join(SCHEMES)}):/+([^/].*)", re.DOTALL)
 _SECONDS = 60.0
 _PART_BYTES = 8 << 20  # of an upload of several parts
+_REPEATED = ("NoSuchUpload", "breaks off")
 _LISTED = 1000  # keys in one answer
 _CREDENTIALS = {
     "s3": "AWS_ACCESS_KEY_ID and AWS_SECRET_ACCESS_KEY, with AWS_REGION (AWS_SKIP_SIGNATURE=true for a public bucket)",
@@ -152,9 +154,21 @@ class ObjectStore:
             )
 
     def put(self, key: str, content: bytes | Path, noted: dict[str, str] | None = None) -> None:
-        """An object, bytes or a file, in the place of what has this key; readers see the old one until the new one is whole."""
-        with self._explained(key, writing=True):
-            self._store.put(key, content, chunk_size=_PART_BYTES, attributes=noted or None)
+        """An object, bytes or a file, in the place of what has this key; readers see the old one until the new one is whole.
+
+        ``noted`` is kept beside it.
+        """
+        end = time.monotonic() + self._seconds
+        while True:
+            try:
+                with self._explained(key, writing=True):
+                    self._store.put(key, content, chunk_size=_PART_BYTES, attributes=noted or None)
+                return
+            except FeatureStoreError as error:
+                # obstore does not repeat what begins and ends an upload of several parts, or finds it ended when the answer was
+                # lost. The whole upload may be repeated.
+                if not any(each in str(error) for each in _REPEATED) or time.monotonic() > end:
+                    raise
 
     def put_if(self, key: str, content: bytes, version: "Version | None") -> "Version":
         """The same only if the object is still that ``version``, or for None if there is none; otherwise ``Refused``."""
@@ -225,7 +239,13 @@ class ObjectStore:
                 f"the object store answers {code or status}, also when asked again for {self._seconds:g} s. Wait, run the same "
                 f"command again; {TIMEOUT} says for how many seconds requests are repeated."
             )
-        if "timed out" in said or "timeout" in said or "error sending request" in said or "error decoding" in said:
+        if (
+            "timed out" in said
+            or "timeout" in said
+            or "error sending request" in said
+            or "body error" in said
+            or "error decoding" in said
+        ):
             return (
                 f"the object store does not answer, or breaks off, also when asked again for {self._seconds:g} s. Check the "
                 f"network and the endpoint (AWS_ENDPOINT_URL), or give it longer: {TIMEOUT}."
