@@ -3,7 +3,9 @@
 import json
 import os
 import pickle
+import re
 import shutil
+import subprocess
 import sys
 import time
 import warnings
@@ -29,7 +31,7 @@ from featurestore.store.remote_rows import CachedRows, RangedRows
 from featurestore.store.removal import removal_of, remove
 from featurestore.store.rewriting import remove_items
 from featurestore.store.shards import DamagedShard
-from tests.commands import FORKS, command, start
+from tests.commands import FORKS, ROOT, command, start
 from tests.conftest import LAYERS, files_of, run_pass, write_photographs
 from tests.heads.conftest import write_store, write_trials
 from tests.object_servers import KEYS, Files, Proxy, request, running, s3_server
@@ -622,3 +624,21 @@ def test_a_copy_is_not_made_over_something_else(small_store: Path, url: str, tmp
         plan_copy(tmp_path / "thesis2", Path(url))
     with pytest.raises(Missing):
         ObjectStore(url).get("zarr.json")
+
+
+def test_the_examples_of_the_documentation_run(small_store: Path, tmp_path: Path) -> None:
+    shutil.copytree(small_store, tmp_path / "store" / "demo.zarr")
+    page = (ROOT / "docs" / "stores.md").read_text("utf-8")
+    lines = [
+        line for line in page.splitlines() if line.startswith("python ") and "s3://" in line and "photos" not in line
+    ]
+    assert len(lines) == 5
+    for line in lines:
+        _, script, *given = line.split()
+        done = command(Path(script).stem, *given, cwd=tmp_path)
+        assert done.returncode == 0, f"{line}\n{done.stderr}"
+    assert files_of(tmp_path / "store" / "back.zarr") == files_of(small_store)
+    (code,) = re.findall(r"^```py\n(.*?)^```$", page, re.MULTILINE | re.DOTALL)
+    line = [sys.executable, "-c", code.replace("fc7-relu", LAYERS[1]) + "\nprint(len(rows))"]
+    done = subprocess.run(line, capture_output=True, text=True, cwd=tmp_path)
+    assert done.stdout == "10\n", done.stderr
