@@ -64,11 +64,16 @@ Fault = Callable[
 ]  # of a method and a path: "503", "reset", "cut", "slow", "silent", "lost" or nothing
 
 
-class Proxy(ThreadingHTTPServer):
-    """Passes requests on to ``port``. ``fault`` says what happens to each, ``answered`` is told the answers."""
-
+class _Server(ThreadingHTTPServer):
     request_queue_size = 128
     daemon_threads = True
+
+    def handle_error(self, request: object, client_address: object) -> None:
+        """Clients that were killed, and servers that are gone, are what is tested."""
+
+
+class Proxy(_Server):
+    """Passes requests on to ``port``. ``fault`` says what happens to each, ``answered`` is told the answers."""
 
     def __init__(self, port: int) -> None:
         self.behind = port
@@ -130,11 +135,8 @@ class _Passing(_Quiet):
     do_GET = do_PUT = do_POST = do_DELETE = do_HEAD = _pass
 
 
-class Files(ThreadingHTTPServer):
+class Files(_Server):
     """The files below ``root``, with ranges and e-tags, and no listing: a plain web server. ``seen`` are the paths asked for."""
-
-    request_queue_size = 128
-    daemon_threads = True
 
     def __init__(self, root: Path) -> None:
         self.root = root
