@@ -37,6 +37,7 @@ benchmark: .venv/ready ## measure speed and memory, each beside what it is compa
 	$(BIN)/python -m tests.benchmarks.bench_heads
 	$(BIN)/python -m tests.benchmarks.bench_queries
 	$(BIN)/python -m tests.benchmarks.bench_explain
+	$(BIN)/python -m tests.benchmarks.bench_remote
 
 # Exact versions, so that a wheel lying on the machine cannot slip in beside a torchvision that was not built for it.
 .venv/ready: pyproject.toml constraints.txt

@@ -5,17 +5,64 @@ import errno
 import hashlib
 import os
 import re
+import shutil
 import stat
 import sys
 import weakref
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from pathlib import Path
-from typing import Any
+from typing import Any, Protocol
 
 from featurestore.errors import FeatureStoreError
 
 PARTIAL = ".partial"  # ending of a file or folder that is being written or removed; readers never open it
+
+
+class Elsewhere(Protocol):
+    """A store kept elsewhere, of whose small files a folder here holds copies. It is told of what is to change, before."""
+
+    def put(self, partial: Path, path: Path) -> None:
+        """``partial`` is whole, and takes the place of ``path``."""
+
+    def remove(self, path: Path, folder: bool) -> None:
+        """A file goes, or a ``folder`` with all that is in it there."""
+
+    def nbytes(self, folder: Path) -> int:
+        """Bytes of all files below ``folder`` there."""
+
+
+copies: dict[Path, Elsewhere] = {}  # by the folder here
+
+
+def elsewhere(path: Path) -> Elsewhere | None:
+    """Where the file or folder is really kept, if it is one of a folder of copies."""
+    return next((kept for root, kept in copies.items() if root == path or root in path.parents), None)
+
+
+def put_in_place(partial: Path, path: Path) -> None:
+    """Rename a file that is whole; see ``replacing``."""
+    kept = elsewhere(path)
+    if kept:
+        kept.put(partial, path)
+    else:
+        partial.replace(path)
+
+
+def remove_file(path: Path) -> None:
+    """Delete a file, which may be a shard that has no copy here. FileNotFoundError if it is not there."""
+    kept = elsewhere(path)
+    if kept:
+        kept.remove(path, folder=False)
+    path.unlink(missing_ok=kept is not None)
+
+
+def remove_folder(path: Path, missing_ok: bool = False) -> None:
+    """Delete a folder with all that is in it."""
+    kept = elsewhere(path)
+    if kept:
+        kept.remove(path, folder=True)
+    shutil.rmtree(path, ignore_errors=missing_ok)
 
 
 def read_file(path: Path, most: int = 1 << 30) -> bytes:
@@ -71,7 +118,7 @@ def replacing(path: Path) -> Iterator[Path]:
         yield partial
         with partial.open("rb") as file:
             os.fsync(file.fileno())
-        partial.replace(path)
+        put_in_place(partial, path)
     except BaseException:
         partial.unlink(missing_ok=True)
         raise
@@ -85,6 +132,9 @@ def write_atomically(path: Path, content: bytes | str) -> None:
 
 def folder_bytes(folder: Path) -> int:
     """Bytes of all files below ``folder``; 0 if it is not there."""
+    kept = elsewhere(folder)
+    if kept:
+        return kept.nbytes(folder)
     return sum(path.lstat().st_size for path in folder.rglob("*") if not path.is_dir())
 
 

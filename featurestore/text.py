@@ -4,6 +4,8 @@ import difflib
 import re
 from collections.abc import Iterable, Sequence
 
+MIRROR = "mirror-"  # beginning of the name of a folder that holds copies of what is kept at a URL
+_SCHEMES = "s3|gs|az|https?"
 _MOST_NAMES = 50
 _LONGEST_NAME = 300  # characters, in a list
 _MOST_COMPARED, _LONGEST_COMPARED = 2_000, 100  # names, and characters of them: what is near takes as long as both
@@ -71,3 +73,9 @@ def _number_order(digits: str) -> tuple[int, str]:
 def in_natural_order(names: Iterable[str]) -> list[str]:
     """Sorted as people do: 2 before 10."""
     return sorted(names, key=natural_order)
+
+
+def with_urls(text: str) -> str:
+    """A message with URLs where it says a path of a folder that mirrors them, or ``s3:/bucket``, as ``pathlib`` writes it."""
+    text = re.sub(rf"[^\s'\"]*/{MIRROR}[0-9a-f]+/({_SCHEMES}):/+", r"\1://", text)
+    return re.sub(rf"(?<![\w/])({_SCHEMES}):/(?=[^/\s])", r"\1://", text)

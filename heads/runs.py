@@ -24,6 +24,7 @@ from featurestore import FeatureStore
 from featurestore.devices import reproducible
 from featurestore.errors import FeatureStoreError
 from featurestore.store.reader import Source
+from featurestore.text import with_urls
 from heads.checkpoints import save_head
 from heads.evaluation import audit_order, evaluate
 from heads.features import Features
@@ -272,7 +273,7 @@ def _about(task: Task) -> dict[str, Any]:
     versions = {name: importlib.metadata.version(name) for name in ("torch", "numpy", "safetensors")}
     return {
         "split_name": task.split.name,
-        "store": str(task.store),
+        "store": with_urls(str(task.store)),
         **task.description(),
         "library_versions": versions,
     }

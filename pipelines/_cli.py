@@ -3,6 +3,7 @@
 Nothing heavy is imported here, so that ``--help`` and tab completion answer at once.
 """
 
+import os
 import re
 import sys
 import time
@@ -14,11 +15,22 @@ import click
 from click.shell_completion import CompletionItem
 
 from featurestore.errors import FeatureStoreError
+from featurestore.text import with_urls
 from pipelines._params import Expression
 
 DEMO_IMAGES = Path("store/demo_faces")
 DEMO_STORE = Path("store/demo.zarr")
 DOWNLOAD = "download"
+_CACHE = (
+    (
+        "cache",
+        "--cache-dir",
+        "FOLDER",
+        "FEATURESTORE_CACHE_DIR",
+        "Where shards of a store at a URL are kept, to be read again.",
+    ),
+    ("cache_bytes", "--cache-bytes", "N", "FEATURESTORE_CACHE_BYTES", "At most so much there, such as 20G."),
+)
 _FIRST_LINE, _LINES_EVERY = 3.0, 30.0  # seconds, in a log
 
 
@@ -28,6 +40,11 @@ class Command(click.Command):
     A comma within a name is written ``\\,``; expressions and files are taken whole. A FeatureStoreError becomes its message
     and exit status 1; Ctrl-C outside a caching run exits with 130.
     """
+
+    def __init__(self, *args: Any, **settings: Any) -> None:
+        super().__init__(*args, **settings)
+        if any(param.name == "store" for param in self.params):
+            self.params += [_cache_option(*each) for each in _CACHE]
 
     def parse_args(self, ctx: click.Context, args: list[str]) -> list[str]:
         several = {
@@ -68,6 +85,18 @@ class Command(click.Command):
             sys.exit(130)
 
 
+def _cache_option(name: str, option: str, metavar: str, variable: str, text: str) -> click.Option:
+    """An option that is set in the environment, where this process and those that it starts look for it."""
+
+    def keep(ctx: click.Context, param: click.Parameter, value: str | None) -> None:
+        if value is not None:
+            os.environ[variable] = value
+
+    return click.Option(
+        [name, option], metavar=metavar, callback=keep, expose_value=False, help=f"{text} [default: {variable}]"
+    )
+
+
 def _comma_separated(value: str) -> list[str]:
     """``a,b`` and ``a, b`` as two; ``a\\,b`` as one name with a comma."""
     pieces = [piece.strip().replace("\\,", ",") for piece in re.split(r"(?<!\\),", value)]
@@ -83,7 +112,8 @@ def as_typed(message: str) -> str:
     for one, several in (("layer", "layers"), ("source", "sources")):
         if several in options:
             options.setdefault(one, options[several])
-    return re.sub(r"(?<![\w'\"=<>])(?<!\w\()`(\w+)`", lambda match: options.get(match[1], match[0]), message)
+    named = re.sub(r"(?<![\w'\"=<>])(?<!\w\()`(\w+)`", lambda match: options.get(match[1], match[0]), message)
+    return with_urls(named)
 
 
 def weights_file(given: str, backbone: str, dry_run: bool = False) -> str:

@@ -411,11 +411,12 @@ def _report(plan: "Plan", summary: "Summary") -> None:
 
     rate = summary.computed / summary.seconds if summary.seconds else 0.0
     state = "Stopped" if summary.interrupted else "Done"
-    click.echo(
+    said = (
         f"{state}: {summary.computed} of {plan.images} images in {summary.seconds:.1f} s "
         f"({rate:.1f} images/s, after {summary.loading:.1f} s of loading), "
         f"{human_bytes(summary.bytes_written)} of rows written to {plan.store}, source {plan.source}."
     )
+    click.echo(as_typed(said))
     if summary.interrupted:
         click.echo("Everything computed so far is in the store. Run the same command again to go on.")
     if plan.changed and not plan.recompute.any():

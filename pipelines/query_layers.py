@@ -5,7 +5,7 @@ from typing import TYPE_CHECKING, Any
 
 import click
 
-from pipelines._cli import Command, progress_bar
+from pipelines._cli import Command, as_typed, progress_bar
 from pipelines._query import SHOWN, Asked, asking, check, name_networks, query, show, sources_asked, wrote
 
 if TYPE_CHECKING:
@@ -426,7 +426,9 @@ def import_(
         done = import_activations(path, store, kind=kind, layer=layer, name=name, items=table, progress=bar.update)
     for note in done.notes:
         click.echo(f"Note: {note}.")
-    click.echo(f"Imported {done.n_items:,} items of {', '.join(done.layers)} into {store}, source {done.source}.")
+    click.echo(
+        as_typed(f"Imported {done.n_items:,} items of {', '.join(done.layers)} into {store}, source {done.source}.")
+    )
 
 
 if __name__ == "__main__":

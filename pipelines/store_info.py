@@ -68,16 +68,16 @@ def _remove(store: Path, source: str | None, layer: str | None, dry_run: bool) -
 
     if dry_run:
         removal = removal_of(FeatureStore.open(store), source, layer)
-        click.echo(f"Would remove {removal} from {store} and free {human_bytes(removal.nbytes)}.")
+        click.echo(as_typed(f"Would remove {removal} from {store} and free {human_bytes(removal.nbytes)}."))
         return
     with store_lock(store, "pipelines/store_info.py"):
         finished = finish_removals(store)
         for name in finished:
-            click.echo(f"Finished removing {name} from {store}, which had been interrupted.")
+            click.echo(as_typed(f"Finished removing {name} from {store}, which had been interrupted."))
         if not any(_is_meant(name, source, layer) for name in finished):
             removal = removal_of(FeatureStore.open(store), source, layer)
             remove(store, removal)
-            click.echo(f"Removed {removal} from {store}: {human_bytes(removal.nbytes)} freed.")
+            click.echo(as_typed(f"Removed {removal} from {store}: {human_bytes(removal.nbytes)} freed."))
 
 
 def _is_meant(name: str, source: str | None, layer: str | None) -> bool:

@@ -67,25 +67,27 @@ def main(
     for found in [opened.source(source)] if source else opened.sources.values():
         sound &= _verify(opened, found, weights, backbone, n_recompute, repair, device)
     if not opened.sources:
-        click.echo(f"{store} holds no source.")
+        click.echo(as_typed(f"{store} holds no source."))
     if not sound:
         click.get_current_context().exit(1)
 
 
 def _check_files(store: Path, repair: bool) -> bool:
     """Documents, coordinates and checksums; whether they are right by now."""
+    from featurestore.remote.mirror import local_store
     from featurestore.store.integrity import check_files, restore
     from featurestore.store.lock import is_being_written, store_lock
+    from featurestore.store.mirrored import fetched
 
-    damage = check_files(store)
+    damage = check_files(fetched(store, copies=True))
     if damage and is_being_written(store):
         click.echo("  note   documents and coordinates not checked: the store is being written")
         return True
     for found in damage:
-        click.echo(f"  WRONG  {found}")
+        click.echo(as_typed(f"  WRONG  {found}"))
     if damage and repair:
         with store_lock(store, "pipelines/verify_store.py --repair"):
-            lost = restore(check_files(store))
+            lost = restore(check_files(local_store(store, writing=True)))
         click.echo(f"  {len(damage) - len(lost)} of {len(damage)} files repaired")
         return not lost
     return not damage

@@ -28,11 +28,12 @@ GROUND = (
 )
 # What each folder of featurestore may import beside itself and the modules of the ground; pipelines and heads may import all.
 BELOW = {
+    "remote": (),
     "photos": (),
-    "store": (),
+    "store": ("remote",),
     "networks": ("photos",),
     "checkpoints": ("networks", "photos"),
-    "caching": ("checkpoints", "networks", "photos", "store"),
+    "caching": ("checkpoints", "networks", "photos", "remote", "store"),
     "queries": ("photos", "store"),
     "figures": ("photos", "queries", "store"),
     "demo": (),

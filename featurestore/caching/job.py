@@ -18,6 +18,7 @@ from featurestore.networks.spec import BackboneSpec
 from featurestore.photos.boxes import numbers
 from featurestore.photos.keys import FoundFaces
 from featurestore.photos.recipes import BOX_MARGIN, Recipe
+from featurestore.remote.mirror import local_store
 from featurestore.store.zarr_format import source_name
 from featurestore.versions import library_versions
 
@@ -44,6 +45,11 @@ class CachingRequest:
     recompute_changed: bool = False
     items_per_shard: int | None = None
     max_pixels: int | None = None
+
+    def __post_init__(self) -> None:
+        object.__setattr__(
+            self, "store", local_store(self.store, writing=True)
+        )  # of a URL, the folder it is written through
 
 
 @dataclass(frozen=True)

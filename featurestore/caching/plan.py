@@ -61,7 +61,7 @@ class Plan:
     beside: np.ndarray | None = None
     failures: tuple[Failure, ...] = ()
     left_out: tuple[str, ...] = ()
-    free: int = 0
+    free: int | None = 0  # None where no disk is filled
     notes: tuple[str, ...] = field(default=())
     moves: Moves = field(default=Moves())
 
@@ -85,7 +85,7 @@ class Plan:
 
     def refuse_if_full(self) -> None:
         """FeatureStoreError if the disk cannot take it."""
-        if self.bytes_to_write > self.free:
+        if self.free is not None and self.bytes_to_write > self.free:
             raise FeatureStoreError(
                 f"not enough disk for {self.store}: the caching run writes up to {human_bytes(self.bytes_to_write)}, "
                 f"{human_bytes(self.free)} are free. Cache fewer layers, use `dtype` float16 or `compress` zstd on a "
@@ -120,7 +120,8 @@ class Plan:
                 f"{listing(self.changed, 5)}"
             )
         lines += [*self._moves(), "", *self._table(), ""]
-        lines.append(f"  {'disk':<9} up to {human_bytes(self.bytes_to_write)} to write, {human_bytes(self.free)} free")
+        room = "to put there" if self.free is None else f"to write, {human_bytes(self.free)} free"
+        lines.append(f"  {'disk':<9} up to {human_bytes(self.bytes_to_write)} {room}")
         lines.append(
             f"  {'network':<9} {self.images} images to compute" + ("" if self.images else ": everything is cached")
         )

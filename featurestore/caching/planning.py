@@ -14,6 +14,8 @@ from featurestore.files import sha256_of
 from featurestore.keys import BOX, FLIPPED, KEY, LANDMARKS
 from featurestore.photos.decode import MOST_PIXELS, decode
 from featurestore.photos.loading import Failure, Photo
+from featurestore.remote.mirror import mirror_of
+from featurestore.store.mirrored import fetched
 from featurestore.store.reader import FeatureStore, Source
 from featurestore.store.rows import present_rows
 from featurestore.store.shards import DamagedShard, thread_pool
@@ -81,7 +83,7 @@ def make_plan(job: CachingJob, progress: CountPhotographs = lambda n: None) -> P
         recompute=recompute,
         failures=tuple(failures),
         left_out=request.faces.left_out,
-        free=free_bytes(request.store),
+        free=None if mirror_of(request.store) else free_bytes(request.store),
         notes=_notes(job, source),
         moves=moves,
     )
@@ -96,6 +98,7 @@ def source_of(job: CachingJob) -> Source:
 
 
 def _existing_source(store: Path, name: str) -> Source | None:
+    fetched(store)
     refuse_other_folder(store)
     if not (store / METADATA).exists():
         return None

@@ -12,9 +12,11 @@ from featurestore.caching.verify import Damage
 from featurestore.checkpoints.weights import Weights
 from featurestore.devices import choose_device
 from featurestore.errors import FeatureStoreError
+from featurestore.files import remove_file
 from featurestore.keys import KEY
 from featurestore.networks.digests import graph_digest
 from featurestore.photos.keys import FoundFaces
+from featurestore.remote.mirror import mirror_of
 from featurestore.store.reader import FeatureStore, Source
 from featurestore.store.rows import noted_rows, whole_records
 from featurestore.store.shards import ShardWriter
@@ -50,7 +52,7 @@ def keep_intact(store: FeatureStore, source: Source, damage: Sequence[Damage]) -
             if new:
                 new.commit()
             elif not gone.any():  # a damaged file that no row is noted of
-                layer.shard_path(shard).unlink()
+                remove_file(writer.layers[name].shard_path(shard))
             lost[name][rows.start : rows.stop] |= gone
     writer.publish()
     return lost
@@ -78,7 +80,7 @@ def repair_plan(store: FeatureStore, source: Source, lost: Mapping[str, np.ndarr
         changed=(),
         recompute=np.zeros(source.n_items, bool),
         beside=_in_batches_of(source, lost),
-        free=free_bytes(store.path),
+        free=None if mirror_of(store.path) else free_bytes(store.path),
     )
 
 

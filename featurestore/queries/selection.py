@@ -15,6 +15,7 @@ from featurestore.errors import FeatureStoreError
 from featurestore.files import OpenFolder
 from featurestore.keys import BOX, KEY, LANDMARKS
 from featurestore.store.reader import FeatureStore, Source
+from featurestore.store.remote_rows import open_rows
 from featurestore.store.rows import Rows
 from featurestore.store.zarr_format import Layer
 from featurestore.text import in_natural_order, listing, near_matches
@@ -52,7 +53,7 @@ class StoredReader:
         """The layer's rows, mapped when they are first asked for."""
         if self._rows is None:
             with self.opened.unchanged():
-                self._rows = Rows(self.layer)
+                self._rows = open_rows(self.layer)
         return self._rows
 
     def read(self, rows: np.ndarray) -> np.ndarray:

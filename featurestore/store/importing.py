@@ -7,7 +7,6 @@ a source computed here.
 import hashlib
 import os
 import re
-import shutil
 from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass
 from pathlib import Path
@@ -17,7 +16,7 @@ import numpy as np
 import pandas as pd
 
 from featurestore.errors import FeatureStoreError
-from featurestore.files import safe_name, sha256_of
+from featurestore.files import remove_folder, safe_name, sha256_of
 from featurestore.keys import KEY
 from featurestore.store.activation_files import FileRows, Found, open_activations
 from featurestore.store.lock import store_lock
@@ -220,7 +219,7 @@ def _write(
         writer.publish()
     except BaseException:
         if not (store / name / METADATA).exists():
-            shutil.rmtree(store / name, ignore_errors=True)
+            remove_folder(store / name, missing_ok=True)
         raise
 
 

@@ -14,7 +14,8 @@ from dask.system import CPU_COUNT
 
 from featurestore.errors import FeatureStoreError
 from featurestore.files import OpenFolder
-from featurestore.store.rows import read_shard
+from featurestore.remote.mirror import mirror_of
+from featurestore.store.rows import noted_rows, read_shard
 from featurestore.store.zarr_format import Layer
 
 BLOCK_BYTES = 1 << 26  # small shards are read together up to this, so that tasks outweigh their scheduling
@@ -28,8 +29,11 @@ def dask_array(layer: Layer, opened: OpenFolder) -> da.Array:
     layer = replace(layer, folder=layer.folder.absolute())  # a worker may have another current directory
     blocks = block_bounds(layer.n_items, layer.slots, layer.row_bytes)
     items = tuple(stop - start for start, stop in blocks) or (0,)
-    files = [path.stat() for path in map(layer.shard_path, range(layer.n_shards)) if path.exists()]
-    written = [(file.st_mtime_ns, file.st_ino, file.st_size) for file in files]  # other rows have another name
+    if mirror_of(layer.folder) is not None:
+        written: Any = noted_rows(layer)
+    else:
+        files = [path.stat() for path in map(layer.shard_path, range(layer.n_shards)) if path.exists()]
+        written = [(file.st_mtime_ns, file.st_ino, file.st_size) for file in files]
     array: da.Array = da.map_blocks(
         _read_block,
         layer=layer,
@@ -38,7 +42,7 @@ def dask_array(layer: Layer, opened: OpenFolder) -> da.Array:
         chunks=(items, *((size,) for size in layer.shape)),
         dtype=layer.dtype,
         meta=np.empty((0,) * (1 + len(layer.shape)), layer.dtype),
-        name=f"{layer.name}-{tokenize(layer, written)}",
+        name=f"{layer.name}-{tokenize(layer, written)}",  # other rows have another name
     )
     return array
 

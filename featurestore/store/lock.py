@@ -10,11 +10,23 @@ from pathlib import Path
 from filelock import FileLock, Timeout
 
 from featurestore.errors import FeatureStoreError
+from featurestore.remote.client import ObjectStore
+from featurestore.remote.lease import Lease, holder_of
+from featurestore.remote.mirror import Mirror, local_store, mirror_of
 
 
 @contextmanager
-def store_lock(store: Path, doing: str) -> Iterator[None]:
-    """Hold the store for writing; FeatureStoreError names who holds it already. Released even by SIGKILL."""
+def store_lock(store: Path, doing: str, unfinished: bool = False) -> Iterator[None]:
+    """Hold the store for writing; FeatureStoreError names who holds it already. Released even by SIGKILL.
+
+    A store on an object store is held by a lease, which others may take over when it has not been renewed for a minute. One that
+    is ``unfinished`` is held without looking at what is there.
+    """
+    remote = mirror_of(local_store(store, writing=True))
+    if remote is not None:
+        with _writing(remote, doing, unfinished):
+            yield
+        return
     store = store.resolve()  # a link to a store is the same store
     lock_path = store.with_name(store.name + ".lock")
     holder_path = store.with_name(store.name + ".lock.json")
@@ -41,6 +53,9 @@ def store_lock(store: Path, doing: str) -> Iterator[None]:
 
 def is_being_written(store: Path) -> bool:
     """Whether somebody holds ``store_lock`` now."""
+    remote = mirror_of(local_store(store))
+    if remote is not None:
+        return not remote.objects.read_only and holder_of(*_lease_of(remote)) is not None
     path = store.resolve()
     path = path.with_name(path.name + ".lock")
     try:
@@ -50,6 +65,30 @@ def is_being_written(store: Path) -> bool:
         return True
     except OSError:  # a disk that cannot be written is not being written
         return False
+
+
+@contextmanager
+def _writing(remote: Mirror, doing: str, unfinished: bool) -> Iterator[None]:
+    """The same of a store on an object store, whose copies are made anew; see ``Lease``."""
+    if remote.objects.read_only:
+        raise FeatureStoreError(f"{remote.url} can only be read. Write to s3://, gs:// or az://, or to a folder.")
+    lease = Lease(*_lease_of(remote), remote.url, doing)
+    try:
+        if not unfinished:
+            remote.fetch_all()
+        remote.lease = lease
+        yield
+    finally:
+        remote.lease = None
+        lease.release()
+
+
+def _lease_of(remote: Mirror) -> tuple[ObjectStore, str]:
+    """Where the lease is: beside the store."""
+    above, _, name = remote.url.rpartition("/")
+    if above.endswith(":/"):  # the store is the whole bucket
+        return remote.objects, ".lock"
+    return ObjectStore(above), f"{name}.lock"
 
 
 def _holder(path: Path) -> str:

@@ -60,6 +60,11 @@ class Region:
         _libc.madvise(self._base + start, size, RANDOM)
         return start
 
+    def unmap(self, place: int) -> None:
+        """Let go of the file in a place; nobody may read there meanwhile or afterwards."""
+        flags = mmap.MAP_PRIVATE | mmap.MAP_ANONYMOUS | _MAP_FIXED
+        _mmap(self._base + place * self._capacity, self._capacity, 0, flags, -1)
+
     def tensor(self, dtype: torch.dtype) -> torch.Tensor:
         """The whole range as a flat tensor. Only for reading, only inside the files, only while this object lives."""
         if not self._nbytes:

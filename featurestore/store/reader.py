@@ -21,10 +21,12 @@ import pandas as pd
 from featurestore.errors import FeatureStoreError
 from featurestore.files import OpenFolder
 from featurestore.keys import FLIPPED, KEY, place_columns
+from featurestore.remote.mirror import local_store, mirror_of
 from featurestore.store.contents import contents_of
 from featurestore.store.coordinates import read_coordinate
+from featurestore.store.mirrored import refresh
 from featurestore.store.zarr_format import METADATA, Layer, read_document, source_names
-from featurestore.text import in_natural_order, listing, natural_order, near_matches
+from featurestore.text import in_natural_order, listing, natural_order, near_matches, with_urls
 
 if TYPE_CHECKING:
     import dask.array as da
@@ -61,6 +63,11 @@ class Source:
                 f"Restore it: pipelines/verify_store.py {store} --repair"
             ) from None
         self.attributes, self.n_items, self.version = contents.attributes, contents.n_items, contents.version
+        if self.version == 1 and mirror_of(store) is not None:
+            raise FeatureStoreError(
+                f"{self.folder} has format version 1, which is read from a disk alone. Copy it to one and upgrade it there: "
+                "pipelines/upgrade_store.py STORE"
+            )
         self.coordinates, self.layers, self.foreign = contents.coordinates, contents.layers, contents.foreign
 
     def __repr__(self) -> str:
@@ -195,10 +202,10 @@ class Source:
 
     def rows(self, layer: str, verify: bool = False) -> "Rows":
         """Memory-mapped rows of one layer. With ``verify`` each is checked, whenever it is gathered, to be its item's."""
-        from featurestore.store.rows import Rows  # opening a store and reading its keys needs no torch
+        from featurestore.store.remote_rows import open_rows  # opening a store and reading its keys needs no torch
 
         with self.opened.unchanged():
-            return Rows(self.layer(layer), self.find, verify)
+            return open_rows(self.layer(layer), self.find, verify)
 
     def dask(self, layer: str) -> "da.Array":
         """The layer as a lazy Dask array (item, *shape); rows that are not cached are NaN."""
@@ -221,9 +228,23 @@ class FeatureStore:
         self.sources = dict(sources)
 
     @classmethod
-    def open(cls, path: str | os.PathLike[str]) -> "FeatureStore":
-        """Open for reading. FeatureStoreError if ``path`` is missing, is no store, or has another format version."""
-        root = Path(path)
+    def open(
+        cls,
+        path: str | os.PathLike[str],
+        cache: str | os.PathLike[str] | None = None,
+        cache_bytes: int | None = None,
+    ) -> "FeatureStore":
+        """Open for reading. FeatureStoreError if ``path`` is missing, is no store, or has another format version.
+
+        ``path`` may be a URL (``s3://``, ``gs://``, ``az://``, ``http(s)://``). Its rows are then read by byte ranges; with
+        ``cache``, a folder of this machine, whole shards are fetched into it once and mapped, and of the shards that several
+        processes and stores keep there the least recently used are removed beyond ``cache_bytes`` (50 GiB). The environment
+        says both by ``FEATURESTORE_CACHE_DIR`` and ``FEATURESTORE_CACHE_BYTES``.
+        """
+        root = local_store(path, cache=cache, cache_bytes=cache_bytes)
+        mirror = mirror_of(root)
+        if mirror is not None:
+            refresh(mirror)
         try:
             if not root.exists():
                 raise FeatureStoreError(f"there is no store {root}. Make it: pipelines/cache_layers.py --store {root}")
@@ -233,7 +254,7 @@ class FeatureStore:
             raise FeatureStoreError(f"{root} cannot be read: {getattr(error, 'strerror', None) or error}.") from None
 
     def __repr__(self) -> str:
-        return f"<FeatureStore {self.path}: {', '.join(map(repr, self.sources.values())) or 'empty'}>"
+        return f"<FeatureStore {with_urls(str(self.path))}: {', '.join(map(repr, self.sources.values())) or 'empty'}>"
 
     def source(self, name: str | None = None, layers: Iterable[str] = ()) -> Source:
         """The source of that name, or the only one whose name begins so. Without a name: the only one that holds ``layers``.

@@ -1,13 +1,14 @@
 """Sources and layers taken out of a store, and the disk they free."""
 
-import shutil
 from dataclasses import dataclass
 from pathlib import Path
 
 from featurestore.errors import FeatureStoreError
-from featurestore.files import PARTIAL, folder_bytes
+from featurestore.files import PARTIAL, folder_bytes, remove_file, remove_folder
+from featurestore.remote.mirror import local_store, mirror_of
 from featurestore.store.reader import FeatureStore
 from featurestore.store.writer import SourceWriter, drop_leftovers, publish_root, refuse_old_version
+from featurestore.store.zarr_format import METADATA
 from featurestore.text import near_matches
 
 
@@ -36,18 +37,23 @@ def removal_of(store: FeatureStore, source: str | None, layer: str | None) -> Re
 
 def remove(store: Path, removal: Removal) -> None:
     """Carry it out, under ``store_lock``, in one step for readers; ``finish_removals`` ends what was killed after that."""
+    store = local_store(store, writing=True)
     refuse_old_version(store)
     if removal.layer is None:
-        going = store / (removal.source + PARTIAL)
-        (store / removal.source).rename(going)
+        going = store / removal.source
+        if mirror_of(store) is None:
+            going = going.rename(store / (removal.source + PARTIAL))
+        else:  # objects have no folder that could be renamed; without its document it is no source
+            remove_file(going / METADATA)
         publish_root(store)
-        shutil.rmtree(going)
+        remove_folder(going)
     else:
         SourceWriter(store, removal.source, {}).remove_layer(removal.layer)
 
 
 def finish_removals(store: Path) -> list[str]:
     """Delete what killed writers left, under ``store_lock``; what was being removed: ``source`` or ``source/layer``."""
+    store = local_store(store, writing=True)
     refuse_old_version(store)
     removed = [name for name in drop_leftovers(store) if not (store / name).exists()]
     publish_root(store)

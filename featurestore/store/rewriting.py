@@ -18,6 +18,7 @@ from featurestore.errors import FeatureStoreError
 from featurestore.files import PARTIAL, exchange, folder_bytes
 from featurestore.keys import KEY
 from featurestore.store.checksums import NOT_ITS_OWN, Checksums
+from featurestore.store.mirrored import refuse_remote
 from featurestore.store.reader import Source
 from featurestore.store.rows import open_shard
 from featurestore.store.shards import DamagedShard, ShardWriter, read_record
@@ -35,6 +36,7 @@ def remove_items(store: Path, name: str, rows: np.ndarray, progress: CountRows =
     Memory is bounded by one row; the disk has to take the rows that stay a second time. Raises FeatureStoreError for a damaged
     record, too little disk, a file system that cannot exchange folders, and if no item would stay; nothing has changed then.
     """
+    refuse_remote(store, "written anew")
     refuse_old_version(store)
     drop_leftovers(store)
     source = Source(store, name)
@@ -61,6 +63,7 @@ def rename_items(store: Path, name: str, renamed: Mapping[Key, tuple[str, str, s
     Shards are linked, or copied where the disk has no links. Raises FeatureStoreError as ``remove_items`` does, and for keys that
     would be there twice.
     """
+    refuse_remote(store, "written anew")
     refuse_old_version(store)
     drop_leftovers(store)
     source = Source(store, name)

@@ -11,6 +11,7 @@ import numbers
 import os
 from collections.abc import Callable, Iterator
 from contextlib import ExitStack, contextmanager
+from functools import partial
 from typing import Any
 
 import numpy as np
@@ -19,8 +20,10 @@ from crc32c import crc32c
 
 from featurestore.errors import FeatureStoreError
 from featurestore.files import open_file
+from featurestore.remote.mirror import mirror_of, requests
 from featurestore.store.checksums import NOT_ITS_OWN, Checksums
 from featurestore.store.mapped import PAGE, Region
+from featurestore.store.mirrored import open_remote_shard, shard_index
 from featurestore.store.read_ahead import PREFETCH_BYTES, ReadAhead, Unreadable, major_faults
 from featurestore.store.shards import DamagedShard, ShardIndex, read_index, read_record, thread_pool
 from featurestore.store.zarr_format import Layer
@@ -53,7 +56,7 @@ class Rows:
         self._row_shape, self._elements = layer.shape, layer.record.elements
         noted = noted_rows(layer)  # before the shards: what is noted is in them
         self._checksums = noted if verify else None
-        self._region, positions, self._lengths = _map_shards(layer)
+        self._region, positions, self._lengths = self._mapped(noted)
         if noted is not None:
             positions[noted < 0] = -1
         self._view: torch.Tensor | None = None
@@ -66,6 +69,10 @@ class Rows:
             self._view = flat.as_strided((last, self._elements), (1, 1))
         self._positions = torch.from_numpy(positions)
         self._ahead = ReadAhead(self._region)
+
+    def _mapped(self, noted: np.ndarray | None) -> tuple[Region, np.ndarray, np.ndarray]:
+        """The files' memory, and each row's byte position there (-1 if absent) and length."""
+        return _map_shards(self.layer)
 
     def __len__(self) -> int:
         return self.layer.n_items
@@ -104,12 +111,9 @@ class Rows:
         what makes small batches fast. Raises IndexError for an index outside 0 … len - 1, FeatureStoreError for a
         row that is not cached, DamagedShard for a compressed record that fails its checksum, or with ``verify`` any that does.
         """
-        index = _as_index(indices)
+        index = as_index(indices)
         n = index.shape[0]
-        if out is None:
-            out = torch.empty((n, *self._row_shape), dtype=self.dtype)
-        elif out.shape != (n, *self._row_shape) or out.dtype != self.dtype or not out.is_cpu or not out.is_contiguous():
-            self._refuse_output(out, n)
+        out = self._output(out, n)
         flat = out.view(n, self._elements)
         try:
             # Both selections check their bounds: the first refuses rows that do not exist, the second absent ones (-1).
@@ -136,7 +140,7 @@ class Rows:
         """
         if not self._ahead.cold:
             return
-        index = _as_index(indices)
+        index = as_index(indices)
         self._ahead.announced = index
         index = index[(index >= 0) & (index < len(self))][: max(1, PREFETCH_BYTES // self.layer.row_bytes)]
         positions = torch.index_select(self._positions, 0, index)
@@ -189,6 +193,14 @@ class Rows:
             f"pipelines/verify_store.py {self.layer.store} --repair"
         )
 
+    def _output(self, out: torch.Tensor | None, n: int) -> torch.Tensor:
+        """``out`` if rows fit it, or a new one; FeatureStoreError."""
+        if out is None:
+            return torch.empty((n, *self._row_shape), dtype=self.dtype)
+        if out.shape != (n, *self._row_shape) or out.dtype != self.dtype or not out.is_cpu or not out.is_contiguous():
+            self._refuse_output(out, n)
+        return out
+
     def _refuse_output(self, out: torch.Tensor, n: int) -> None:
         kind = "contiguous" if out.is_contiguous() else "non-contiguous"
         raise FeatureStoreError(
@@ -235,10 +247,13 @@ class Rows:
                 raise self._not_its_own(row)
 
     def _not_its_own(self, row: int) -> DamagedShard:
-        layer = self.layer
-        return DamagedShard(
-            f"layer {layer.name!r}, row {row}: {NOT_ITS_OWN}. If a caching run has written it anew since these rows were "
-            f"opened, open them again; otherwise repair it: pipelines/verify_store.py {layer.store} --repair"
+        return DamagedShard(f"layer {self.layer.name!r}, row {row}: {NOT_ITS_OWN}. {self._advice}")
+
+    @property
+    def _advice(self) -> str:
+        return (
+            "If a caching run has written it anew since these rows were opened, open them again; otherwise repair it: "
+            f"pipelines/verify_store.py {self.layer.store} --repair"
         )
 
 
@@ -269,7 +284,7 @@ def open_shard(layer: Layer, shard: int, anywhere: bool = False) -> Iterator[tup
     """A shard's file and its index; None if it has not been written. DamagedShard if it cannot be read; see ``read_index``."""
     path = layer.shard_path(shard)
     try:
-        fd = open_file(path)
+        fd = open_file(path) if mirror_of(path) is None else open_remote_shard(layer, shard)[0]
     except FileNotFoundError:
         yield None
         return
@@ -352,16 +367,29 @@ def whole_records(layer: Layer, shard: int) -> Iterator[tuple[int, bytes]]:
 def present_rows(layer: Layer) -> np.ndarray:
     """bool per item: whether its row is in the store, by the shards' indexes and what is noted of them; rows are not read."""
     present = np.zeros(layer.n_items, bool)
-    for shard in range(layer.n_shards):
+    for shard, index in enumerate(_indexes(layer)):
         rows = layer.shard_rows(shard)
-        with open_shard(layer, shard) as opened:
-            if opened is not None:
-                present[rows.start : rows.stop] = opened[1].present[: len(rows)]
+        if index is not None:
+            present[rows.start : rows.stop] = index.present[: len(rows)]
     noted = noted_rows(layer)
     return present if noted is None else present & (noted >= 0)
 
 
-def _as_index(indices: Indices) -> torch.Tensor:
+def stored_index(layer: Layer, shard: int) -> ShardIndex | None:
+    """A shard's index alone; see ``open_shard``."""
+    if mirror_of(layer.folder) is not None:
+        return shard_index(layer, shard)
+    with open_shard(layer, shard) as opened:
+        return opened[1] if opened is not None else None
+
+
+def _indexes(layer: Layer) -> Iterator[ShardIndex | None]:
+    """Those of all shards; remote ones are asked for many at once."""
+    each = requests().map if mirror_of(layer.folder) is not None else map
+    yield from each(partial(stored_index, layer), range(layer.n_shards))
+
+
+def as_index(indices: Indices) -> torch.Tensor:
     """int64, one-dimensional, on the CPU."""
     if isinstance(indices, torch.Tensor) and indices.dtype == torch.int64 and indices.ndim == 1:
         return indices if indices.is_cpu else indices.cpu()

@@ -24,7 +24,7 @@ from crc32c import crc32c
 from numcodecs import Blosc, Zstd, blosc
 
 from featurestore.errors import FeatureStoreError
-from featurestore.files import PARTIAL
+from featurestore.files import PARTIAL, put_in_place
 
 Compress = Literal["none", "zstd", "blosc"]
 COMPRESS: tuple[Compress, ...] = ("none", "zstd", "blosc")
@@ -158,11 +158,17 @@ def read_index(fd: int, slots: int, record: RecordFormat, name: object, anywhere
 
     With ``anywhere`` records may lie as another program would put them.
     """
-    size = os.fstat(fd).st_size
+    size, length = os.fstat(fd).st_size, index_bytes(slots)
+    return parse_index(os.pread(fd, length, max(0, size - length)), size, slots, record, name, anywhere)
+
+
+def parse_index(
+    raw: bytes, size: int, slots: int, record: RecordFormat, name: object, anywhere: bool = False
+) -> ShardIndex:
+    """The same of a shard of ``size`` bytes that ends in ``raw``."""
     length = index_bytes(slots)
-    if size < length:
+    if len(raw) < length:
         raise DamagedShard(f"{name} has {size} bytes, fewer than its index of {length}")
-    raw = os.pread(fd, length, size - length)
     if record.compress == "none" and record.alignment > 1:
         whole, index = _index_of_whole(slots, record)
         if raw == whole and size == slots * record.stride + length:
@@ -283,7 +289,7 @@ class ShardWriter:
         os.fdatasync(self._fd) if hasattr(os, "fdatasync") else os.fsync(self._fd)
         self._close()
         with self._noting(self._checksums):
-            os.replace(self._partial, self.path)
+            put_in_place(self._partial, self.path)
 
     def abandon(self) -> None:
         """Drop what was written; the present file, if there is one, stays as it is."""

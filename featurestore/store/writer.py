@@ -18,8 +18,9 @@ import pandas as pd
 from crc32c import crc32c
 
 from featurestore.errors import FeatureStoreError
-from featurestore.files import PARTIAL, OpenFolder, read_file
+from featurestore.files import PARTIAL, OpenFolder, read_file, remove_file, remove_folder, write_atomically
 from featurestore.keys import KEY
+from featurestore.remote.mirror import local_store
 from featurestore.store.checksums import Checksums, checksum_metadata
 from featurestore.store.coordinates import (
     COORDINATE_CHUNK,
@@ -30,8 +31,9 @@ from featurestore.store.coordinates import (
     coordinate_metadata,
     write_chunk,
 )
+from featurestore.store.mirrored import fetch_to_complete
 from featurestore.store.reader import Source
-from featurestore.store.rows import open_shard
+from featurestore.store.rows import stored_index
 from featurestore.store.shards import KEPT, DamagedShard, ShardWriter
 from featurestore.store.zarr_format import (
     CHECKSUMS,
@@ -94,22 +96,22 @@ def drop_leftovers(store: Path) -> list[str]:
     gone = []
     for path in sorted(store.glob("*" + PARTIAL)):
         if path.is_dir() and not path.is_symlink():
-            shutil.rmtree(path)
+            remove_folder(path)
             gone.append(path.name.removesuffix(PARTIAL))
         else:
-            path.unlink()
+            remove_file(path)
     for marker in sorted(store.glob(f"*/*{_REMOVED}")):
         source, layer = marker.parent, marker.name.removesuffix(_REMOVED)
         if (
             layer not in read_document(source)["consolidated_metadata"]["metadata"]
         ):  # otherwise killed before it was taken out
-            shutil.rmtree(source / layer, ignore_errors=True)
-            shutil.rmtree(source / CHECKSUMS / layer, ignore_errors=True)
+            remove_folder(source / layer, missing_ok=True)
+            remove_folder(source / CHECKSUMS / layer, missing_ok=True)
             gone.append(f"{source.name}/{layer}")
-        marker.unlink()
+        remove_file(marker)
     for partial in [path for name in source_names(store) for path in (store / name).rglob("*" + PARTIAL)]:
         if partial.is_file():
-            partial.unlink()
+            remove_file(partial)
     return gone
 
 
@@ -129,6 +131,7 @@ class SourceWriter:
         foreign: Mapping[str, Any] | None = None,
         upgraded: bool = False,
     ) -> None:
+        store = local_store(store, writing=True)
         self.store = store
         self.folder = store / name
         self.layers: dict[str, Layer] = {}
@@ -160,7 +163,7 @@ class SourceWriter:
             if not upgraded:
                 self._drop_unregistered()
         else:
-            shutil.rmtree(self.folder, ignore_errors=True)  # a source that never got its document
+            remove_folder(self.folder, missing_ok=True)  # a source that never got its document
             self.attributes = dict(attributes)
         self._published = self.n_items  # rows before this one have their coordinates on disk
 
@@ -181,7 +184,7 @@ class SourceWriter:
         if name == CHECKSUMS:
             raise FeatureStoreError(f"a layer cannot be named {name!r}: the store keeps its checksums under that name.")
         for folder in (self.folder / name, self.folder / CHECKSUMS / name):
-            shutil.rmtree(folder, ignore_errors=True)  # left by a run that was killed before it published
+            remove_folder(folder, missing_ok=True)  # left by a run that was killed before it published
         self.layers[name] = Layer(name, shape, np.dtype(dtype), compress, slots, self.n_items, self.folder / name)
         self._checksums[name] = Checksums(self.layers[name])
         self._unpublished_changes = True
@@ -190,19 +193,21 @@ class SourceWriter:
     def remove_layer(self, name: str) -> None:
         """Take a layer out and publish that, then delete its files; killed in between, ``drop_leftovers`` deletes them."""
         marker = self.folder / (name + _REMOVED)
-        marker.touch()
+        write_atomically(marker, b"")
         folder, noted = self.layers.pop(name).folder, self._checksums.pop(name).folder
         self._unpublished_changes = True
         self.publish()
-        shutil.rmtree(folder)
-        shutil.rmtree(noted)
-        marker.unlink()
+        remove_folder(folder)
+        remove_folder(noted)
+        remove_file(marker)
 
     def open_shard(self, layer: str, shard: int, keep: Sequence[int] = (), end: int = 0) -> ShardWriter:
         """A writer for one shard of one layer; see ShardWriter."""
         self._require_store()
         found, noted = self.layers[layer], self._checksums[layer]
         first = shard * found.slots
+        if keep:
+            fetch_to_complete(found, shard)
 
         @contextmanager
         def noting(written: np.ndarray) -> Iterator[None]:
@@ -224,8 +229,8 @@ class SourceWriter:
         found = self.layers[layer]
         first = shard * found.slots
         try:
-            with open_shard(found, shard) as opened:
-                present = opened[1].present.copy() if opened else np.zeros(found.slots, bool)
+            index = stored_index(found, shard)
+            present = index.present.copy() if index else np.zeros(found.slots, bool)
         except DamagedShard:
             present = np.zeros(found.slots, bool)
         present &= self._checksums[layer][range(first, first + found.slots)] >= 0
@@ -316,14 +321,14 @@ class SourceWriter:
         for layer in self.layers.values():
             for path in (layer.folder / "c").glob("*"):
                 if path.name.isdecimal() and int(path.name) >= layer.n_shards:
-                    shutil.rmtree(path)
+                    remove_folder(path)
             if layer.n_items % layer.slots == 0:
                 continue
             last = layer.n_shards - 1
             registered = len(layer.shard_rows(last))
             try:
-                with open_shard(layer, last) as opened:
-                    present = opened[1].present if opened else np.zeros(layer.slots, bool)
+                index = stored_index(layer, last)
+                present = index.present if index else np.zeros(layer.slots, bool)
             except DamagedShard:
                 continue  # an index that cannot be read serves no row; verify_store repairs it
             if present[registered:].any():
@@ -354,9 +359,9 @@ def _drop_other_chunks(folder: Path, document: Mapping[str, Any]) -> None:
     for path in folder.iterdir():
         if path.is_dir():
             if path != keep.parent:
-                shutil.rmtree(path)
+                remove_folder(path)
         elif path.name != METADATA and keep.parent != folder:
-            path.unlink()
+            remove_file(path)
 
 
 def _write_if_changed(path: Path, document: Mapping[str, Any]) -> None:

@@ -17,7 +17,7 @@ from featurestore import FeatureStore
 from featurestore.conditions import rows_that_meet
 from featurestore.devices import choose_device
 from featurestore.errors import FeatureStoreError
-from featurestore.text import human_bytes, near_matches
+from featurestore.text import human_bytes, near_matches, with_urls
 from featurestore.versions import library_versions
 from heads.checkpoints import load_head
 from heads.explain.checks import FRACTIONS, KINDS
@@ -93,7 +93,7 @@ class ExplainPlan:
         legs, about = self.any_legs, self.config
         return {
             "run": self.request.run.name,
-            "store": str(self.store),
+            "store": with_urls(str(self.store)),
             "layer": about["layer"],
             "head": about["head"],
             "sources": list(self.legs),
