@@ -149,12 +149,13 @@ def _read_list(path: Path, root: Path, pattern: str | None, listed_only: bool) -
     for number, line in enumerate(map(str.strip, lines), start=1):
         if not line:
             continue
-        if "\0" in line or Path(line).suffix.lower() not in IMAGE_SUFFIXES:
+        if "\0" in line or not line.lower().endswith(tuple(IMAGE_SUFFIXES)):
             raise FeatureStoreError(
                 f"{path} line {number} is no path of an image: {line!r:.100}. It needs a path a line, ending in "
                 f"{', '.join(sorted(IMAGE_SUFFIXES))}."
             )
-        files.append(Path(os.path.relpath(line, root) if Path(line).is_relative_to(root) else line).as_posix())
+        below = line.startswith("/") and Path(line).is_relative_to(root)
+        files.append(_tidy(os.path.relpath(line, root) if below else line))
     if not files:
         raise FeatureStoreError(f"no images in {path}: it has no line with a path.")
     absent = [] if listed_only else [file for file in files if not os.path.isfile(root / file)]
@@ -187,11 +188,11 @@ def _keyed(files: list[str], root: Path, pattern: str | None, where: Path) -> Fo
     regexes = _regexes(pattern)
     layouts = set()
     for file in files:
-        stem = file[: -len(Path(file).suffix)]
+        stem = file.rpartition(".")[0] or file
         for name, regex in regexes.items():
             match = regex.fullmatch(stem) if name in LAYOUTS else regex.search(file)
             if match and match["face"] and match["view"]:
-                rows.append((match["face"], match["view"], str((root / file).resolve())))
+                rows.append((match["face"], match["view"], file))
                 layouts.add(name)
                 break
         else:
@@ -203,7 +204,14 @@ def _keyed(files: list[str], root: Path, pattern: str | None, where: Path) -> Fo
             "Give `pattern` a regular expression with the groups face and view, such as "
             r"'(?P<face>\w+)-(?P<view>\w+)\.jpg', or `images` a CSV with face_id, view, path."
         )
-    return FoundFaces(pd.DataFrame(rows, columns=[*KEY, "path"]), " and ".join(sorted(layouts)), tuple(left_out))
+    table = pd.DataFrame(rows, columns=[*KEY, "path"])
+    table["path"] = _resolved(table["path"], root)
+    return FoundFaces(table, " and ".join(sorted(layouts)), tuple(left_out))
+
+
+def _tidy(path: str) -> str:
+    """As ``Path`` writes it, without ``./`` and ``//``; most have neither."""
+    return Path(path).as_posix() if re.search(r"//|(^|/)\.(/|$)", path) else path
 
 
 def _regexes(pattern: str | None) -> dict[str, re.Pattern[str]]:
@@ -256,7 +264,7 @@ def _read_csv(path: Path, listed_only: bool) -> pd.DataFrame:
     folder = path.resolve().parent
     if table["path"].str.contains("\0", regex=False).any():
         raise FeatureStoreError(f"{path} has a path with a NUL character in it.")
-    table["path"] = _resolved(table["path"], folder)
+    table["path"] = _resolved(map(os.path.expanduser, table["path"]), folder)
     absent = [] if listed_only else [image for image in table["path"] if not os.path.isfile(image)]
     if absent:
         raise FeatureStoreError(
@@ -271,7 +279,7 @@ def _resolved(paths: Iterable[str], folder: Path) -> list[str]:
     folders: dict[str, str] = {}
     resolved = []
     for path in paths:
-        whole = os.path.join(folder, os.path.expanduser(path))  # noqa: PTH111 (pathlib takes several times as long)
+        whole = os.path.join(folder, path)
         parent, name = os.path.split(whole)
         if name in ("", ".", "..") or os.path.islink(whole):  # noqa: PTH114
             resolved.append(os.path.realpath(whole))

@@ -13,6 +13,7 @@ from featurestore.caching.extractor import Loaded
 from featurestore.caching.job import prepare_job
 from featurestore.caching.planning import make_plan
 from featurestore.caching.run import cache_layers
+from featurestore.caching.scale import layer_bytes, store_files, stored_sizes
 from featurestore.store.lock import store_lock
 from featurestore.text import human_duration
 from tests.commands import command
@@ -35,7 +36,7 @@ def test_durations_read_well() -> None:
 
 def test_an_estimate_reads_as_a_line() -> None:
     loaded = Loaded(LAYERS, torch.nn.Identity(), 0.0)
-    about = Estimate(2000, 2.8, "cpu, 2 threads", 1e6, loaded)
+    about = Estimate(2000, 2.8, "cpu, 2 threads", 1e6, loaded, {})
     assert str(about) == "about 12 min: 2,000 images at 2.8 images/s, measured on this machine (cpu, 2 threads)"
     assert str(replace(about, writing=2**30)).endswith("(cpu, 2 threads), if the disk takes 1.0 GiB/s")
 
@@ -93,5 +94,41 @@ def test_a_dry_run_says_how_long(many: Path, tmp_path: Path) -> None:
     pattern = (
         rf"  time      about \d+ s: {MANY} images at [\d.,]+ images/s, measured on this machine \((cpu|cuda|mps).*\)"
     )
-    assert re.fullmatch(pattern, done.stdout.splitlines()[-1].partition(", if the disk")[0])
+    assert any(re.fullmatch(pattern, line.partition(", if the disk")[0]) for line in done.stdout.splitlines())
     assert not (tmp_path / "s.zarr").exists()
+
+
+def test_a_dry_run_plans_for_photographs_that_are_only_listed(tmp_path: Path) -> None:
+    """By rendered faces; a run for them is refused."""
+    (tmp_path / "list.txt").write_text("".join(f"person-{i // 8}/{i % 8}.jpg\n" for i in range(20_000)))
+    store = tmp_path / "s.zarr"
+    options = ["--images", tmp_path / "list.txt", "--weights", "random:0", "--store", store, "--layers", *LAYERS]
+    done = command("cache_layers", *options, "--dry-run")
+    assert done.returncode == 0, done.stderr
+    assert "20000 photographs of 2500 faces" in done.stdout and "with rendered faces)" in done.stdout
+    assert "sizes are those of 4 of rendered faces" in done.stdout and "79 of them shards" in done.stdout
+    assert not store.exists()
+    refused = command("cache_layers", *options)
+    assert refused.returncode != 0 and "20000 of 20000 images" in refused.stderr
+
+
+@pytest.mark.parametrize("compress", ["none", "zstd"])
+def test_the_plan_says_the_files_and_bytes_of_the_store_that_is_written(
+    many: Path, tmp_path: Path, compress: str
+) -> None:
+    store = tmp_path / "s.zarr"
+    job = prepare_job(request_for(many, store, ["maxp_1_2", "fc7-relu"], compress=compress, items_per_shard=5))
+    plan = make_plan(job)
+    timed = estimate(job, plan)
+    assert timed is not None
+    with store_lock(store, "test"):
+        cache_layers(job, plan)
+    assert store_files(plan) == sum(path.is_file() for path in store.rglob("*"))
+    for layer in FeatureStore.open(store).layers.values():
+        written = sum(path.stat().st_size for path in (layer.folder / "c").rglob("*") if path.is_file())
+        sizes = dict(stored_sizes(layer, timed.rows[layer.name]))
+        name = "float32" if compress == "none" else "float32 zstd"
+        due = layer_bytes(layer, MANY, sizes[name] or 0)
+        assert due == pytest.approx(written, rel=0.2 if compress == "zstd" else 1e-9)
+        assert {each for each, size in sizes.items() if size} == set(sizes)
+        assert next(iter(dict(stored_sizes(layer, None)).values())) == sizes["float32"]
