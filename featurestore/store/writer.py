@@ -10,6 +10,7 @@ import shutil
 from collections.abc import Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass, replace
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -107,9 +108,9 @@ def drop_leftovers(store: Path) -> list[str]:
             shutil.rmtree(source / CHECKSUMS / layer, ignore_errors=True)
             gone.append(f"{source.name}/{layer}")
         marker.unlink()
-    for partial in [path for name in source_names(store) for path in (store / name).rglob("*" + PARTIAL)]:
-        if partial.is_file():
-            partial.unlink()
+    for path in [path for name in source_names(store) for path in (store / name).rglob("*" + PARTIAL)]:
+        if path.is_file():
+            path.unlink()
     return gone
 
 
@@ -201,19 +202,27 @@ class SourceWriter:
     def open_shard(self, layer: str, shard: int, keep: Sequence[int] = (), end: int = 0) -> ShardWriter:
         """A writer for one shard of one layer; see ShardWriter."""
         self._require_store()
-        found, noted = self.layers[layer], self._checksums[layer]
-        first = shard * found.slots
-
-        @contextmanager
-        def noting(written: np.ndarray) -> Iterator[None]:
-            before = noted[range(first, first + found.slots)]
-            after = np.where(written == KEPT, before, written)
-            if noted.forget(first + np.flatnonzero(before != after)):
-                noted.save()
-            yield
-            noted.note(first, after)
-
+        found = self.layers[layer]
+        noting = partial(self._noting, layer, shard)
         return ShardWriter(found.shard_path(shard), found.record, found.slots, keep=keep, end=end, noting=noting)
+
+    def put_shard(self, layer: str, shard: int, file: Path, checksums: np.ndarray) -> None:
+        """Put a finished ``file`` in the place of a shard; ``checksums`` as ``ShardWriter.finish`` returned them."""
+        self._require_store()
+        with self._noting(layer, shard, checksums):
+            os.replace(file, self.layers[layer].shard_path(shard))
+
+    @contextmanager
+    def _noting(self, layer: str, shard: int, written: np.ndarray) -> Iterator[None]:
+        """Rows that are written anew are forgotten before the block, which puts their shard in its place, and noted after it."""
+        slots, noted = self.layers[layer].slots, self._checksums[layer]
+        first = shard * slots
+        before = noted[range(first, first + slots)]
+        after = np.where(written == KEPT, before, written)
+        if noted.forget(first + np.flatnonzero(before != after)):
+            noted.save()
+        yield
+        noted.note(first, after)
 
     def note(self, layer: str, start: int, checksums: np.ndarray) -> None:
         """The checksums (int64, -1 for none) of rows from ``start`` on whose shards are in their places already."""
@@ -221,6 +230,7 @@ class SourceWriter:
 
     def present_slots(self, layer: str, shard: int) -> np.ndarray:
         """bool per slot of a shard: whether it holds a registered item's row. A lost index holds none."""
+        self._require_store()
         found = self.layers[layer]
         first = shard * found.slots
         try:
