@@ -3,6 +3,7 @@
 ``in_order`` gives it calls a few at a time, so that the scheduler's memory does not grow with their number.
 """
 
+import asyncio
 import hashlib
 import importlib.metadata
 import importlib.util
@@ -11,6 +12,7 @@ import os
 import socket
 import warnings
 from collections.abc import Callable, Generator, Iterable, Iterator, Mapping, Sequence
+from concurrent.futures import ThreadPoolExecutor
 from contextlib import ExitStack, contextmanager
 from itertools import islice
 from pathlib import Path
@@ -58,12 +60,12 @@ def _answering(address: str) -> "Iterator[Client]":
     import dask.config
     from dask.utils import parse_timedelta
     from distributed import Client
-    from distributed.comm.addressing import get_address_host_port
 
     limit = float(parse_timedelta(dask.config.get("distributed.comm.timeouts.connect", "30s")))
     try:
-        if not address.startswith("inproc://"):  # Dask's own client tries again and again until its limit
-            socket.create_connection(get_address_host_port(address), timeout=limit).close()
+        if not address.startswith("inproc://"):
+            with ThreadPoolExecutor(1) as thread:  # which runs no event loop, as a notebook's does
+                thread.submit(asyncio.run, _greeted(address, limit)).result()
         client = Client(address, timeout=limit)
     except (OSError, ValueError, TypeError) as error:  # TimeoutError is an OSError
         reason = str(error) or f"no answer in {limit:g} s"
@@ -73,6 +75,20 @@ def _answering(address: str) -> "Iterator[Client]":
         ) from None
     with client:
         yield client
+
+
+async def _greeted(address: str, limit: float) -> None:
+    """TimeoutError unless a scheduler greets within ``limit`` seconds: Dask's client would wait for that for ever.
+
+    OSError at once if nobody listens there, which Dask's client tries again until its limit.
+    """
+    from distributed.comm.addressing import get_address_host_port
+    from distributed.comm.core import connect
+    from distributed.security import Security
+
+    socket.create_connection(get_address_host_port(address), timeout=limit).close()
+    greeting = connect(address, timeout=limit, **Security().get_connection_args("client"))
+    await (await asyncio.wait_for(greeting, limit)).close()
 
 
 @contextmanager

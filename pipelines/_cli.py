@@ -143,7 +143,7 @@ def scheduler_option(function: Callable[..., Any]) -> Callable[..., Any]:
     return click.option(
         "--scheduler",
         metavar="ADDRESS",
-        help="Let the workers of a Dask cluster do it, such as tcp://127.0.0.1:8786, which see the same files under the same paths.",
+        help="Let the workers of a Dask cluster do it, such as tcp://127.0.0.1:8786, which see the same files at the same paths.",
     )(function)
 
 

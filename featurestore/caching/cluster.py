@@ -47,7 +47,7 @@ _TOLD_EVERY = 0.5  # seconds between a worker's messages of how far it is
 
 @dataclass(frozen=True)
 class _Order:
-    """What all tasks of a stage share. ``mark`` is a file that is there while the run goes on; ``threads`` are None for Dask's."""
+    """What all tasks of a stage share. ``mark`` is a file that is there while the run goes on; ``threads`` None: Dask's."""
 
     request: CachingRequest
     identity: Mapping[str, Any]
@@ -287,7 +287,7 @@ def _compute_shard(order: _Order, task: _Task) -> _Done:
     """Photographs of one shard to rows in its files. What ends it is returned beside what was written before."""
     from distributed import get_worker
 
-    worker, told, n = get_worker(), time.monotonic(), 0
+    worker, told, n = get_worker(), 0.0, 0
     found: list[Failure] = []
     error: FeatureStoreError | OSError | None = None
     sink: _OneShard | None = None
@@ -308,6 +308,7 @@ def _compute_shard(order: _Order, task: _Task) -> _Done:
             job, loaded, fresh = _prepared(order, list(task.parts), worker.address, worker.state.nthreads)
             loading = time.perf_counter() - started if fresh else 0.0
             attempt = f"{order.attempt}-{uuid.uuid4().hex[:_ID]}"
+            told = time.monotonic()
             sink = _OneShard(ShardFiles(task.shard, task.parts, task.end, attempt))
             stream(
                 job,
