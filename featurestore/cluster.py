@@ -12,16 +12,17 @@ import os
 import socket
 import warnings
 from collections.abc import Callable, Generator, Iterable, Iterator, Mapping, Sequence
-from concurrent.futures import ThreadPoolExecutor
+from concurrent.futures import CancelledError, ThreadPoolExecutor
 from contextlib import ExitStack, contextmanager
 from itertools import islice
 from pathlib import Path
+from threading import Lock
 from typing import TYPE_CHECKING, Any, TypeVar
 
 from featurestore.errors import FeatureStoreError
 
 if TYPE_CHECKING:
-    from distributed import Client
+    from distributed import Client, Worker
 
 T = TypeVar("T")
 # Calls a function with each of several tuples of arguments; the results come in the same order.
@@ -208,6 +209,21 @@ def refuse_other_code(found: Mapping[str, Mapping[str, str]], ours: Mapping[str,
         )
 
 
+_one_at_a_time = Lock()
+
+
+@contextmanager
+def whole_worker(threads: int | None = None) -> "Iterator[Worker]":
+    """Within a task: the worker, which does this task alone, with ``threads`` of torch (None: as many as Dask calls its own)."""
+    import torch
+    from distributed import get_worker
+
+    worker = get_worker()
+    with _one_at_a_time:
+        torch.set_num_threads(threads or worker.state.nthreads)  # of this thread, which need not be the last task's
+        yield worker
+
+
 def in_order(
     client: "Client", function: Callable[..., T], calls: Iterable[tuple[Any, ...]]
 ) -> Generator[T, None, None]:
@@ -234,10 +250,10 @@ def in_order(
                 return
             future = next(ended)
             number = running.pop(future)
-            if future.status in ("cancelled", "lost"):
-                raise _gone(address)
             try:
                 results[number] = future.result()
+            except CancelledError:
+                raise _gone(address) from None
             except KilledWorker as error:
                 raise FeatureStoreError(
                     f"workers died of the same task {error.allowed_failures + 1} times, which the system does to a process when "
@@ -255,9 +271,11 @@ def in_order(
 def _room(client: "Client", address: str) -> int:
     """Calls that may run or wait at once; FeatureStoreError if the scheduler does not answer."""
     try:
-        return _AHEAD * max(1, n_workers(client))
-    except (OSError, ValueError, RuntimeError):
+        if client.status == "running":
+            return _AHEAD * max(1, n_workers(client))
+    except (OSError, ValueError, RuntimeError, KeyError):  # what Dask raises, or does not give, depends on when it died
         raise _gone(address) from None
+    raise _gone(address)
 
 
 def _gone(address: str) -> FeatureStoreError:

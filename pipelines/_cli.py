@@ -6,8 +6,9 @@ Nothing heavy is imported here, so that ``--help`` and tab completion answer at 
 import re
 import sys
 import time
-from collections.abc import Callable, Collection, Iterator
+from collections.abc import Callable, Collection, Iterator, Sequence
 from contextlib import contextmanager
+from functools import partial
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -148,15 +149,27 @@ def scheduler_option(function: Callable[..., Any]) -> Callable[..., Any]:
 
 
 @contextmanager
-def asked_cluster(scheduler: str | None, processes: int | None = None) -> "Iterator[Client | None]":
+def asked_cluster(
+    scheduler: str | None, processes: int | None = None, packages: Sequence[str] = ("featurestore",)
+) -> "Iterator[Client | None]":
     """A client of the cluster at an address, or of one of ``processes`` made for the command; None where neither is given."""
     if scheduler is None and processes is None:
         yield None
         return
     from featurestore.cluster import connected, local_cluster
 
-    with connected(scheduler) if scheduler else local_cluster(processes or 1) as client:
+    with connected(scheduler, packages) if scheduler else local_cluster(processes or 1) as client:
         yield client
+
+
+def tasks_of(client: "Client | None") -> dict[str, Any]:
+    """The argument ``calls`` of what divides its work into tasks; none without a cluster."""
+    if client is None:
+        return {}
+    from featurestore.cluster import described, in_order
+
+    click.echo(f"  cluster: {described(client)}", err=True)
+    return {"calls": partial(in_order, client)}
 
 
 def note_left_out(failures: Collection[object], what: str) -> None:

@@ -25,10 +25,10 @@ from featurestore.caching.extractor import Loaded, load
 from featurestore.caching.job import CachingJob, CachingRequest, prepare_job
 from featurestore.caching.plan import CountPhotographs
 from featurestore.caching.shard_sink import Registration, ShardFiles, ShardPart, Written
-from featurestore.caching.stream import stream
+from featurestore.caching.stream import decoding_threads, stream
 from featurestore.checkpoints.packaged import PACKAGED
 from featurestore.checkpoints.weights import BUILT
-from featurestore.cluster import code_here, in_order, refuse_other_code
+from featurestore.cluster import code_here, in_order, refuse_other_code, whole_worker
 from featurestore.devices import PRECISIONS, reproducible
 from featurestore.errors import FeatureStoreError
 from featurestore.files import PARTIAL
@@ -258,7 +258,6 @@ def _remove_files(order: _Order, task: _Task) -> None:
 
 # In a worker.
 
-_one_at_a_time = threading.Lock()  # a worker with several threads computes one shard with all of them
 _jobs: dict[str, CachingJob] = {}  # the last run's alone, as the network
 _loaded: dict[tuple[str, tuple[str, ...]], Loaded] = {}
 
@@ -285,9 +284,7 @@ class _OneShard:
 
 def _compute_shard(order: _Order, task: _Task) -> _Done:
     """Photographs of one shard to rows in its files. What ends it is returned beside what was written before."""
-    from distributed import get_worker
-
-    worker, told, n = get_worker(), 0.0, 0
+    told, n = 0.0, 0
     found: list[Failure] = []
     error: FeatureStoreError | OSError | None = None
     sink: _OneShard | None = None
@@ -301,11 +298,11 @@ def _compute_shard(order: _Order, task: _Task) -> _Done:
             told = time.monotonic()
             worker.log_event(order.attempt, (task.shard, n))
 
-    with _one_at_a_time:
+    with whole_worker(order.threads) as worker:
         try:
             _require_mark(order, worker.address)
             started = time.perf_counter()
-            job, loaded, fresh = _prepared(order, list(task.parts), worker.address, worker.state.nthreads)
+            job, loaded, fresh = _prepared(order, list(task.parts), worker.address)
             loading = time.perf_counter() - started if fresh else 0.0
             attempt = f"{order.attempt}-{uuid.uuid4().hex[:_ID]}"
             told = time.monotonic()
@@ -332,14 +329,10 @@ def _compute_shard(order: _Order, task: _Task) -> _Done:
 
 def _unreadable(order: _Order, photos: list[Photo]) -> list[tuple[int, str]]:
     """Places of those photographs that give no pixels, and why."""
-    from distributed import get_worker
-
-    worker = get_worker()
-    with _one_at_a_time:
+    with whole_worker(order.threads) as worker:
         _require_mark(order, worker.address)
         job = _checked(order, worker.address)
-        workers = order.request.workers or order.threads or worker.state.nthreads
-        found = failures(photos, job.recipe, workers, order.request.max_pixels)
+        found = failures(photos, job.recipe, decoding_threads(job), order.request.max_pixels)
     return [(photos.index(failure.photo), failure.reason) for failure in found]
 
 
@@ -356,7 +349,7 @@ def _checked(order: _Order, address: str) -> CachingJob:
     if order.attempt in _jobs:
         return _jobs[order.attempt]
     refuse_other_code({address: code_here()}, order.code)
-    request = order.request
+    request = replace(order.request, workers=order.request.workers or min(4, torch.get_num_threads()))
     try:
         job = prepare_job(replace(request, device=_own_gpu(request.device)))
     except (FeatureStoreError, OSError) as error:
@@ -374,12 +367,9 @@ def _checked(order: _Order, address: str) -> CachingJob:
     return job
 
 
-def _prepared(order: _Order, layers: list[str], address: str, nthreads: int) -> tuple[CachingJob, Loaded, bool]:
+def _prepared(order: _Order, layers: list[str], address: str) -> tuple[CachingJob, Loaded, bool]:
     """The job and its network, and whether it was loaded just now: once in each process, as long as the layers are the same."""
     job = _checked(order, address)
-    threads = order.threads or nthreads
-    torch.set_num_threads(threads)  # of this thread, which need not be the one of the task before
-    job = replace(job, request=replace(job.request, workers=job.request.workers or min(4, threads)))
     key = order.attempt, tuple(layers)
     fresh = key not in _loaded
     if fresh:
