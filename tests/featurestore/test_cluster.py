@@ -258,23 +258,26 @@ def test_a_scheduler_that_is_none(address: str) -> None:
         pass
 
 
-def _squared(number: int) -> int:
-    time.sleep(0.2 * (number == 0))
+def _squared(number: int, last: int) -> int:
+    time.sleep(0.3 if number == last else 0)
     return number**2
 
 
+def _slow_but_for_the_first(number: int) -> int:
+    time.sleep(0.3 if number else 0)
+    return number
+
+
 def test_results_come_in_order_and_calls_are_made_a_few_at_a_time(client: Client) -> None:
+    assert list(in_order(client, _squared, ((n, 0) for n in range(40)))) == [n**2 for n in range(40)]
+    assert list(in_order(client, _squared, ())) == []
     begun: list[int] = []
-
-    def calls() -> Iterator[tuple[int]]:
-        for number in range(40):
-            begun.append(number)
-            yield (number,)
-
-    results = in_order(client, _squared, calls())
+    results = in_order(client, _slow_but_for_the_first, ((begun.append(n) or n,) for n in range(200)))
     assert next(results) == 0
-    assert len(begun) < 40 or len(client.scheduler_info(n_workers=-1)["workers"]) > 4
-    assert list(results) == [number**2 for number in range(1, 40)]
+    assert len(begun) < 100
+    results.close()
+    with pytest.raises(ZeroDivisionError):
+        list(in_order(client, divmod, ((1, n) for n in (2, 1, 0))))
 
 
 def test_a_cluster_checks_a_store(cluster: LocalCluster, tiny, tmp_path: Path) -> None:
