@@ -33,6 +33,7 @@ lint: .venv/ready ## check style and types
 benchmark: .venv/ready ## measure speed and memory, each beside what it is compared with
 	$(BIN)/python -m tests.benchmarks.bench_store
 	$(BIN)/python -m tests.benchmarks.bench_cold
+	$(BIN)/python -m tests.benchmarks.bench_cluster
 	$(BIN)/python -m tests.benchmarks.bench_networks
 	$(BIN)/python -m tests.benchmarks.bench_heads
 	$(BIN)/python -m tests.benchmarks.bench_queries

@@ -1,8 +1,6 @@
 """Runs carried out side by side: in this process, in several on this machine, or on a Dask cluster."""
 
 import logging
-import os
-import socket
 import warnings
 from collections.abc import Callable, Sequence
 from contextlib import ExitStack
@@ -10,6 +8,7 @@ from dataclasses import asdict, replace
 from pathlib import Path
 from typing import Any
 
+from featurestore.cluster import connected, cores, log_from, quieten
 from featurestore.errors import FeatureStoreError
 from featurestore.memory import give_back_memory, keep_freed_memory
 from heads.grid import Grid
@@ -25,11 +24,6 @@ def default_jobs(grid: Grid) -> int:
     return 1 if max(grid.parameters.values(), default=0) > _LARGE else min(cores(), grid.runs)
 
 
-def cores() -> int:
-    """Cores that this process may use."""
-    return len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1
-
-
 def run_grid(
     parts: Sequence[tuple[Task, Sequence[Run]]],
     folder: Path,
@@ -38,7 +32,6 @@ def run_grid(
     report: OnEpoch = lambda label, epoch: None,
     done: Callable[[Run, dict[str, Any] | FeatureStoreError], None] = lambda run, result: None,
     died: Callable[[Run], None] = lambda run: None,
-    connect: str = "20s",
     every: float = 60.0,
 ) -> None:
     """Do all runs of all tasks; ``done`` is told each one's result, or the error that ended it, while the others go on.
@@ -62,16 +55,13 @@ def run_grid(
     # Half a second that a single run need not wait for.
     from distributed import Client, KilledWorker, LocalCluster, as_completed
 
-    if not local:
-        _require_scheduler(scheduler)
     with ExitStack() as stack:
-        _quieten(stack)
-        address: Any = scheduler
         if local:
+            quieten(stack)
             stack.enter_context(warnings.catch_warnings())
             warnings.filterwarnings("ignore", category=UserWarning, module=r"distributed\b")  # such as of a port in use
             processes = scheduler == "processes"
-            address = stack.enter_context(
+            cluster = stack.enter_context(
                 LocalCluster(
                     n_workers=jobs if processes else 1,
                     threads_per_worker=1 if processes else jobs,
@@ -81,10 +71,9 @@ def run_grid(
                     silence_logs=False,
                 )
             )
-        try:
-            client = stack.enter_context(Client(address, timeout=connect))
-        except (OSError, ValueError, TimeoutError) as error:
-            raise _no_scheduler(scheduler, error) from None
+            client = stack.enter_context(Client(cluster))
+        else:
+            client = stack.enter_context(connected(scheduler, ("featurestore", "heads")))
         client.subscribe_topic("epoch", lambda event: report(event[1]["label"], _received(event[1])))
         waiting: dict[Any, Run] = {}
         for task, runs in parts:
@@ -119,7 +108,7 @@ def run_grid(
                 done(waiting[future], result)
         except KeyboardInterrupt:
             STOP.set()
-            _log_from(logging.CRITICAL + 1)  # all that Dask still says is of the stopping
+            log_from(logging.CRITICAL + 1)  # all that Dask still says is of the stopping
             client.cancel(list(waiting))
             raise
 
@@ -131,25 +120,6 @@ def _needs_processes(advice: str) -> FeatureStoreError:
     )
 
 
-def _quieten(stack: ExitStack) -> None:
-    """Dask's log lines below errors stay out of the output, of its workers all; ``stack`` undoes it.
-
-    A worker's own errors come as its run's result; what it logs beside them is of the stopping, such as a heartbeat cut short.
-    """
-    import dask
-
-    for handler in logging.getLogger("distributed").handlers:
-        stack.callback(handler.setLevel, handler.level)
-    _log_from(logging.ERROR)
-    # Workers read it from their environment, as they set up logging when they import distributed.
-    stack.enter_context(dask.config.set({"distributed.nanny.pre-spawn-environ.DASK_LOGGING__DISTRIBUTED": "critical"}))
-
-
-def _log_from(level: int) -> None:
-    for handler in logging.getLogger("distributed").handlers:
-        handler.setLevel(level)
-
-
 _KINDS = {kind.__name__: kind for kind in (Epoch, Pace, Preparation)}
 
 
@@ -157,24 +127,6 @@ def _received(event: dict[str, Any]) -> Progress:
     """What ``_remote`` sent."""
     line: Progress = _KINDS[event["kind"]](**event["line"])
     return line
-
-
-def _require_scheduler(address: str) -> None:
-    """FeatureStoreError at once if nobody answers there: Dask's own client retries until its timeout."""
-    from distributed.comm.addressing import get_address_host_port
-
-    try:
-        with socket.create_connection(get_address_host_port(address), timeout=5):
-            pass
-    except (OSError, ValueError, TypeError) as error:
-        raise _no_scheduler(address, error) from None
-
-
-def _no_scheduler(address: str, error: Exception) -> FeatureStoreError:
-    return FeatureStoreError(
-        f"there is no Dask scheduler at {address!r}: {error}. Give `scheduler` threads, processes, or an address "
-        "such as tcp://host:8786."
-    )
 
 
 def _attempt(task: Task, each: Run, folder: Path, report: OnEpoch, every: float) -> dict[str, Any] | FeatureStoreError:

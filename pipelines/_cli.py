@@ -7,9 +7,11 @@ import os
 import re
 import sys
 import time
-from collections.abc import Callable, Collection
+from collections.abc import Callable, Collection, Iterator, Sequence
+from contextlib import contextmanager
+from functools import partial
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 import click
 from click.shell_completion import CompletionItem
@@ -17,6 +19,9 @@ from click.shell_completion import CompletionItem
 from featurestore.errors import FeatureStoreError
 from featurestore.text import with_urls
 from pipelines._params import Expression
+
+if TYPE_CHECKING:
+    from distributed import Client
 
 DEMO_IMAGES = Path("store/demo_faces")
 DEMO_STORE = Path("store/demo.zarr")
@@ -162,6 +167,39 @@ def kept_memory(device: str) -> str:
     from featurestore.memory import keep_freed_memory
 
     return keep_freed_memory() if choose_device(device).type == "cpu" else ""
+
+
+def scheduler_option(function: Callable[..., Any]) -> Callable[..., Any]:
+    """``--scheduler`` of a command that divides its work into tasks."""
+    return click.option(
+        "--scheduler",
+        metavar="ADDRESS",
+        help="Let the workers of a Dask cluster do it, such as tcp://127.0.0.1:8786, which see the same files at the same paths.",
+    )(function)
+
+
+@contextmanager
+def asked_cluster(
+    scheduler: str | None, processes: int | None = None, packages: Sequence[str] = ("featurestore",)
+) -> "Iterator[Client | None]":
+    """A client of the cluster at an address, or of one of ``processes`` made for the command; None where neither is given."""
+    if scheduler is None and processes is None:
+        yield None
+        return
+    from featurestore.cluster import connected, local_cluster
+
+    with connected(scheduler, packages) if scheduler else local_cluster(processes or 1) as client:
+        yield client
+
+
+def tasks_of(client: "Client | None") -> dict[str, Any]:
+    """The argument ``calls`` of what divides its work into tasks; none without a cluster."""
+    if client is None:
+        return {}
+    from featurestore.cluster import described, in_order
+
+    click.echo(f"  cluster: {described(client)}", err=True)
+    return {"calls": partial(in_order, client)}
 
 
 def note_left_out(failures: Collection[object], what: str) -> None:

@@ -12,16 +12,21 @@ from pipelines._cli import (
     DEMO_STORE,
     Command,
     as_typed,
+    asked_cluster,
     complete_backbones,
     kept_memory,
     note_left_out,
     progress_bar,
+    scheduler_option,
     weights_file,
 )
 from pipelines._params import Device
 
 if TYPE_CHECKING:
-    from featurestore.caching.extractor import Loaded
+    from distributed import Client
+
+    from featurestore.caching.cluster import ClusterPass
+    from featurestore.caching.estimate import Estimate
     from featurestore.caching.job import CachingJob, CachingRequest
     from featurestore.caching.plan import Plan
     from featurestore.caching.run import Summary
@@ -55,6 +60,10 @@ Examples:
   # faces found in the photographs, and cut out by what the recipe takes: boxes, or landmarks
   python pipelines/cache_layers.py --layers descriptor --backbone inception_resnet_v1 --weights download \
       --images photos --find-faces
+
+  # in four processes of this machine; on a Dask cluster whose workers see the same files
+  python pipelines/cache_layers.py --layers maxp_5_3 --images photos --weights vgg_face.pth --processes 4
+  python pipelines/cache_layers.py --layers maxp_5_3 --images photos --weights vgg_face.pth --scheduler tcp://10.0.0.5:8786
 
   # photographs were renamed, or deleted; --dry-run shows what would be done
   python pipelines/cache_layers.py --layers maxp_5_3 --images photos --weights vgg_face.pth --rename
@@ -213,12 +222,26 @@ def _complete_recipes(ctx: click.Context, param: click.Parameter, incomplete: st
     help="Items in one shard file of a new store. [default: 256]",
 )
 @click.option(
+    "--processes",
+    type=click.IntRange(1),
+    metavar="N",
+    help="Compute in N processes of this machine, which share its cores; with GPUs, each on one of its own.",
+)
+@scheduler_option
+@click.option(
     "--dry-run",
     is_flag=True,
     help="Print the plan, and what the store will take, and stop. Photographs of a list need not be there yet.",
 )
 def main(
-    list_layers: bool, draw: Path | None, dry_run: bool, rename: bool, forget: tuple[str, ...], **options: Any
+    list_layers: bool,
+    draw: Path | None,
+    dry_run: bool,
+    rename: bool,
+    forget: tuple[str, ...],
+    processes: int | None,
+    scheduler: str | None,
+    **options: Any,
 ) -> None:
     """Run a frozen network over face photographs and keep the named layers, keyed by face and view."""
     if list_layers:
@@ -226,25 +249,38 @@ def main(
         return
     if draw:
         raise click.UsageError("--draw belongs to --list-layers.")
+    if processes and scheduler:
+        raise click.UsageError("--processes makes a cluster, --scheduler names one that runs: give one of the two.")
     request = _request(dry_run=dry_run, **options)
     from featurestore.caching.job import prepare_job
     from featurestore.caching.run import cache_layers
+    from featurestore.caching.scale import scale_lines
     from featurestore.store.lock import store_lock
 
+    if processes or scheduler:
+        from featurestore.caching.cluster import refuse_url
+
+        refuse_url(request.store)
     job = prepare_job(request)
     if dry_run:
         if rename or forget:
             _rename_and_forget(job, rename, forget, dry_run)
-        _plan(job, dry_run)
+        plan = _make_plan(job)
+        _print_plan(plan, dry_run)
+        timed = _timed(job, plan)
+        click.echo("\n" + "\n".join(scale_lines(plan, timed)))
         return
-    with store_lock(request.store, "pipelines/cache_layers.py"):
+    with asked_cluster(scheduler, processes) as client, store_lock(request.store, "pipelines/cache_layers.py"):
         if rename or forget:
             _rename_and_forget(job, rename, forget, dry_run)
-        plan, loaded = _plan(job, dry_run)
+        plan = _make_plan(job)
+        _print_plan(plan, dry_run)
+        elsewhere = _on_cluster(client, processes) if client else None
+        timed = None if client else _timed(job, plan)
         click.echo()
         plan.refuse_if_full()
         with progress_bar(plan.images, "computing") as bar:
-            summary = cache_layers(job, plan, bar.update, loaded)
+            summary = cache_layers(job, plan, bar.update, timed.loaded if timed else None, elsewhere)
     _report(plan, summary)
     if summary.interrupted:
         click.get_current_context().exit(130)
@@ -378,24 +414,35 @@ def _make_plan(job: "CachingJob") -> "Plan":
         return make_plan(job, bar.update)
 
 
-def _plan(job: "CachingJob", dry_run: bool) -> "tuple[Plan, Loaded | None]":
-    """The plan, printed, and the network if it was timed for it. Renamed photographs end a run that is not dry."""
-    from featurestore.caching.estimate import estimate
-    from featurestore.caching.scale import scale_lines
-
-    plan = _make_plan(job)
+def _print_plan(plan: "Plan", dry_run: bool) -> None:
+    """Renamed photographs end a run that is not dry."""
     click.echo(f"Plan{' (nothing is run)' if dry_run else ''}\n{as_typed(str(plan))}")
     if not dry_run:
         plan.refuse_if_renamed()
+
+
+def _on_cluster(client: "Client", processes: int | None) -> "ClusterPass":
+    """What computes on the cluster's workers, which the plan names; the cores are divided among ``processes`` made for it."""
+    from featurestore.caching.cluster import ClusterPass
+    from featurestore.cluster import cores, described
+
+    threads = max(1, cores() // processes) if processes else None
+    each = f" ({threads} thread{'s' if threads > 1 else ''} each)" if threads else ""
+    click.echo(f"  {'cluster':<9} {described(client)}{each}")
+    return ClusterPass(client, threads)
+
+
+def _timed(job: "CachingJob", plan: "Plan") -> "Estimate | None":
+    """How buffers are kept and how long it will take, printed for the plan."""
+    from featurestore.caching.estimate import estimate
+
     kept = kept_memory(job.request.device)
     if kept:
         click.echo(f"  {'buffers':<9} {kept}")
     timed = estimate(job, plan)
     if timed:
         click.echo(f"  {'time':<9} {timed}")
-    if dry_run:
-        click.echo("\n" + "\n".join(scale_lines(plan, timed)))
-    return plan, timed.loaded if timed else None
+    return timed
 
 
 def _list_layers(backbone: str, recipe: str | None, draw: Path | None) -> None:

@@ -8,11 +8,12 @@ import click
 from click.shell_completion import CompletionItem
 
 from heads.explain.names import METHODS
-from pipelines._cli import Command, kept_memory, progress_bar
+from pipelines._cli import Command, asked_cluster, kept_memory, progress_bar, scheduler_option, tasks_of
 from pipelines._params import Device, Expression
 
 if TYPE_CHECKING:
     import pandas as pd
+    from distributed import Client
 
     from heads.explain.archive import Archive
     from heads.explain.job import ExplainPlan
@@ -27,6 +28,9 @@ Examples:
 
   # what would that cost? Nothing is written
   python pipelines/explain_heads.py --run NAME --method integrated-gradients --n 200 --dry-run
+
+  # many trials, explained by the workers of a Dask cluster
+  python pipelines/explain_heads.py --run NAME --n 2000 --scheduler tcp://127.0.0.1:8786
 
   # by facial region, from the landmarks of pipelines/find_faces.py or from a mask of your own
   python pipelines/explain_heads.py --run NAME --landmarks store/photos_faces.csv
@@ -154,6 +158,7 @@ def _complete_methods(ctx: click.Context, param: click.Parameter, incomplete: st
     metavar="A B …",
     help="Compare the regions of explained runs, folders of --out, on the trials that they share, and stop.",
 )
+@scheduler_option
 @click.option("--dry-run", is_flag=True, help="Print the plan and stop.")
 def main(
     run: str | None,
@@ -168,6 +173,7 @@ def main(
     export_masked: Path | None,
     hide: float,
     compare: tuple[Path, ...],
+    scheduler: str | None,
     dry_run: bool,
     **options: Any,
 ) -> None:
@@ -197,7 +203,8 @@ def main(
     if export_masked and len(plan.legs) > 1:
         raise click.UsageError("--export-masked is for trials of one source; choose them with --where.")
     regions_of = _regions(plan, given)
-    archive = _explain(plan, out)
+    with asked_cluster(scheduler, packages=("featurestore", "heads")) as client:
+        archive = _explain(plan, out, client)
     _report(plan, archive, out, regions_of)
     if figures:
         _draw(plan, out, min(figures, len(plan)))
@@ -229,14 +236,14 @@ def _plan_text(plan: "ExplainPlan", out: Path, kept: str) -> str:
     return "\n".join(f"  {line}" for line in lines)
 
 
-def _explain(plan: "ExplainPlan", out: Path) -> "Archive":
+def _explain(plan: "ExplainPlan", out: Path, client: "Client | None") -> "Archive":
     from featurestore.memory import give_back_memory
     from heads.explain.run import explain
 
     with progress_bar(plan.photographs, "comparing with cached rows", " photographs") as compared:
         plan.check(compared.update)
     with progress_bar(len(plan), "explaining", " trials") as explained:
-        archive = explain(plan, out, explained.update)
+        archive = explain(plan, out, explained.update, **tasks_of(client))
     give_back_memory()
     return archive
 

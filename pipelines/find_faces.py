@@ -4,7 +4,7 @@ from pathlib import Path
 
 import click
 
-from pipelines._cli import Command, note_left_out, progress_bar
+from pipelines._cli import Command, asked_cluster, note_left_out, progress_bar, scheduler_option, tasks_of
 
 SOME_MISSED = 3  # exit status; 1 is an error, after which there is no table
 
@@ -19,6 +19,9 @@ Examples:
 
   # photographs of several people
   python pipelines/find_faces.py photos --out faces.csv --several all
+
+  # many photographs, searched by the workers of a Dask cluster
+  python pipelines/find_faces.py photos --out faces.csv --scheduler tcp://127.0.0.1:8786
 
 Run it again with more photographs, or after an interruption: faces of unchanged photographs are taken from the table.
 Exit status: 0 if a face was found in every photograph, 3 if the table lacks some, which are listed.
@@ -57,15 +60,25 @@ Exit status: 0 if a face was found in every photograph, 3 if the table lacks som
     metavar="N",
     help="Photographs of more pixels count as ones that cannot be read. [default: 102 million; of WebP half]",
 )
+@scheduler_option
 def main(
-    images: Path, out: Path, sheet: Path | None, several: str, pattern: str | None, max_pixels: int | None
+    images: Path,
+    out: Path,
+    sheet: Path | None,
+    several: str,
+    pattern: str | None,
+    max_pixels: int | None,
+    scheduler: str | None,
 ) -> None:
     """Find the face in each photograph of IMAGES, a folder or a CSV with face_id, view, path."""
     from featurestore.photos import detection
     from featurestore.photos.keys import find_faces
 
     photographs = find_faces(images, pattern)
-    with progress_bar(len(photographs.table), "finding faces", " photographs") as bar:
+    with (
+        asked_cluster(scheduler) as client,
+        progress_bar(len(photographs.table), "finding faces", " photographs") as bar,
+    ):
         found = detection.detect_faces(
             photographs,
             several,  # type: ignore[arg-type]
@@ -73,6 +86,7 @@ def main(
             save=out,
             progress=bar.update,
             max_pixels=max_pixels,
+            **tasks_of(client),
         )
     table = found.faces.table
     click.echo(f"{detection.note(found, len(photographs.table))}.\nTable: {out}")

@@ -5,11 +5,22 @@ from typing import TYPE_CHECKING
 
 import click
 
-from pipelines._cli import Command, as_typed, kept_memory, note_left_out, progress_bar
+from pipelines._cli import (
+    Command,
+    as_typed,
+    asked_cluster,
+    kept_memory,
+    note_left_out,
+    progress_bar,
+    scheduler_option,
+    tasks_of,
+)
 from pipelines._params import Device
 
 if TYPE_CHECKING:
     from collections.abc import Sequence
+
+    from distributed import Client
 
     from featurestore.caching.verify import Damage, Recomputation, StoreReport
     from featurestore.store.reader import FeatureStore, Source
@@ -19,6 +30,9 @@ Examples:
 
   python pipelines/verify_store.py store/demo.zarr
   python pipelines/verify_store.py store/photos.zarr --weights vgg_face.pth --repair
+
+  # a large store, read by the workers of a Dask cluster
+  python pipelines/verify_store.py store/photos.zarr --scheduler tcp://127.0.0.1:8786
 """
 
 
@@ -46,6 +60,7 @@ Examples:
 )
 @click.option("--repair", is_flag=True, help="Recompute damaged records, and only those.")
 @click.option("--device", type=Device(), default="auto", show_default=True)
+@scheduler_option
 def main(
     store: Path,
     source: str | None,
@@ -54,18 +69,20 @@ def main(
     n_recompute: int,
     repair: bool,
     device: str,
+    scheduler: str | None,
 ) -> None:
     """Check every document, record and checksum of STORE, keys, NaN and infinity; exit status 1 if anything is wrong."""
     from featurestore.errors import FeatureStoreError
     from featurestore.store.reader import FeatureStore
 
     sound = _check_files(store, repair)
-    opened = FeatureStore.open(store)
+    opened = FeatureStore.open(store.resolve() if scheduler else store)
     if backbone and all(found.attributes["backbone"] != backbone for found in opened.sources.values()):
         names = sorted({found.attributes["backbone"] for found in opened.sources.values()})
         raise FeatureStoreError(f"no source of {store} was computed by {backbone!r}, but by {', '.join(names)}.")
-    for found in [opened.source(source)] if source else opened.sources.values():
-        sound &= _verify(opened, found, weights, backbone, n_recompute, repair, device)
+    with asked_cluster(scheduler) as client:
+        for found in [opened.source(source)] if source else opened.sources.values():
+            sound &= _verify(opened, found, weights, backbone, n_recompute, repair, device, client)
     if not opened.sources:
         click.echo(as_typed(f"{store} holds no source."))
     if not sound:
@@ -101,6 +118,7 @@ def _verify(
     n: int,
     repair: bool,
     device: str,
+    client: "Client | None",
 ) -> bool:
     from featurestore.caching.provenance import weights_of
     from featurestore.caching.verify import Recomputation, check_source, recompute_some
@@ -109,7 +127,7 @@ def _verify(
 
     click.echo(f"{source.name}: {source.n_items} items, layers {', '.join(source.layers) or 'none'}")
     with progress_bar(source.n_items * len(source.layers), "checking", " rows") as bar:
-        report = check_source(source, bar.update)
+        report = check_source(source, bar.update, **tasks_of(client))
     recomputed = Recomputation()
     not_recomputed = []
     if n and source.layers:

@@ -21,6 +21,7 @@ GROUND = (
     "devices",
     "memory",
     "intervals",
+    "cluster",
     "discovery",
     "conditions",
     "safe_pickle",

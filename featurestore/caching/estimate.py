@@ -15,7 +15,8 @@ from featurestore.caching.compute import compute
 from featurestore.caching.extractor import Loaded, load
 from featurestore.caching.job import CachingJob
 from featurestore.caching.plan import Plan
-from featurestore.caching.run import decoding_threads, photos_to_append, photos_to_fill
+from featurestore.caching.run import photos_to_append, photos_to_fill
+from featurestore.caching.stream import decoding_threads
 from featurestore.demo.dataset import make_faces
 from featurestore.devices import PRECISIONS, reproducible
 from featurestore.photos.boxes import place_of

@@ -1,37 +1,34 @@
 """The caching run: photographs through a frozen network into the store, once.
 
 ``job.prepare_job`` checks what was asked for, ``planning.make_plan`` compares it with the store, ``cache_layers`` computes
-what is missing. Decoding (threads), computing (this thread) and writing (one thread) overlap; at most two batches wait
-between them, so memory is bounded by the batch and not by the store.
+what is missing, in this process (``stream``) or in many (``cluster``).
 """
 
-import os
 import time
-from collections import deque
-from collections.abc import Mapping
-from concurrent.futures import Future, ThreadPoolExecutor
+from collections.abc import Callable, Mapping
 from dataclasses import dataclass, field
 
 import numpy as np
 import pandas as pd
 import torch
 
-from featurestore.caching.capture_check import check_among_others
-from featurestore.caching.compute import compute
 from featurestore.caching.extractor import Loaded, load
 from featurestore.caching.job import CachingJob
 from featurestore.caching.plan import CountPhotographs, LayerPlan, Plan
-from featurestore.caching.shard_sink import ShardSink
+from featurestore.caching.shard_sink import Registration, ShardSink
+from featurestore.caching.stream import stream
 from featurestore.devices import PRECISIONS, reproducible
 from featurestore.errors import FeatureStoreError
 from featurestore.keys import KEY, Place
 from featurestore.photos.boxes import place_of
-from featurestore.photos.loading import Failure, Photo, batches
+from featurestore.photos.loading import Failure, Photo
 from featurestore.store.reader import Source
 from featurestore.store.rows import present_rows
 from featurestore.store.writer import SourceWriter
 
-_WAITING = 2  # batches between the network and the disk
+# Carries out a stage in other processes, and returns the seconds that loading took them: the job, where its rows are put, the
+# photographs, and what is to be told of each failure and of the number of photographs just finished.
+Elsewhere = Callable[[CachingJob, Registration, list[Photo], Callable[[Failure], None], CountPhotographs], float]
 
 
 @dataclass
@@ -50,16 +47,21 @@ class Summary:
 
 
 def cache_layers(
-    job: CachingJob, plan: Plan, progress: CountPhotographs = lambda n: None, loaded: Loaded | None = None
+    job: CachingJob,
+    plan: Plan,
+    progress: CountPhotographs = lambda n: None,
+    loaded: Loaded | None = None,
+    elsewhere: Elsewhere | None = None,
 ) -> Summary:
     """Carry out ``plan``, under ``store_lock``. Ctrl-C ends it early with everything computed so far in the store.
 
     ``loaded`` is a network of this job that is there already; where the run needs other layers, it loads its own.
+    ``elsewhere`` computes in other processes, such as ``cluster.ClusterPass``.
 
     Raises FeatureStoreError for a photograph that cannot be read (``on_error="stop"``), NaN or infinite activations,
     or a disk that takes no more; what was computed before is kept in each case.
     """
-    run = _Run(job, plan, progress, loaded)
+    run = _Run(job, plan, progress, loaded, elsewhere)
     started = time.perf_counter()
     try:
         run.carry_out()
@@ -76,8 +78,15 @@ def cache_layers(
 
 
 class _Run:
-    def __init__(self, job: CachingJob, plan: Plan, progress: CountPhotographs, loaded: Loaded | None) -> None:
-        self.job, self.plan, self.progress, self.loaded = job, plan, progress, loaded
+    def __init__(
+        self,
+        job: CachingJob,
+        plan: Plan,
+        progress: CountPhotographs,
+        loaded: Loaded | None,
+        elsewhere: Elsewhere | None,
+    ) -> None:
+        self.job, self.plan, self.progress, self.loaded, self.elsewhere = job, plan, progress, loaded, elsewhere
         self.summary = Summary(failures=list(plan.failures))
 
     def carry_out(self) -> None:
@@ -144,51 +153,32 @@ class _Run:
 
         Returns the sha256 of each photograph by row, for those that have one already.
         """
-        job = self.job
-        sink = ShardSink(self.writer, plans, new)
-        precision = PRECISIONS[job.request.precision]
-        stream = batches(
+        registration = Registration(self.writer, plans, new)
+        try:
+            if self.elsewhere:
+                loading = self.elsewhere(self.job, registration, photos, self._note, self.progress)
+                self.summary.loading += loading
+            else:
+                self._stage_here(registration, photos)
+        finally:
+            self.summary.computed += registration.computed
+            self.summary.bytes_written += registration.n_bytes
+        return registration.hashes
+
+    def _stage_here(self, registration: Registration, photos: list[Photo]) -> None:
+        with reproducible():
+            network = self._network(list(registration.layers))
+        stream(
+            self.job,
+            network,
             photos,
-            job.recipe,
-            slots=next(iter(plans.values())).layer.slots,
-            next_row=self.writer.n_items,
-            batch_size=job.batch_size,
-            workers=decoding_threads(job),
-            skip=job.request.on_error == "skip",
-            pin=job.device.type == "cuda",
-            max_pixels=job.request.max_pixels,
+            registration.layers,
+            ShardSink(registration),
+            next_row=registration.registered,
+            skip=self.job.request.on_error == "skip",
+            failed=self._note,
+            progress=self.progress,
         )
-        dtypes = {name: part.layer.dtype for name, part in plans.items()}
-        waiting: deque[Future[None]] = deque()
-        checked = False
-        with ThreadPoolExecutor(1, thread_name_prefix="write") as thread, reproducible():
-            network = self._network(list(plans))
-            try:
-                for batch in stream:
-                    if isinstance(batch, Failure):
-                        self._note(batch)
-                        continue
-                    outputs = compute(network, job.recipe, batch.pixels, job.device, precision, dtypes)
-                    if job.spec.equal is None and len(batch.rows) > 1 and not checked:  # a network that is not ours
-                        one = compute(network, job.recipe, batch.pixels[:1], job.device, precision, dtypes)
-                        outputs.wait(), one.wait()
-                        check_among_others(job.spec, outputs.rows, one.rows)
-                        checked = True
-                    waiting.append(thread.submit(sink.write, batch, outputs))
-                    while len(waiting) > _WAITING or (waiting and waiting[0].done()):
-                        waiting.popleft().result()
-                    self.progress(len(batch.rows))
-            finally:
-                # Also on the way out of an error or Ctrl-C: whatever was computed before it is worth keeping.
-                stream.close()
-                try:
-                    while waiting:
-                        waiting.popleft().result()
-                finally:
-                    thread.submit(sink.close).result()
-                    self.summary.computed += sink.computed
-                    self.summary.bytes_written += sink.bytes_written
-        return sink.hashes
 
     def _network(self, layers: list[str]) -> torch.nn.Module:
         """The extractor of ``layers``; the one before it is kept if it is the same, and freed otherwise."""
@@ -222,11 +212,6 @@ def photos_to_append(job: CachingJob, plan: Plan) -> list[Photo]:
     new = plan.new
     known = zip(new["face_id"], new["view"], new["path"], _places(job, new), strict=True)
     return [Photo(face, view, path, place=place) for face, view, path, place in known]
-
-
-def decoding_threads(job: CachingJob) -> int:
-    """Threads that read and decode, beside the one that computes."""
-    return job.request.workers or min(4, os.cpu_count() or 1)
 
 
 def _places(job: CachingJob, table: pd.DataFrame) -> list[Place | None]:

@@ -4,6 +4,7 @@ import os
 from collections.abc import Callable, Iterable, Iterator
 from dataclasses import dataclass, field
 from itertools import combinations
+from typing import Any
 
 import numpy as np
 import torch
@@ -12,6 +13,7 @@ from featurestore.caching.compute import compute
 from featurestore.caching.extractor import load_extractor
 from featurestore.caching.provenance import photo_of, precision_of, recipe_of
 from featurestore.checkpoints.weights import Weights
+from featurestore.cluster import Calls
 from featurestore.devices import PRECISIONS, reproducible
 from featurestore.errors import FeatureStoreError
 from featurestore.networks.registry import known_backbone
@@ -96,6 +98,10 @@ class Recomputation:
     failures: tuple[Failure, ...] = ()
 
 
+def _in_threads(function: Callable[..., Any], tasks: Iterable[tuple[Any, ...]]) -> Iterator[Any]:
+    return thread_pool().map(lambda task: function(*task), tasks)
+
+
 @dataclass(frozen=True)
 class _ShardCheck:
     records: int
@@ -104,10 +110,13 @@ class _ShardCheck:
     checksums: np.ndarray  # int64 per row, -1 where there is none
 
 
-def check_source(source: Source, progress: Callable[[int], object] = lambda n: None) -> StoreReport:
+def check_source(
+    source: Source, progress: Callable[[int], object] = lambda n: None, calls: Calls = _in_threads
+) -> StoreReport:
     """Every byte of every shard, NaN and infinity, keys, and layers that repeat each other. Reads everything once.
 
-    A record has to be whole and the one that is noted of its item; what lies between records has to be zero.
+    ``calls`` checks shards: in threads, or as tasks of a cluster. A record has to be whole and the one that is noted of its item;
+    what lies between records has to be zero.
     """
     names = [f"({face!r}, {view!r})" for face, view in source.keys]
     checksums: dict[str, np.ndarray] = {}
@@ -121,9 +130,9 @@ def check_source(source: Source, progress: Callable[[int], object] = lambda n: N
             checksums[name] = np.full(layer.n_items, -1, np.int64)
             progress(layer.n_items)
             continue
-        for check in thread_pool().map(
-            lambda shard, layer=layer, noted=noted: _check_shard(layer, shard, names, noted), range(layer.n_shards)
-        ):
+        rows = [slice(each.start, each.stop) for each in map(layer.shard_rows, range(layer.n_shards))]
+        tasks = [(layer, shard, names[each], None if noted is None else noted[each]) for shard, each in enumerate(rows)]
+        for check in calls(_check_shard, tasks):
             checks.append(check)
             progress(len(check.checksums))
         checksums[name] = np.concatenate([check.checksums for check in checks]) if checks else np.empty(0, np.int64)
@@ -173,6 +182,7 @@ def _copies(source: Source) -> Iterator[str]:
 
 
 def _check_shard(layer: Layer, shard: int, names: list[str], noted: np.ndarray | None) -> _ShardCheck:
+    """``names`` and ``noted`` checksums are those of the shard's rows."""
     rows = layer.shard_rows(shard)
     checksums = np.full(len(rows), -1, np.int64)
     damage: list[Damage] = []
@@ -180,9 +190,11 @@ def _check_shard(layer: Layer, shard: int, names: list[str], noted: np.ndarray |
     try:
         with open_shard(layer, shard) as opened:
             present = opened[1].present[: len(rows)] if opened else np.zeros(len(rows), bool)
-            cached = present if noted is None else noted[rows.start : rows.stop] >= 0
-            for row in (rows.start + np.flatnonzero(cached & ~present)).tolist():
-                damage.append(Damage(layer.name, shard, row, names[row], "the row was cached and is gone"))
+            cached = present if noted is None else noted >= 0
+            for slot in np.flatnonzero(cached & ~present).tolist():
+                damage.append(
+                    Damage(layer.name, shard, rows.start + slot, names[slot], "the row was cached and is gone")
+                )
             for slot in np.flatnonzero(cached & present).tolist():
                 assert opened
                 row = rows.start + slot
@@ -191,13 +203,13 @@ def _check_shard(layer: Layer, shard: int, names: list[str], noted: np.ndarray |
                     record = read_record(*opened, slot)
                     values = layer.record.decode(record)
                     checksums[slot] = layer.record.checksum(record)
-                    if noted is not None and checksums[slot] != noted[row]:
+                    if noted is not None and checksums[slot] != noted[slot]:
                         raise DamagedShard(NOT_ITS_OWN)
                     bad = int((~np.isfinite(values)).sum())
                     if bad:
-                        damage.append(Damage(layer.name, shard, row, names[row], f"{bad} values are NaN or infinite"))
+                        damage.append(Damage(layer.name, shard, row, names[slot], f"{bad} values are NaN or infinite"))
                 except DamagedShard as error:
-                    damage.append(Damage(layer.name, shard, row, names[row], str(error)))
+                    damage.append(Damage(layer.name, shard, row, names[slot], str(error)))
             if opened and _filled_gap(layer, *opened):
                 damage.append(Damage(layer.name, shard, -1, "", "bytes between its records are not zero"))
             absent = int((~cached).sum())

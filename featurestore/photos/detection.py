@@ -14,7 +14,7 @@ from collections import deque
 from collections.abc import Callable, Iterator
 from concurrent.futures import Future, ThreadPoolExecutor
 from dataclasses import dataclass, replace
-from functools import partial
+from functools import cache, partial
 from itertools import takewhile
 from pathlib import Path
 from typing import Any, Literal
@@ -23,6 +23,7 @@ import cv2
 import numpy as np
 import pandas as pd
 
+from featurestore.cluster import Calls, whole_worker
 from featurestore.errors import FeatureStoreError
 from featurestore.files import write_atomically
 from featurestore.keys import BOX, KEY, LANDMARKS
@@ -48,6 +49,11 @@ _SAVE_EVERY = 60.0  # seconds
 _TILE, _LABEL, _ACROSS, _MOST_TILES = 96, 14, 16, 800  # pixels, pixels, tiles in a row, tiles on a contact sheet
 
 
+_AT_ONCE = 16  # photographs of a cluster's task
+
+_Searched = tuple[
+    dict[str, Any], list[dict[str, Any]] | str
+]  # a photograph's row, and its faces or what is wrong with it
 _Known = dict[tuple[str, str], list[dict[str, Any]]]  # what a table says of the faces of a photograph, by face and view
 
 
@@ -155,17 +161,24 @@ def detect_faces(
     save: Path | None = None,
     progress: Callable[[int], object] = lambda n: None,
     max_pixels: int | None = None,
+    calls: Calls | None = None,
 ) -> Detected:
     """Search every photograph for its face; ``progress`` counts them. One of more than ``max_pixels`` counts as unreadable.
 
     Of ``several`` faces the ``largest`` is taken, or ``all``: the second largest as the view ``VIEW|face-2`` and so on.
     ``earlier`` is a table that ``write_table`` wrote: of photographs that are unchanged since, its rows are taken over.
     ``save`` is written as ``write_table`` does, every minute and whatever ends the search: what was found so far, and the rows
-    of ``earlier`` that were not reached. Ctrl-C ends it with the same. Raises FeatureStoreError if the packages are not
-    installed, for an ``earlier`` that is another table, and for several faces if they are to ``stop`` the search.
+    of ``earlier`` that were not reached. Ctrl-C ends it with the same. ``calls`` searches as tasks of a cluster. Raises
+    FeatureStoreError if the packages are not installed, for an ``earlier`` that is another table, and for several faces if they
+    are to ``stop`` the search.
     """
     known = _read_table(earlier, whole=several == "all") if earlier and earlier.exists() else {}
-    detector = Detector()
+    most = max_pixels or MOST_PIXELS
+    searching = (
+        _searched_in_tasks(photographs.table, known, most, calls)
+        if calls
+        else _searched(photographs.table, known, Detector(), most)
+    )
     rows: list[dict[str, Any]] = []
     missed, crowded, searched_rows, interrupted = [], [], 0, False
     columns = list(dict.fromkeys([*photographs.table.columns, *BOX, *LANDMARKS, COUNT, SEARCHED]))
@@ -177,7 +190,7 @@ def detect_faces(
 
     due = time.monotonic() + _SAVE_EVERY
     try:
-        for row, searched in _searched(photographs.table, known, detector, max_pixels or MOST_PIXELS):
+        for row, searched in searching:
             progress(1)
             searched_rows += 1
             name = f"({row['face_id']!r}, {row['view']!r}) {row['path']}"
@@ -214,9 +227,7 @@ def _keyed(row: dict[str, Any], places: list[dict[str, Any]]) -> list[dict[str, 
     return [{**row, **place, "view": view} for place, view in zip(places, views, strict=True)] if places else []
 
 
-def _searched(
-    table: pd.DataFrame, known: "_Known", detector: Detector, max_pixels: int
-) -> Iterator[tuple[dict[str, Any], list[dict[str, Any]] | str]]:
+def _searched(table: pd.DataFrame, known: "_Known", detector: Detector, max_pixels: int) -> Iterator[_Searched]:
     """Each photograph's row with its faces, or with what is wrong with it. Files are read and decoded in threads, ahead."""
     read = partial(_read, known=known, max_pixels=max_pixels)
     workers = min(4, os.cpu_count() or 1)
@@ -233,6 +244,31 @@ def _searched(
         finally:
             for _, future in waiting:
                 future.cancel()
+
+
+def _searched_in_tasks(table: pd.DataFrame, known: "_Known", max_pixels: int, calls: "Calls") -> Iterator[_Searched]:
+    """``_searched`` on the workers of a cluster, some photographs at a time."""
+    rows = table.to_dict("records")
+    chunks = [rows[start : start + _AT_ONCE] for start in range(0, len(rows), _AT_ONCE)]
+
+    def task(chunk: list[dict[str, Any]]) -> tuple[pd.DataFrame, "_Known", int]:
+        places = pd.DataFrame([{**row, "path": str(Path(row["path"]).absolute())} for row in chunk])
+        keys = [(row["face_id"], row["view"]) for row in chunk]
+        return places, {key: known[key] for key in keys if key in known}, max_pixels
+
+    for chunk, found in zip(chunks, calls(_search_some, map(task, chunks)), strict=True):
+        yield from zip(chunk, found, strict=True)
+
+
+def _search_some(table: pd.DataFrame, known: "_Known", max_pixels: int) -> list[list[dict[str, Any]] | str]:
+    with whole_worker():
+        return [searched for _, searched in _searched(table, known, _detector(), max_pixels)]
+
+
+@cache
+def _detector() -> Detector:
+    """A worker's, kept from one task to the next."""
+    return Detector()
 
 
 def _read(row: dict[str, Any], known: _Known, max_pixels: int) -> Any:

@@ -128,6 +128,12 @@ def _load_in_order(
                 future.cancel()
 
 
+def failures(photos: Iterable[Photo], recipe: Recipe, workers: int, max_pixels: int | None = None) -> list[Failure]:
+    """Those photographs that give no pixels, and why."""
+    loaded = _load_in_order(photos, recipe, workers, 2 * workers, max_pixels or MOST_PIXELS)
+    return [each for each in loaded if isinstance(each, Failure)]
+
+
 def batches(
     photos: Iterable[Photo],
     recipe: Recipe,

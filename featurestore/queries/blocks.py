@@ -16,6 +16,7 @@ from dask.system import CPU_COUNT
 from dask.utils import parse_bytes
 from threadpoolctl import ThreadpoolController
 
+from featurestore.cluster import connected, described
 from featurestore.errors import FeatureStoreError
 from featurestore.memory import give_back_memory
 from featurestore.text import human_bytes
@@ -116,17 +117,8 @@ def scheduler(name: str | None) -> Iterator[str]:
         raise FeatureStoreError(
             f"`scheduler` {name!r} is neither an address, such as tcp://127.0.0.1:8786, nor one of {', '.join(LOCAL_SCHEDULERS)}."
         )
-    from distributed import Client
-
-    try:
-        client = Client(name, timeout=10)
-    except (OSError, ValueError) as error:
-        raise FeatureStoreError(
-            f"no Dask scheduler answers at {name}: {error}. Start it, or check the address."
-        ) from None
-    with client:
-        workers = len(client.scheduler_info(n_workers=-1)["workers"])
-        yield f"{workers} workers at {name}; dashboard: {client.dashboard_link}"
+    with connected(name) as client:
+        yield described(client)
 
 
 class _BlasThreads:

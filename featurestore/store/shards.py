@@ -221,7 +221,8 @@ class ShardWriter:
     ``keep`` are slots of the present file to carry over byte for byte unless they are rewritten, so that a run
     which ends early loses no row; ``end`` is one past the last slot that will be written, for preallocation.
     A full disk is met here, before anything is computed into the file. ``noting`` is entered, with each slot's checksum, while
-    the shard is put in its place: int64 (slots,), -1 where there is no record, KEPT where one was carried over.
+    the shard is put in its place: int64 (slots,), -1 where there is no record, KEPT where one was carried over. ``attempt`` is
+    part of the temporary name where several processes may write one shard.
     """
 
     def __init__(
@@ -232,6 +233,7 @@ class ShardWriter:
         *,
         keep: Sequence[int] = (),
         end: int = 0,
+        attempt: str = "",
         noting: Callable[[np.ndarray], AbstractContextManager[object]] = lambda checksums: nullcontext(),
     ) -> None:
         self.path = path
@@ -244,8 +246,8 @@ class ShardWriter:
         self._kept = sorted(keep)
         self._old: int | None = None
         path.parent.mkdir(parents=True, exist_ok=True)
-        self._partial = path.with_name(path.name + PARTIAL)
-        self._fd = os.open(self._partial, os.O_RDWR | os.O_CREAT | os.O_TRUNC, 0o666)
+        self.partial = path.with_name(path.name + (f".{attempt}" if attempt else "") + PARTIAL)
+        self._fd = os.open(self.partial, os.O_RDWR | os.O_CREAT | os.O_TRUNC, 0o666)
         try:
             if self._kept:
                 self._old = os.open(path, os.O_RDONLY)
@@ -278,7 +280,12 @@ class ShardWriter:
         self._copy(slot, record)
 
     def commit(self) -> None:
-        """Write the index, flush to disk, and put the shard in its place in one step."""
+        """``finish``, and put the shard in its place in one step."""
+        with self._noting(self.finish()):
+            put_in_place(self.partial, self.path)
+
+    def finish(self) -> np.ndarray:
+        """Write the index and flush to disk, under the temporary name still. Returns each slot's checksum, as for ``noting``."""
         self._carry_over(before=self.slots)
         self._seek(self._position)
         index = self._pairs.tobytes()
@@ -288,13 +295,12 @@ class ShardWriter:
             os.ftruncate(self._fd, end)
         os.fdatasync(self._fd) if hasattr(os, "fdatasync") else os.fsync(self._fd)
         self._close()
-        with self._noting(self._checksums):
-            put_in_place(self._partial, self.path)
+        return self._checksums
 
     def abandon(self) -> None:
         """Drop what was written; the present file, if there is one, stays as it is."""
         self._close()
-        self._partial.unlink(missing_ok=True)
+        self.partial.unlink(missing_ok=True)
 
     def _close(self) -> None:
         for fd in (self._fd, self._old):

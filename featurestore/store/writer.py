@@ -10,6 +10,7 @@ import shutil
 from collections.abc import Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass, replace
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -18,7 +19,15 @@ import pandas as pd
 from crc32c import crc32c
 
 from featurestore.errors import FeatureStoreError
-from featurestore.files import PARTIAL, OpenFolder, read_file, remove_file, remove_folder, write_atomically
+from featurestore.files import (
+    PARTIAL,
+    OpenFolder,
+    put_in_place,
+    read_file,
+    remove_file,
+    remove_folder,
+    write_atomically,
+)
 from featurestore.keys import KEY
 from featurestore.remote.mirror import local_store
 from featurestore.store.checksums import Checksums, checksum_metadata
@@ -109,9 +118,9 @@ def drop_leftovers(store: Path) -> list[str]:
             remove_folder(source / CHECKSUMS / layer, missing_ok=True)
             gone.append(f"{source.name}/{layer}")
         remove_file(marker)
-    for partial in [path for name in source_names(store) for path in (store / name).rglob("*" + PARTIAL)]:
-        if partial.is_file():
-            remove_file(partial)
+    for path in [path for name in source_names(store) for path in (store / name).rglob("*" + PARTIAL)]:
+        if path.is_file():
+            remove_file(path)
     return gone
 
 
@@ -204,21 +213,29 @@ class SourceWriter:
     def open_shard(self, layer: str, shard: int, keep: Sequence[int] = (), end: int = 0) -> ShardWriter:
         """A writer for one shard of one layer; see ShardWriter."""
         self._require_store()
-        found, noted = self.layers[layer], self._checksums[layer]
-        first = shard * found.slots
+        found = self.layers[layer]
         if keep:
             fetch_to_complete(found, shard)
-
-        @contextmanager
-        def noting(written: np.ndarray) -> Iterator[None]:
-            before = noted[range(first, first + found.slots)]
-            after = np.where(written == KEPT, before, written)
-            if noted.forget(first + np.flatnonzero(before != after)):
-                noted.save()
-            yield
-            noted.note(first, after)
-
+        noting = partial(self._noting, layer, shard)
         return ShardWriter(found.shard_path(shard), found.record, found.slots, keep=keep, end=end, noting=noting)
+
+    def put_shard(self, layer: str, shard: int, file: Path, checksums: np.ndarray) -> None:
+        """Put a finished ``file`` in the place of a shard; ``checksums`` as ``ShardWriter.finish`` returned them."""
+        self._require_store()
+        with self._noting(layer, shard, checksums):
+            put_in_place(file, self.layers[layer].shard_path(shard))
+
+    @contextmanager
+    def _noting(self, layer: str, shard: int, written: np.ndarray) -> Iterator[None]:
+        """Rows that are written anew are forgotten before the block, which puts their shard in its place, and noted after it."""
+        slots, noted = self.layers[layer].slots, self._checksums[layer]
+        first = shard * slots
+        before = noted[range(first, first + slots)]
+        after = np.where(written == KEPT, before, written)
+        if noted.forget(first + np.flatnonzero(before != after)):
+            noted.save()
+        yield
+        noted.note(first, after)
 
     def note(self, layer: str, start: int, checksums: np.ndarray) -> None:
         """The checksums (int64, -1 for none) of rows from ``start`` on whose shards are in their places already."""
@@ -226,6 +243,7 @@ class SourceWriter:
 
     def present_slots(self, layer: str, shard: int) -> np.ndarray:
         """bool per slot of a shard: whether it holds a registered item's row. A lost index holds none."""
+        self._require_store()
         found = self.layers[layer]
         first = shard * found.slots
         try:

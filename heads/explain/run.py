@@ -1,12 +1,16 @@
 """Explaining a run: maps of every trial, kept as they are made; then checks, regions and tables of them."""
 
+import uuid
 from collections.abc import Callable
+from dataclasses import replace
+from functools import lru_cache
 from pathlib import Path
 
 import numpy as np
 import pandas as pd
 import torch
 
+from featurestore.cluster import Calls, whole_worker
 from featurestore.devices import reproducible
 from featurestore.errors import FeatureStoreError
 from featurestore.intervals import clustered_mean
@@ -24,7 +28,7 @@ from heads.explain.checks import (
     curves,
     similarity_to_shuffled,
 )
-from heads.explain.job import ExplainPlan
+from heads.explain.job import TEST, ExplainPlan, ExplainRequest, plan_explanation
 from heads.explain.methods import Trial
 from heads.scores import clusters_of, paired_test
 
@@ -34,11 +38,13 @@ _SHUFFLED = 3  # trials that are explained again with shuffled weights
 _LOGITS, _BASELINE = "logits", "baseline_logits"
 
 
-def explain(plan: ExplainPlan, out: Path, progress: Callable[[int], object] = lambda n: None) -> Archive:
+def explain(
+    plan: ExplainPlan, out: Path, progress: Callable[[int], object] = lambda n: None, calls: Calls | None = None
+) -> Archive:
     """Compute what ``out``/maps.zarr lacks of a plan, and return it; every map that is there already is left as it is.
 
     Live activations are first compared with the cached rows of all items, unless ``plan.check`` did so. ``progress`` is told
-    how many trials were explained.
+    how many trials were explained. ``calls`` explains them as tasks of a cluster.
     """
     plan.check()
     n, square = len(plan), plan.any_legs.shape[:3]
@@ -52,12 +58,18 @@ def explain(plan: ExplainPlan, out: Path, progress: Callable[[int], object] = la
     for order in orders:
         archive.add_curve(order, n)
     wanted = [_LOGITS, _BASELINE, *(method.name for method in plan.methods), *(CURVE + order for order in orders)]
-    with reproducible():
-        for i in range(n):
-            missing = [name for name in wanted if not archive.done(name, i)]
-            if missing:
-                _explain_trial(plan, archive, i, missing)
+    missing = {i: [name for name in wanted if not archive.done(name, i)] for i in range(n)}
+    begun = {i: lacking for i, lacking in missing.items() if lacking}
+    progress(n - len(begun))
+    if calls:
+        shared = _portable(plan), uuid.uuid4().hex, out.absolute()
+        for _ in calls(_explain_on_worker, ((*shared, *each) for each in begun.items())):
             progress(1)
+    else:
+        with reproducible():
+            for each in begun.items():
+                _explain_trial(plan, archive, *each)
+                progress(1)
     logits = archive.read(_LOGITS)
     archive.add("chosen", (n,), ("trial",), "int64")
     archive.add("probability", logits.shape, ("trial", "class"))
@@ -66,6 +78,36 @@ def explain(plan: ExplainPlan, out: Path, progress: Callable[[int], object] = la
             archive.write("chosen", i, np.asarray(row.argmax(), np.int64))
             archive.write("probability", i, np.exp(row - row.max()) / np.exp(row - row.max()).sum())
     return archive
+
+
+def _portable(plan: ExplainPlan) -> ExplainRequest:
+    """The request with absolute paths, so that a worker makes the same plan of it."""
+    request = plan.request
+
+    def absolute(given: str | None) -> str | None:
+        path = Path(given).expanduser() if given else None
+        return str(path.absolute()) if path and path.exists() else given
+
+    return replace(
+        request,
+        run=request.run.absolute(),
+        store=plan.store,
+        trials=request.trials if request.trials == TEST else absolute(request.trials) or "",
+        weights=absolute(request.weights),
+        methods=tuple(request.methods),
+        where=tuple(request.where),
+    )
+
+
+@lru_cache(maxsize=1)
+def _planned(request: ExplainRequest, explanation: str) -> ExplainPlan:
+    """A worker's, kept from one task of an ``explanation`` to the next."""
+    return plan_explanation(request)
+
+
+def _explain_on_worker(request: ExplainRequest, explanation: str, out: Path, i: int, missing: list[str]) -> None:
+    with whole_worker(), reproducible():
+        _explain_trial(_planned(request, explanation), Archive(out / MAPS), i, missing)
 
 
 def _explain_trial(plan: ExplainPlan, archive: Archive, i: int, missing: list[str]) -> None:

@@ -4,6 +4,7 @@ import multiprocessing
 import shutil
 from collections.abc import Iterator
 from dataclasses import replace
+from functools import partial
 from itertools import pairwise
 from multiprocessing.connection import Connection
 from pathlib import Path
@@ -15,10 +16,12 @@ import torch
 import xarray as xr
 import zarr
 from click.testing import CliRunner, Result
+from distributed import LocalCluster
 from PIL import Image
 from torch import nn
 
 from featurestore import FeatureStore, FeatureStoreError
+from featurestore.cluster import connected, in_order
 from heads import load_head
 from heads.explain.checks import FRACTIONS, KINDS, curves, most, similarity_to_shuffled
 from heads.explain.job import ExplainRequest, plan_explanation
@@ -217,6 +220,28 @@ def test_a_killed_explanation_goes_on_to_the_same_bytes(folder: Path, tmp_path: 
         {name: content for name, (_, content) in files(tmp_path / each).items()} for each in ("alone", "killed")
     )
     assert alone == killed
+
+
+def test_a_cluster_explains_the_same(folder: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """By paths relative to the command's folder, which the worker does not know."""
+    monkeypatch.chdir(folder)
+    run = run_of(folder)
+    request = ExplainRequest(run.relative_to(folder), ["lrp", "occlusion"], n=3, backbone=NAME, device="cpu")
+    before = torch.get_num_threads()
+    torch.set_num_threads(1)
+    explain(plan_explanation(request), tmp_path / "alone")
+    torch.set_num_threads(before)
+    counted: list[int] = []
+    with LocalCluster(n_workers=1, threads_per_worker=1, dashboard_address=None) as cluster:
+        for method in (["lrp"], request.methods):
+            plan = plan_explanation(replace(request, methods=method))
+            with connected(cluster.scheduler_address, ("featurestore", "heads")) as client:
+                explain(plan, tmp_path / "many", counted.append, partial(in_order, client))
+    assert sum(counted) == 2 * 3
+    alone, many = (
+        {name: content for name, (_, content) in files(tmp_path / each).items()} for each in ("alone", "many")
+    )
+    assert alone == many
 
 
 def test_a_dry_run_writes_nothing(folder: Path, tmp_path: Path) -> None:
