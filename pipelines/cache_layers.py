@@ -268,7 +268,7 @@ def main(
         plan = _make_plan(job)
         _print_plan(plan, dry_run)
         timed = _timed(job, plan)
-        click.echo("\n" + "\n".join(scale_lines(plan, timed)))
+        click.echo("\n" + as_typed("\n".join(scale_lines(plan, timed))))
         return
     with asked_cluster(scheduler, processes) as client, store_lock(request.store, "pipelines/cache_layers.py"):
         if rename or forget:

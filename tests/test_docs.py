@@ -11,6 +11,7 @@ from pathlib import Path
 import numpy as np
 import pandas as pd
 import pytest
+import yaml
 
 from featurestore import FeatureStore
 from featurestore.photos.recipes import recipe_from_dict
@@ -88,6 +89,23 @@ def test_the_pages_have_examples() -> None:
 def test_the_recipe_is_one() -> None:
     (recipe,) = blocks("docs/networks.md", "toml")
     assert recipe_from_dict({"name": "mine", **tomllib.loads(recipe)}).short_side == 256
+
+
+def test_the_page_on_scale_shows_what_a_dry_run_prints(tmp_path: Path) -> None:
+    """Its numbers are of a list of 3.31 million, its lines those of any; what it gives to Slurm and Kubernetes can be parsed."""
+    (tmp_path / "vggface2.txt").write_text("".join(f"n{i // 20:06d}/{i % 20:04d}_01.jpg\n" for i in range(400)))
+    (line,) = commands("docs/scale.md")[:1]
+    done = command("cache_layers", *shlex.split(line)[2:], cwd=tmp_path)
+    assert done.returncode == 0, done.stderr
+    (shown,) = blocks("docs/scale.md", "text")
+    beginnings = [re.match(r"  (\S*)", row)[1] for row in shown.splitlines() if row]  # type: ignore[index]
+    printed = done.stdout.splitlines()
+    assert {"time", "bytes", "maxp_5_3", "files", "requests", "workers"} <= set(beginnings)
+    assert all(any(row.startswith(f"  {name} ") for row in printed) for name in beginnings if name)
+    (script,) = blocks("docs/scale.md", "py")
+    compile(script, "slurm_workers.py", "exec")
+    (resource,) = blocks("docs/scale.md", "yaml")
+    assert yaml.safe_load(resource)["kind"] == "DaskCluster"
 
 
 def test_ci_runs_the_command_of_the_readme() -> None:

@@ -34,7 +34,7 @@ BELOW = {
     "store": ("remote",),
     "networks": ("photos",),
     "checkpoints": ("networks", "photos"),
-    "caching": ("checkpoints", "networks", "photos", "remote", "store"),
+    "caching": ("checkpoints", "demo", "networks", "photos", "remote", "store"),
     "queries": ("photos", "store"),
     "figures": ("photos", "queries", "store"),
     "demo": (),

@@ -18,7 +18,7 @@ from featurestore.caching.plan import LayerPlan
 from featurestore.keys import KEY
 from featurestore.photos.loading import Batch
 from featurestore.store.shards import ShardWriter
-from featurestore.store.writer import SourceWriter
+from featurestore.store.writer import SourceWriter, shard_writer
 from featurestore.store.zarr_format import Layer
 
 _PUBLISH_SHARE = 0.05  # of the time, at most, goes into showing readers new items
@@ -64,9 +64,8 @@ class ShardFiles:
         self._out_of_step = False  # layers hold different rows
         try:
             for name, part in parts.items():
-                layer, keep = part.layer, np.flatnonzero(part.keep).tolist()
-                path = layer.shard_path(shard)
-                self._open[name] = ShardWriter(path, layer.record, layer.slots, keep=keep, end=end, attempt=attempt)
+                keep = np.flatnonzero(part.keep).tolist()
+                self._open[name] = shard_writer(part.layer, shard, keep, end, attempt=attempt)
         except BaseException:
             self._abandon()
             raise
@@ -98,8 +97,8 @@ class ShardFiles:
             self._abandon()
 
     def _abandon(self) -> None:
-        for shard_writer in self._open.values():
-            shard_writer.abandon()
+        for opened in self._open.values():
+            opened.abandon()
         self._open.clear()
 
     @contextmanager

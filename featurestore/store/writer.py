@@ -124,6 +124,13 @@ def drop_leftovers(store: Path) -> list[str]:
     return gone
 
 
+def shard_writer(layer: Layer, shard: int, keep: Sequence[int] = (), end: int = 0, **rest: Any) -> ShardWriter:
+    """A writer for one shard, see ShardWriter; a remote one that is to be completed is fetched."""
+    if keep:
+        fetch_to_complete(layer, shard)
+    return ShardWriter(layer.shard_path(shard), layer.record, layer.slots, keep=keep, end=end, **rest)
+
+
 class SourceWriter:
     """Writes one source. Make it under ``store_lock``; it repairs what a killed writer left behind.
 
@@ -213,11 +220,7 @@ class SourceWriter:
     def open_shard(self, layer: str, shard: int, keep: Sequence[int] = (), end: int = 0) -> ShardWriter:
         """A writer for one shard of one layer; see ShardWriter."""
         self._require_store()
-        found = self.layers[layer]
-        if keep:
-            fetch_to_complete(found, shard)
-        noting = partial(self._noting, layer, shard)
-        return ShardWriter(found.shard_path(shard), found.record, found.slots, keep=keep, end=end, noting=noting)
+        return shard_writer(self.layers[layer], shard, keep, end, noting=partial(self._noting, layer, shard))
 
     def put_shard(self, layer: str, shard: int, file: Path, checksums: np.ndarray) -> None:
         """Put a finished ``file`` in the place of a shard; ``checksums`` as ``ShardWriter.finish`` returned them."""

@@ -4,13 +4,19 @@ python -m tests.benchmarks.bench_remote                  # everything, about 5 m
 python -m tests.benchmarks.bench_remote --only gather    # one section
 
 The object store is on loopback, so what is measured is what the program adds, not a network. moto's S3 needs longer for a range
-the larger the object is, so rows are also read from a plain web server (Tornado's) in a process of its own.
+the larger the object is, so rows are also read from a web server in processes of its own: nginx where it is installed, since one
+answer takes Python longer than the program takes for it; else Tornado's.
 """
 
 import asyncio
 import logging
 import multiprocessing
 import os
+import shutil
+import socket
+import subprocess
+import tempfile
+import time
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from functools import partial
@@ -49,9 +55,53 @@ def _serve_files(root: Path, port: Any) -> None:
     asyncio.run(serve())
 
 
+_NGINX = """
+worker_processes 2; daemon off; pid {own}/pid; error_log {own}/error.log;
+events {{ worker_connections 1024; }}
+http {{
+    access_log off; keepalive_requests 1000000;
+    client_body_temp_path {own}; proxy_temp_path {own}; fastcgi_temp_path {own}; uwsgi_temp_path {own}; scgi_temp_path {own};
+    server {{ listen 127.0.0.1:{port}; root {root}; }}
+}}
+"""
+
+
+def _wait_for(port: int) -> None:
+    for _ in range(200):
+        try:
+            socket.create_connection(("127.0.0.1", port)).close()
+            return
+        except OSError:
+            time.sleep(0.05)
+    raise RuntimeError(f"nginx does not answer at port {port}")
+
+
 @contextmanager
-def web_server(root: Path) -> Iterator[int]:
-    """The files below ``root`` on loopback; the port."""
+def web_server(root: Path) -> Iterator[tuple[str, int]]:
+    """The files below ``root`` on loopback; the server's name and port."""
+    nginx = shutil.which("nginx", path=f"{os.environ.get('PATH', '')}:/usr/sbin")
+    if nginx:
+        with tempfile.TemporaryDirectory() as own, socket.socket() as free:
+            free.bind(("127.0.0.1", 0))
+            port = free.getsockname()[1]
+            free.close()
+            user = "user root;" if os.getuid() == 0 else ""  # its workers have to reach the folder
+            Path(own, "nginx.conf").write_text(user + _NGINX.format(own=own, port=port, root=root))
+            process = subprocess.Popen([nginx, "-c", f"{own}/nginx.conf"], stderr=subprocess.DEVNULL)
+            try:
+                _wait_for(port)
+                yield "nginx", port
+            finally:
+                process.terminate()
+                process.wait()
+        return
+    with tornado_server(root) as port:
+        yield "Tornado", port
+
+
+@contextmanager
+def tornado_server(root: Path) -> Iterator[int]:
+    """The same by Tornado; the port."""
     context = multiprocessing.get_context("spawn")
     port = context.Queue()
     process = context.Process(target=_serve_files, args=(root, port), daemon=True)
@@ -87,10 +137,10 @@ def gather(folder: Path) -> list[Line]:
     sizes = (ROWS, 4 * ROWS, 32 * ROWS)
     for n_items in sizes:
         fill_store(folder / f"{n_items}.zarr", n_items, SHAPE, SLOTS, LAYER)
-    with web_server(folder) as port:
+    with web_server(folder) as (server, port):
         web = f"http://127.0.0.1:{port}"
         for n_items in sizes:
-            lines += gather_lines("a web server", f"{web}/{n_items}.zarr", (ObjectStore(web), "flat"), n_items)
+            lines += gather_lines(server, f"{web}/{n_items}.zarr", (ObjectStore(web), "flat"), n_items)
     with s3_server() as port:
         os.environ.update({**KEYS, "AWS_ENDPOINT_URL": f"http://127.0.0.1:{port}"})
         request(port, "PUT", "/bucket")
@@ -107,7 +157,7 @@ def cache(folder: Path) -> list[Line]:
     """Rows from shards that are in the cache, and an epoch of training from them, against a store on this disk."""
     n_items = 8 * ROWS
     fill_store(folder / "s.zarr", n_items, SHAPE, SLOTS, LAYER, fresh=True)
-    with web_server(folder) as port:
+    with web_server(folder) as (_, port):
         local = FeatureStore.open(folder / "s.zarr").rows(LAYER)
         remote = FeatureStore.open(f"http://127.0.0.1:{port}/s.zarr", cache=folder / "cache").rows(LAYER)
         remote.gather(range(n_items))

@@ -171,6 +171,7 @@ def test_ctrl_c_keeps_what_is_there(client: Client, tiny, tmp_path: Path) -> Non
 def dask_process(kind: str, *arguments: object, cwd: Path, **environment: str) -> Iterator[subprocess.Popen]:
     """``dask scheduler`` or ``dask worker``, ended if it has not ended by itself."""
     line = [sys.executable, "-m", "dask", kind, *map(str, arguments)]
+    environment = {"PYTHONPATH": str(ROOT), **environment}  # the tests' networks
     with (cwd / f"{kind}.log").open("w") as log:
         process = subprocess.Popen(
             line, cwd=cwd, env={**os.environ, **environment}, stdout=log, stderr=subprocess.STDOUT
