@@ -96,17 +96,10 @@ async def _greeted(address: str, limit: float) -> None:
 @contextmanager
 def local_cluster(processes: int) -> "Iterator[Client]":
     """A client of a cluster of worker processes of this machine, on loopback, one task at a time in each."""
-    import dask.config
     from distributed import Client, LocalCluster
 
-    # As Dask has it but for its setting of malloc: what a network frees and asks for again may be kept.
-    single = {f"{name}_NUM_THREADS": 1 for name in ("OMP", "MKL", "OPENBLAS")}
-    environment = {**single, "DASK_LOGGING__DISTRIBUTED": "critical"}
     with ExitStack() as stack:
-        quieten(stack)
-        stack.enter_context(dask.config.set({"distributed.nanny.pre-spawn-environ": environment}))
-        stack.enter_context(warnings.catch_warnings())
-        warnings.filterwarnings("ignore", category=UserWarning, module=r"distributed\b")
+        prepare_local(stack)
         with _ctrl_c_is_ours():
             cluster = LocalCluster(
                 n_workers=processes,
@@ -145,6 +138,19 @@ def quieten(stack: ExitStack) -> None:
     log_from(logging.ERROR)
     # Workers read it from their environment, as they set up logging when they import distributed.
     stack.enter_context(dask.config.set({"distributed.nanny.pre-spawn-environ.DASK_LOGGING__DISTRIBUTED": "critical"}))
+
+
+def prepare_local(stack: ExitStack) -> None:
+    """``quieten``, and set up what worker processes of this machine are started with; ``stack`` undoes it."""
+    import dask.config
+
+    quieten(stack)
+    # As Dask has it but for its setting of malloc, which would give back what a network frees and asks for again.
+    single = {f"{name}_NUM_THREADS": 1 for name in ("OMP", "MKL", "OPENBLAS")}
+    environment = {**single, "DASK_LOGGING__DISTRIBUTED": "critical"}
+    stack.enter_context(dask.config.set({"distributed.nanny.pre-spawn-environ": environment}))
+    stack.enter_context(warnings.catch_warnings())
+    warnings.filterwarnings("ignore", category=UserWarning, module=r"distributed\b")  # such as of a port in use
 
 
 def log_from(level: int) -> None:

@@ -1,14 +1,13 @@
 """Runs carried out side by side: in this process, in several on this machine, or on a Dask cluster."""
 
 import logging
-import warnings
 from collections.abc import Callable, Sequence
 from contextlib import ExitStack
 from dataclasses import asdict, replace
 from pathlib import Path
 from typing import Any
 
-from featurestore.cluster import connected, cores, log_from, quieten
+from featurestore.cluster import connected, cores, log_from, prepare_local
 from featurestore.errors import FeatureStoreError
 from featurestore.memory import give_back_memory, keep_freed_memory
 from heads.grid import Grid
@@ -57,9 +56,7 @@ def run_grid(
 
     with ExitStack() as stack:
         if local:
-            quieten(stack)
-            stack.enter_context(warnings.catch_warnings())
-            warnings.filterwarnings("ignore", category=UserWarning, module=r"distributed\b")  # such as of a port in use
+            prepare_local(stack)
             processes = scheduler == "processes"
             cluster = stack.enter_context(
                 LocalCluster(

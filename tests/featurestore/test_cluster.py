@@ -8,7 +8,7 @@ import subprocess
 import sys
 import time
 from collections.abc import Callable, Iterator
-from contextlib import contextmanager
+from contextlib import ExitStack, contextmanager
 from pathlib import Path
 
 import dask.config
@@ -24,7 +24,7 @@ from featurestore.caching.job import prepare_job
 from featurestore.caching.planning import make_plan
 from featurestore.caching.run import Summary, cache_layers
 from featurestore.checkpoints.weights import open_weights
-from featurestore.cluster import connected, in_order
+from featurestore.cluster import connected, in_order, prepare_local
 from featurestore.demo.dataset import make_faces
 from featurestore.networks.registry import get_backbone
 from featurestore.store.lock import store_lock
@@ -38,8 +38,11 @@ NAMES = ["relu1", "descriptor"]
 
 @pytest.fixture(scope="module")
 def cluster() -> Iterator[LocalCluster]:
-    with LocalCluster(n_workers=2, threads_per_worker=1, dashboard_address=None, memory_limit=None) as made:
-        yield made
+    with ExitStack() as stack:
+        prepare_local(stack)
+        yield stack.enter_context(
+            LocalCluster(n_workers=2, threads_per_worker=1, dashboard_address=None, memory_limit=None)
+        )
 
 
 @pytest.fixture
@@ -55,6 +58,13 @@ def one_thread() -> Iterator[None]:
     torch.set_num_threads(1)
     yield
     torch.set_num_threads(before)
+
+
+def test_workers_of_this_machine_keep_freed_memory(client: Client) -> None:
+    """Dask starts them with a setting of malloc that would be taken for the user's own."""
+    here = {name: value for name, value in os.environ.items() if name.startswith("MALLOC_")}
+    there = client.run(lambda: {name: value for name, value in os.environ.items() if name.startswith("MALLOC_")})
+    assert all(found == here for found in there.values())
 
 
 @pytest.fixture
