@@ -18,6 +18,7 @@ from featurestore.checkpoints.weights import Weights
 from featurestore.devices import PRECISIONS, reproducible
 from featurestore.errors import FeatureStoreError
 from featurestore.keys import FLIPPED
+from featurestore.photos.files import is_there
 from featurestore.photos.loading import Failure, Photo, batches
 from featurestore.store.reader import Source
 from featurestore.store.zarr_format import Layer
@@ -165,4 +166,4 @@ def _photos(source: Source, items: np.ndarray, mirrored: bool) -> Iterator[Photo
 
 def absent_photographs(source: Source, items: np.ndarray) -> list[str]:
     """Paths of ``items`` where there is no file."""
-    return [path for path in source.items["path"].iloc[items] if not Path(path).is_file()]
+    return [path for path in source.items["path"].iloc[items] if not is_there(path)]

@@ -30,7 +30,7 @@ GROUND = (
 # What each folder of featurestore may import beside itself and the modules of the ground; pipelines and heads may import all.
 BELOW = {
     "remote": (),
-    "photos": (),
+    "photos": ("remote",),
     "store": ("remote",),
     "networks": ("photos",),
     "checkpoints": ("networks", "photos"),

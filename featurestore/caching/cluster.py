@@ -34,6 +34,7 @@ from featurestore.errors import FeatureStoreError
 from featurestore.files import PARTIAL
 from featurestore.memory import keep_freed_memory
 from featurestore.networks.registry import RECIPES
+from featurestore.photos.files import anywhere
 from featurestore.photos.loading import Batch, Failure, Photo, failures
 from featurestore.remote.client import url_of
 
@@ -251,7 +252,7 @@ def _numbered(photos: list[Photo], first: int) -> list[Photo]:
 
 def _found_anywhere(photos: list[Photo]) -> list[Photo]:
     """Photographs with paths that do not depend on the current folder."""
-    return [replace(photo, path=str(Path(photo.path).absolute())) for photo in photos]
+    return [replace(photo, path=anywhere(photo.path)) for photo in photos]
 
 
 def _row(photo: Photo) -> int:

@@ -20,6 +20,7 @@ from featurestore.caching.stream import decoding_threads
 from featurestore.demo.dataset import make_faces
 from featurestore.devices import PRECISIONS, reproducible
 from featurestore.photos.boxes import place_of
+from featurestore.photos.files import is_there
 from featurestore.photos.keys import find_faces
 from featurestore.photos.loading import Batch, Photo, batches
 from featurestore.text import human_bytes, human_duration
@@ -69,7 +70,7 @@ def estimate(job: CachingJob, plan: Plan) -> Estimate | None:
     layers = [part.layer.name for part in plan.layers if appending or part.needed.any()]
     batch_size = min(job.batch_size, _CPU_BATCH) if job.device.type == "cpu" else job.batch_size
     photos = (photos_to_append if appending else photos_to_fill)(job, plan)[: (1 + _MEASURED_BATCHES) * batch_size]
-    rendered = not any(Path(photo.path).is_file() for photo in photos)
+    rendered = not any(is_there(photo.path) for photo in photos)
     with TemporaryDirectory() as folder, reproducible():
         if rendered:
             photos = _rendered(Path(folder), job, len(photos))

@@ -10,9 +10,9 @@ from featurestore.caching.job import CachingJob, CachingRequest
 from featurestore.caching.plan import CountPhotographs, LayerPlan, Plan
 from featurestore.caching.renamed import Moves, find_moves
 from featurestore.errors import FeatureStoreError
-from featurestore.files import sha256_of
 from featurestore.keys import BOX, FLIPPED, KEY, LANDMARKS
 from featurestore.photos.decode import MOST_PIXELS, decode
+from featurestore.photos.files import read_photograph, sha256_of_photograph
 from featurestore.photos.loading import Failure, Photo
 from featurestore.remote.mirror import mirror_of
 from featurestore.store.mirrored import fetched
@@ -190,7 +190,7 @@ def _changed(
                 changed.append(row)
             continue
         try:
-            decode(Path(path).read_bytes(), max_pixels)
+            decode(read_photograph(path), max_pixels)
             changed.append(row)
         except (FeatureStoreError, OSError) as error:
             failures.append(Failure(Photo(old["face_id"].iloc[row], old["view"].iloc[row], path), str(error)))
@@ -215,7 +215,7 @@ def _digests(found: pd.DataFrame, progress: CountPhotographs) -> list[str | None
 
 def _sha256_or_none(path: str) -> str | None:
     try:
-        return sha256_of(path)
+        return sha256_of_photograph(path)
     except OSError:
         return None
 

@@ -3,7 +3,6 @@
 A photograph is known by its content: the file's sha256, whether it is mirrored and, where faces are cut out, box or landmarks.
 """
 
-import os
 from collections import defaultdict, deque
 from collections.abc import Hashable, Iterable, Mapping, Sequence
 from dataclasses import dataclass
@@ -14,6 +13,7 @@ import pandas as pd
 
 from featurestore.errors import FeatureStoreError
 from featurestore.keys import FLIPPED, KEY
+from featurestore.photos.files import is_there
 from featurestore.store.reader import FeatureStore, Source
 from featurestore.store.rewriting import rename_items
 
@@ -103,7 +103,7 @@ def find_moves(
 def gone_rows(old: pd.DataFrame, known: np.ndarray) -> list[int]:
     """Rows of items whose key is not asked for and whose file is not there; ``known`` as ``find_moves`` takes it."""
     paths = old["path"].to_numpy(object)
-    return [row for row in np.setdiff1d(np.arange(len(old)), known).tolist() if not os.path.isfile(paths[row])]
+    return [row for row in np.setdiff1d(np.arange(len(old)), known).tolist() if not is_there(paths[row])]
 
 
 def rename_photographs(store: Path, name: str, renamed: Sequence[Rename]) -> dict[str, int]:

@@ -27,6 +27,7 @@ from featurestore.figures.canvas import (
     widest,
 )
 from featurestore.photos.decode import ImageError, decode
+from featurestore.photos.files import read_photograph
 from featurestore.text import near_matches
 
 if TYPE_CHECKING:
@@ -130,7 +131,7 @@ def thumbnail(photographs: Photographs, key: Hashable, side: int) -> np.ndarray:
     if name not in found:
         raise FeatureStoreError(f"`photographs` has none of {name!r}. {near_matches(name, list(found)[:10_000])}")
     try:
-        picture = decode(Path(found[name]).read_bytes())
+        picture = decode(read_photograph(found[name]))
     except (OSError, ImageError) as error:
         reason = error.strerror if isinstance(error, OSError) else error
         raise FeatureStoreError(f"the photograph {found[name]} of {name!r} cannot be read: {reason}.") from None

@@ -31,6 +31,7 @@ from featurestore.photos.boxes import numbers
 from featurestore.photos.chips import face_chip
 from featurestore.photos.csv_files import read_csv
 from featurestore.photos.decode import MOST_PIXELS, PILLOWS_MOST, ImageError, decode
+from featurestore.photos.files import anywhere, read_photograph
 from featurestore.photos.keys import FoundFaces
 from featurestore.text import listing
 
@@ -252,7 +253,7 @@ def _searched_in_tasks(table: pd.DataFrame, known: "_Known", max_pixels: int, ca
     chunks = [rows[start : start + _AT_ONCE] for start in range(0, len(rows), _AT_ONCE)]
 
     def task(chunk: list[dict[str, Any]]) -> tuple[pd.DataFrame, "_Known", int]:
-        places = pd.DataFrame([{**row, "path": str(Path(row["path"]).absolute())} for row in chunk])
+        places = pd.DataFrame([{**row, "path": anywhere(row["path"])} for row in chunk])
         keys = [(row["face_id"], row["view"]) for row in chunk]
         return places, {key: known[key] for key in keys if key in known}, max_pixels
 
@@ -274,9 +275,7 @@ def _detector() -> Detector:
 def _read(row: dict[str, Any], known: _Known, max_pixels: int) -> Any:
     """The decoded picture with its hash; the places that are known of it; or what is wrong with it."""
     try:
-        if not Path(row["path"]).is_file():  # a pipe would hang
-            return "it is no file"
-        content = Path(row["path"]).read_bytes()
+        content = read_photograph(row["path"])
         digest = "sha256:" + hashlib.sha256(content).hexdigest()[:16]  # never read as a number
         places = known.get((row["face_id"], row["view"]), [])
         return places if places and places[0][SEARCHED] == digest else (decode(content, max_pixels), digest)
@@ -349,7 +348,7 @@ def write_sheet(table: pd.DataFrame, path: Path) -> int:
 
 def _tile(row: dict[str, Any]) -> np.ndarray:
     try:
-        picture = decode(Path(row["path"]).read_bytes(), PILLOWS_MOST)  # it was searched under a limit
+        picture = decode(read_photograph(row["path"]), PILLOWS_MOST)  # it was searched under a limit
         chip = face_chip(picture, tuple(row[name] for name in LANDMARKS), 2 * _TILE)
     except ImageError as error:
         raise ImageError(f"{row['path']}: {error}. Correct it in the table, or remove it there.") from None

@@ -15,6 +15,7 @@ import pandas as pd
 from featurestore.errors import FeatureStoreError
 from featurestore.keys import FLIPPED, KEY
 from featurestore.photos.csv_files import read_csv
+from featurestore.remote.client import ObjectStore, url_of
 from featurestore.text import in_natural_order, listing, near_matches, shortened
 
 IMAGE_SUFFIXES = frozenset({".png", ".jpg", ".jpeg", ".pgm", ".ppm", ".bmp", ".tif", ".tiff", ".webp"})
@@ -53,10 +54,14 @@ def find_faces(
 
     ``pattern`` is a layout's name (see ``LAYOUTS``) or a regular expression with groups ``face`` and ``view``,
     searched for in each path below the folder, or as the list has it. Paths of a list are relative to ``images_root``, or to
-    the list's own folder. ``listed_only``: photographs of a CSV or a list need not be there, to plan for them. Raises
+    the list's own folder. ``images``, ``images_root`` and paths of a CSV or a list may be URLs, of a prefix or of photographs
+    on an object store. ``listed_only``: photographs of a CSV or a list need not be there, to plan for them. Raises
     FeatureStoreError for a missing folder or photograph, no images, an image without a key (no pattern given), two files for one
     key, or a view whose name ends in ``|flipped``.
     """
+    url = url_of(images)
+    if url is not None:
+        return _in_order(_scan_objects(url, pattern))
     root = Path(images).expanduser()
     if not root.exists():
         raise FeatureStoreError(f"there is no folder or CSV {root}. Check the path given with `images`.")
@@ -66,7 +71,9 @@ def find_faces(
             f"`images_root` is for lists of photographs, a .txt file with a path a line; {root} is none."
         )
     if is_list:
-        beside = root.parent if images_root is None else Path(images_root).expanduser()
+        beside: str | Path = root.parent
+        if images_root is not None:
+            beside = url_of(images_root) or Path(images_root).expanduser()
         found = _read_list(root, beside, pattern, listed_only)
     elif root.is_file():
         if pattern is not None:
@@ -74,6 +81,11 @@ def find_faces(
         found = FoundFaces(_read_csv(root, listed_only), layout=f"CSV {root.name}")
     else:
         found = _scan(root, pattern)
+    return _in_order(found)
+
+
+def _in_order(found: FoundFaces) -> FoundFaces:
+    """Those of which each has a key of its own, in the natural order of keys."""
     _refuse_duplicates(found.table)
     flipped = found.table[found.table["view"].str.endswith(FLIPPED)]
     if len(flipped):
@@ -137,9 +149,27 @@ def _scan(root: Path, pattern: str | None) -> FoundFaces:
     return _keyed(files, root, pattern, root)
 
 
-def _read_list(path: Path, root: Path, pattern: str | None, listed_only: bool) -> FoundFaces:
+def _scan_objects(url: str, pattern: str | None) -> FoundFaces:
+    """The photographs among the objects below a URL."""
+    suffixes = (".csv", ".txt")
+    if url.lower().endswith(suffixes):
+        raise FeatureStoreError(
+            f"{url} is a table or a list, which are read from a disk. Fetch it; the paths in it may be URLs of photographs."
+        )
+    objects = ObjectStore(url)
+    if objects.read_only:
+        raise FeatureStoreError(
+            f"{url} cannot be listed. Give `images` a CSV or a list with the URLs of the photographs."
+        )
+    files = [key for key, _ in objects.listed() if key.lower().endswith(tuple(IMAGE_SUFFIXES))]
+    if not files:
+        raise FeatureStoreError(f"no images below {url}.")
+    return _keyed(files, url, pattern, url)
+
+
+def _read_list(path: Path, root: str | Path, pattern: str | None, listed_only: bool) -> FoundFaces:
     """The photographs whose paths, absolute or below ``root``, are the lines of a text file."""
-    if not root.is_dir():
+    if isinstance(root, Path) and not root.is_dir():
         raise FeatureStoreError(f"there is no folder {root}. Check the path given with `images_root`.")
     try:
         lines = path.read_text("utf-8-sig").splitlines()
@@ -155,10 +185,10 @@ def _read_list(path: Path, root: Path, pattern: str | None, listed_only: bool) -
                 f"{', '.join(sorted(IMAGE_SUFFIXES))}."
             )
         below = line.startswith("/") and Path(line).is_relative_to(root)
-        files.append(_tidy(os.path.relpath(line, root) if below else line))
+        files.append(_tidy(os.path.relpath(line, root) if below else line) if url_of(line) is None else line)
     if not files:
         raise FeatureStoreError(f"no images in {path}: it has no line with a path.")
-    absent = [] if listed_only else [file for file in files if not os.path.isfile(root / file)]
+    absent = [] if listed_only else _absent(_resolved(files, root))
     if absent:
         raise FeatureStoreError(
             f"{len(absent)} of {len(files)} images named in {path} do not exist: {listing(absent, 3)}. "
@@ -181,7 +211,7 @@ def keys_of(names: Iterable[str], pattern: str | None = None) -> pd.DataFrame:
     return found.table[list(KEY)]
 
 
-def _keyed(files: list[str], root: Path, pattern: str | None, where: Path) -> FoundFaces:
+def _keyed(files: list[str], root: str | Path, pattern: str | None, where: str | Path) -> FoundFaces:
     """Keys of the files (posix paths, relative to ``root``) that ``where`` holds or names."""
     rows: list[tuple[str, str, str]] = []
     left_out = []
@@ -265,7 +295,7 @@ def _read_csv(path: Path, listed_only: bool) -> pd.DataFrame:
     if table["path"].str.contains("\0", regex=False).any():
         raise FeatureStoreError(f"{path} has a path with a NUL character in it.")
     table["path"] = _resolved(map(os.path.expanduser, table["path"]), folder)
-    absent = [] if listed_only else [image for image in table["path"] if not os.path.isfile(image)]
+    absent = [] if listed_only else _absent(table["path"])
     if absent:
         raise FeatureStoreError(
             f"{len(absent)} of {len(table)} images named in {path} do not exist: {listing(absent, 3)}. "
@@ -274,11 +304,20 @@ def _read_csv(path: Path, listed_only: bool) -> pd.DataFrame:
     return table
 
 
-def _resolved(paths: Iterable[str], folder: Path) -> list[str]:
-    """Absolute paths without links; those of one folder are followed to it once."""
+def _absent(paths: Iterable[str]) -> list[str]:
+    """Those that are no files; objects are not asked for, one by one, before they are read."""
+    return [path for path in paths if not os.path.isfile(path) and url_of(path) is None]
+
+
+def _resolved(paths: Iterable[str], folder: str | Path) -> list[str]:
+    """Absolute paths without links; those of one folder are followed to it once. URLs stay, below a URL they are ones."""
     folders: dict[str, str] = {}
     resolved = []
     for path in paths:
+        url = url_of(path) if ":/" in path else None
+        if url or isinstance(folder, str):
+            resolved.append(url or f"{folder}/{path}")
+            continue
         whole = os.path.join(folder, path)
         parent, name = os.path.split(whole)
         if name in ("", ".", "..") or os.path.islink(whole):  # noqa: PTH114

@@ -1,18 +1,17 @@
 """Photographs in, batches of pixels out: read, hash, decode and resize in threads, ahead of the network."""
 
 import hashlib
-import stat
 from collections import deque
 from collections.abc import Generator, Iterable, Iterator
 from concurrent.futures import Future, ThreadPoolExecutor
 from dataclasses import dataclass, field
-from pathlib import Path
 
 import numpy as np
 import torch
 
 from featurestore.keys import FLIPPED, Place
 from featurestore.photos.decode import MOST_PIXELS, PILLOWS_MOST, ImageError, decode
+from featurestore.photos.files import read_photograph
 from featurestore.photos.geometry import mirrored_place
 from featurestore.photos.recipes import Recipe
 
@@ -101,9 +100,7 @@ def read_photo(photo: Photo, max_pixels: int = MOST_PIXELS) -> tuple[np.ndarray,
     Raises ImageError for what is no file or image, for other content than ``photo.sha256``, and for more than ``max_pixels``
     where that is not known: what is cached already may have any number; OSError as reading does.
     """
-    if not stat.S_ISREG(Path(photo.path).stat().st_mode):  # a pipe would hang, a device never end
-        raise ImageError("it is no file")
-    content = Path(photo.path).read_bytes()
+    content = read_photograph(photo.path)
     digest = hashlib.sha256(content).hexdigest()
     if photo.sha256 is not None and digest != photo.sha256:
         raise ImageError("the photograph changed since its other layers were cached")

@@ -10,6 +10,7 @@ import sys
 import time
 import warnings
 from collections.abc import Iterator
+from dataclasses import replace
 from pathlib import Path
 
 import numpy as np
@@ -18,8 +19,12 @@ import pytest
 import torch
 
 from featurestore import FeatureStore, FeatureStoreError
+from featurestore.caching.job import prepare_job
+from featurestore.caching.planning import make_plan
+from featurestore.caching.run import cache_layers
 from featurestore.caching.verify import check_source
 from featurestore.files import copies
+from featurestore.photos.keys import find_faces
 from featurestore.remote import lease as leases
 from featurestore.remote.cache import ShardCache
 from featurestore.remote.client import Missing, ObjectStore, url_of
@@ -32,7 +37,7 @@ from featurestore.store.removal import removal_of, remove
 from featurestore.store.rewriting import remove_items
 from featurestore.store.shards import DamagedShard
 from tests.commands import FORKS, ROOT, command, start
-from tests.conftest import LAYERS, files_of, run_pass, write_photographs
+from tests.conftest import LAYERS, files_of, request_for, run_pass, write_photographs
 from tests.heads.conftest import write_store, write_trials
 from tests.object_servers import KEYS, Files, Proxy, request, running, s3_server
 
@@ -642,3 +647,45 @@ def test_the_examples_of_the_documentation_run(small_store: Path, tmp_path: Path
     line = [sys.executable, "-c", code.replace("fc7-relu", LAYERS[1]) + "\nprint(len(rows))"]
     done = subprocess.run(line, capture_output=True, text=True, cwd=tmp_path)
     assert done.stdout == "10\n", done.stderr
+
+
+def test_photographs_at_a_url_give_the_rows_of_those_on_disk(tmp_path: Path, url: str) -> None:
+    """By prefix, by list, by a CSV of URLs; one that is gone is named, or left out."""
+    photographs = write_photographs(tmp_path / "p", 2, 2)
+    prefix = url.removesuffix("s.zarr") + "p"
+    objects = ObjectStore(prefix)
+    files = sorted(path for path in photographs.rglob("*.png"))
+    for path in files:
+        objects.put(path.relative_to(photographs).as_posix(), path)
+    run_pass(photographs, tmp_path / "disk.zarr", LAYERS)
+    due = FeatureStore.open(tmp_path / "disk.zarr")
+    (tmp_path / "list.txt").write_text("".join(f"{path.relative_to(photographs).as_posix()}\n" for path in files))
+    table = pd.DataFrame({"path": [f"{prefix}/{path.relative_to(photographs).as_posix()}" for path in files]})
+    table.assign(face_id=[path.parent.name for path in files], view=[path.stem for path in files]).to_csv(
+        tmp_path / "table.csv", index=False
+    )
+    found = [
+        find_faces(prefix),
+        find_faces(Path(prefix)),
+        find_faces(tmp_path / "list.txt", images_root=prefix),
+        find_faces(tmp_path / "table.csv"),
+    ]
+    for faces in found[1:]:
+        assert faces.table[["face_id", "view", "path"]].equals(found[0].table[["face_id", "view", "path"]])
+    job = prepare_job(replace(request_for(photographs, tmp_path / "remote.zarr", LAYERS), faces=found[0]))
+    with store_lock(tmp_path / "remote.zarr", "test"):
+        cache_layers(job, make_plan(job))
+    store = FeatureStore.open(tmp_path / "remote.zarr")
+    assert store.items.index.equals(due.items.index) and store.items["path"].str.startswith(prefix).all()
+    assert store.items["image_sha256"].equals(due.items["image_sha256"])
+    assert torch.equal(store.rows(LAYERS[0]).gather(range(4)), due.rows(LAYERS[0]).gather(range(4)))
+    assert not make_plan(job).changed and not make_plan(job).images  # their hashes are those that were cached
+
+    objects.delete([files[1].relative_to(photographs).as_posix()])
+    job = prepare_job(replace(job.request, store=tmp_path / "other.zarr"))
+    with store_lock(tmp_path / "other.zarr", "test"), pytest.raises(FeatureStoreError, match="there is no such object"):
+        cache_layers(job, make_plan(job))
+    with pytest.raises(FeatureStoreError, match="no images below"):
+        find_faces(f"{prefix}/nobody")
+    with pytest.raises(FeatureStoreError, match="cannot be listed"):
+        find_faces("http://127.0.0.1:9/photos")
