@@ -188,7 +188,9 @@ def _read_list(path: Path, root: str | Path, pattern: str | None, listed_only: b
         files.append(_tidy(os.path.relpath(line, root) if below else line) if url_of(line) is None else line)
     if not files:
         raise FeatureStoreError(f"no images in {path}: it has no line with a path.")
-    absent = [] if listed_only else _absent(_resolved(files, root))
+    paths = [] if listed_only else _resolved(files, root)
+    gone = set(_absent(paths))
+    absent = [file for file, path in zip(files, paths, strict=False) if path in gone]
     if absent:
         raise FeatureStoreError(
             f"{len(absent)} of {len(files)} images named in {path} do not exist: {listing(absent, 3)}. "
