@@ -59,7 +59,7 @@ class ShardCache:
                     sound = fetch(partial, self._make_room)
                     descriptor = os.open(partial, os.O_RDONLY | os.O_CLOEXEC)
                     if sound:
-                        partial.replace(path)
+                        self._keep(partial, path)
                     return descriptor, sound
                 finally:
                     partial.unlink(missing_ok=True)
@@ -82,30 +82,46 @@ class ShardCache:
         return descriptor
 
     def _make_room(self, nbytes: int) -> None:
-        """Remove the least recently used files until ``nbytes`` more are within the bound."""
+        """Room for what will be fetched, beside what others are fetching."""
         if nbytes > self.most:
             raise FeatureStoreError(
                 f"a shard has {human_bytes(nbytes)}, more than the cache may hold ({human_bytes(self.most)}). Give it more: "
                 f"`cache_bytes`, or {CACHE_BYTES} in the environment."
             )
-        with FileLock(self.folder / "shards" / ".lock-removal", is_singleton=False):
-            files, now = [], time.time()
-            for entry in os.scandir(self.folder / "shards"):
-                try:
-                    found = entry.stat()
-                except FileNotFoundError:
-                    continue
-                if entry.name.endswith(PARTIAL) and now - found.st_mtime > _ABANDONED:
-                    Path(entry.path).unlink(missing_ok=True)
-                else:
-                    files.append((found.st_mtime_ns, found.st_size, entry))
-            total = nbytes + sum(size for _, size, _ in files)
-            for _, size, entry in sorted(files, key=lambda each: each[0]):
-                if total <= self.most:
-                    break
-                if not entry.name.startswith(".lock") and not entry.name.endswith(PARTIAL):
-                    Path(entry.path).unlink(missing_ok=True)
-                    total -= size
+        with self._removing:
+            self._remove_beyond(self.most - nbytes, unfinished=True)
+
+    def _keep(self, partial: Path, path: Path) -> None:
+        """Put a file that is whole in its place. Others may have come there since room was made for it."""
+        with self._removing:
+            self._remove_beyond(self.most - partial.stat().st_size, unfinished=False)
+            partial.replace(path)
+
+    @property
+    def _removing(self) -> FileLock:
+        return FileLock(self.folder / "shards" / ".lock-removal", is_singleton=False)
+
+    def _remove_beyond(self, most: int, unfinished: bool) -> None:
+        """Remove the least recently used files until all, with those that are being written or without, have ``most`` bytes."""
+        files, now = [], time.time()
+        for entry in os.scandir(self.folder / "shards"):
+            try:
+                found = entry.stat()
+            except FileNotFoundError:
+                continue
+            if not entry.name.endswith(PARTIAL):
+                files.append((found.st_mtime_ns, found.st_size, entry))
+            elif now - found.st_mtime > _ABANDONED:
+                Path(entry.path).unlink(missing_ok=True)
+            elif unfinished:
+                most -= found.st_size
+        total = sum(size for _, size, _ in files)
+        for _, size, entry in sorted(files, key=lambda each: each[0]):
+            if total <= most:
+                break
+            if not entry.name.startswith(".lock"):
+                Path(entry.path).unlink(missing_ok=True)
+                total -= size
 
 
 @cache
