@@ -325,13 +325,15 @@ def _request(
     from featurestore.photos import keys
     from featurestore.photos.boxes import with_boxes
     from featurestore.photos.identities import with_identities
+    from featurestore.remote.client import url_of
 
     if boxes and find_faces:
         raise click.UsageError("--boxes says where the faces are, --find-faces finds them: give one of the two.")
     faces = keys.find_faces(images, pattern, images_root, listed_only=dry_run and not find_faces)
     store = store or Path("store") / f"{images.resolve().stem}.zarr"
     if find_faces:
-        faces = _found_faces(faces, store.with_suffix(".faces.csv"), rest["on_error"], rest["max_pixels"], dry_run)
+        beside = Path("store") / store.name if url_of(store) else store
+        faces = _found_faces(faces, beside.with_suffix(".faces.csv"), rest["on_error"], rest["max_pixels"], dry_run)
     if boxes:
         faces = with_boxes(faces, boxes)
     if identities:

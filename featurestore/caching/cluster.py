@@ -36,7 +36,7 @@ from featurestore.memory import keep_freed_memory
 from featurestore.networks.registry import RECIPES
 from featurestore.photos.files import anywhere
 from featurestore.photos.loading import Batch, Failure, Photo, failures
-from featurestore.remote.client import url_of
+from featurestore.remote.mirror import mirror_of
 
 if TYPE_CHECKING:
     from distributed import Client
@@ -49,11 +49,11 @@ _TOLD_EVERY = 0.5  # seconds between a worker's messages of how far it is
 
 def refuse_url(store: Path) -> None:
     """FeatureStoreError for a store that is not in a folder: workers write there."""
-    url = url_of(store)
-    if url is not None:
+    mirror = mirror_of(store)
+    if mirror is not None:
         raise FeatureStoreError(
-            f"workers write into a folder that they share, not to {url}. Give `store` a folder and copy the store there: "
-            f"pipelines/copy_store.py FOLDER {url}. Or leave out `processes` and `scheduler`."
+            f"workers write into a folder that they share, not to {mirror.url}. Give `store` a folder and copy the store there: "
+            f"pipelines/copy_store.py FOLDER {mirror.url}. Or leave out `processes` and `scheduler`."
         )
 
 

@@ -689,3 +689,11 @@ def test_photographs_at_a_url_give_the_rows_of_those_on_disk(tmp_path: Path, url
         find_faces(f"{prefix}/nobody")
     with pytest.raises(FeatureStoreError, match="cannot be listed"):
         find_faces("http://127.0.0.1:9/photos")
+
+
+def test_workers_do_not_write_to_a_url(tmp_path: Path, url: str) -> None:
+    photographs = write_photographs(tmp_path / "p", 1, 1)
+    options = ["--layers", *LAYERS, "--images", photographs, "--weights", "random:0", "--store", url, "--processes", 2]
+    refused = command("cache_layers", *options)
+    assert refused.returncode == 1 and f"share, not to {url}. Give --store a folder" in refused.stderr
+    assert not objects_of(url)
