@@ -149,8 +149,17 @@ def prepare_local(stack: ExitStack) -> None:
     single = {f"{name}_NUM_THREADS": 1 for name in ("OMP", "MKL", "OPENBLAS")}
     environment = {**single, "DASK_LOGGING__DISTRIBUTED": "critical"}
     stack.enter_context(dask.config.set({"distributed.nanny.pre-spawn-environ": environment}))
+    stack.callback(_restore, {name: os.environ.get(name) for name in environment})  # Dask sets them in this process too
     stack.enter_context(warnings.catch_warnings())
     warnings.filterwarnings("ignore", category=UserWarning, module=r"distributed\b")  # such as of a port in use
+
+
+def _restore(environment: Mapping[str, str | None]) -> None:
+    for name, value in environment.items():
+        if value is None:
+            os.environ.pop(name, None)
+        else:
+            os.environ[name] = value
 
 
 def log_from(level: int) -> None:

@@ -69,7 +69,7 @@ def scale_lines(plan: Plan, timed: Estimate | None) -> list[str]:
         lines.append(f"  {'':<9} compressed sizes are those of {len(next(iter(rows.values())))} of {what}")
     lines += [
         f"  {'files':<9} {files:,} (of an object store: objects), {shards:,} of them shards of {_shard_sizes(plan)}",
-        f"  {'requests':<9} to write {files:,} or more (PUT, class A); to read every row once {shards:,} through `cache_dir`, "
+        f"  {'requests':<9} to write {files:,} or more (PUT, class A); to read every row once {shards:,} through `cache`, "
         f"up to {n_items * len(plan.layers):,} by ranges (GET, class B)",
     ]
     if timed:

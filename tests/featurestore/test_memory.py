@@ -134,7 +134,9 @@ def test_a_preloaded_allocator_is_left_alone(tmp_path: Path) -> None:
     assert ours["faults"] > 10_000
 
 
-def test_plans_say_it(tmp_path: Path) -> None:
+def test_plans_say_it(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    for name in [name for name in os.environ if name.startswith(("MALLOC_", "GLIBC_TUNABLES"))]:
+        monkeypatch.delenv(name)
     images = write_photographs(tmp_path / "p", 2, 1)
     line = ["--layers", "relu_1_1", "--images", images, "--weights", "random:0", "--store", tmp_path / "s.zarr"]
     done = command("cache_layers", *line, "--device", "cpu", "--dry-run")

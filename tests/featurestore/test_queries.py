@@ -11,11 +11,11 @@ import numpy as np
 import pandas as pd
 import pytest
 import xarray as xr
-from distributed import LocalCluster
 from scipy import stats
 from scipy.spatial.distance import pdist, squareform
 
 from featurestore import FeatureStore, FeatureStoreError
+from featurestore.cluster import local_cluster
 from featurestore.queries.blocks import block_rows, scheduler
 from featurestore.queries.dissimilarity import rdm, summary
 from featurestore.queries.layer_comparison import compare_layers
@@ -497,9 +497,8 @@ def test_blocks_shrink_with_the_cap() -> None:
 def test_a_cluster_gives_the_same(small_store: Path) -> None:
     store = FeatureStore.open(small_store)
     here = rdm(store, LAYERS[1]).values
-    cluster = LocalCluster(n_workers=2, threads_per_worker=1, dashboard_address=None)
-    with cluster, scheduler(cluster.scheduler_address) as where:
-        assert where.startswith(f"2 workers at {cluster.scheduler_address}")
+    with local_cluster(2) as client, scheduler(client.scheduler.address) as where:
+        assert where.startswith(f"2 workers at {client.scheduler.address}")
         assert np.array_equal(rdm(store, LAYERS[1]).values, here)
         assert compare_layers(store).shape == (2, 2)
     with pytest.raises(FeatureStoreError, match=r"no Dask scheduler answers at tcp://127.0.0.1:9"):

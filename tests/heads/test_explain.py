@@ -16,12 +16,11 @@ import torch
 import xarray as xr
 import zarr
 from click.testing import CliRunner, Result
-from distributed import LocalCluster
 from PIL import Image
 from torch import nn
 
 from featurestore import FeatureStore, FeatureStoreError
-from featurestore.cluster import connected, in_order
+from featurestore.cluster import in_order, local_cluster
 from heads import load_head
 from heads.explain.checks import FRACTIONS, KINDS, curves, most, similarity_to_shuffled
 from heads.explain.job import ExplainRequest, plan_explanation
@@ -232,11 +231,10 @@ def test_a_cluster_explains_the_same(folder: Path, tmp_path: Path, monkeypatch: 
     explain(plan_explanation(request), tmp_path / "alone")
     torch.set_num_threads(before)
     counted: list[int] = []
-    with LocalCluster(n_workers=1, threads_per_worker=1, dashboard_address=None) as cluster:
+    with local_cluster(1) as client:
         for method in (["lrp"], request.methods):
             plan = plan_explanation(replace(request, methods=method))
-            with connected(cluster.scheduler_address, ("featurestore", "heads")) as client:
-                explain(plan, tmp_path / "many", counted.append, partial(in_order, client))
+            explain(plan, tmp_path / "many", counted.append, partial(in_order, client))
     assert sum(counted) == 2 * 3
     alone, many = (
         {name: content for name, (_, content) in files(tmp_path / each).items()} for each in ("alone", "many")
