@@ -29,17 +29,24 @@ def _serve_s3(port: Any) -> None:
 
 
 @contextmanager
-def s3_server() -> Iterator[int]:
-    """moto's S3 on loopback; its port."""
+def in_process(serve: Callable[..., None], *arguments: object) -> Iterator[int]:
+    """``serve(*arguments, queue)`` in a process of its own, which puts its port into the queue; the port."""
     context = multiprocessing.get_context("spawn")
     port = context.Queue()
-    process = context.Process(target=_serve_s3, args=(port,), daemon=True)
+    process = context.Process(target=serve, args=(*arguments, port), daemon=True)
     process.start()
     try:
         yield port.get(timeout=60)
     finally:
         process.kill()
         process.join()
+
+
+@contextmanager
+def s3_server() -> Iterator[int]:
+    """moto's S3 on loopback; its port."""
+    with in_process(_serve_s3) as port:
+        yield port
 
 
 def request(port: int, method: str, path: str, body: bytes = b"") -> bytes:

@@ -1,6 +1,7 @@
 """The direction of imports, circles, and what importing costs."""
 
 import ast
+import importlib
 import re
 import subprocess
 import sys
@@ -191,3 +192,13 @@ def test_the_library_names_arguments_as_python_has_them() -> None:
 def test_a_command_names_its_options() -> None:
     done = command("cache_layers", "--layers", "conv_1_1", "--images", "nowhere", "--weights", "random:0")
     assert "Check the path given with --images." in done.stderr
+
+
+@pytest.mark.parametrize("path", sorted((ROOT / "tests" / "benchmarks").glob("*.py")), ids=lambda path: path.stem)
+def test_benchmarks_import_what_there_is(path: Path) -> None:
+    """They are not run here, and name functions that may move."""
+    for node in ast.walk(ast.parse(path.read_text("utf-8"))):
+        if isinstance(node, ast.ImportFrom) and node.module and node.module.partition(".")[0] in PACKAGES:
+            found = importlib.import_module(node.module)
+            missing = [each.name for each in node.names if not hasattr(found, each.name)]
+            assert not missing, f"{path.name} imports {missing} from {node.module}"

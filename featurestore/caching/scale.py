@@ -1,51 +1,23 @@
 """What the store of a plan will take, where it is only planned: bytes however rows are stored, files, requests, many workers."""
 
-from collections.abc import Iterator, Mapping
+from collections.abc import Mapping
 
 import numpy as np
 
 from featurestore.caching.estimate import Estimate
 from featurestore.caching.plan import Plan
 from featurestore.keys import KEY
-from featurestore.store.coordinates import COORDINATE_CHUNK
-from featurestore.store.shards import COMPRESS, RecordFormat, index_bytes
-from featurestore.store.zarr_format import DTYPES, Layer
+from featurestore.store.sizes import layer_bytes, shard_files, store_files, stored_sizes
+from featurestore.store.zarr_format import DTYPES
 from featurestore.text import aligned, human_bytes, human_duration
 
 _WORKERS = (2, 8, 32, 128)
 
 
-def store_files(plan: Plan) -> int:
-    """Files, or objects of an object store, of a store that holds this source alone once the plan has been carried out.
-
-    A shard for each layer and as many items as one takes; coordinates and checksums by chunks, each twice; documents.
-    """
-    n_items = len(plan.existing) + len(plan.new)
-    columns = len({*plan.existing.columns, *plan.new.columns, *KEY, "path", "image_sha256"})
-    layers = len(plan.layers)
-    chunks = -(-n_items // COORDINATE_CHUNK)
-    documents = (
-        2 + columns + 1 + 2 * layers
-    )  # the root's, the source's, of coordinates, of the checksums' group, of layers
-    return sum(-(-n_items // part.layer.slots) for part in plan.layers) + 2 * chunks * (columns + layers) + documents
-
-
-def layer_bytes(layer: Layer, n_items: int, record_bytes: float) -> int:
-    """Bytes of a layer's shards with records of that mean length."""
-    return round(n_items * record_bytes) + -(-n_items // layer.slots) * index_bytes(layer.slots)
-
-
-def stored_sizes(layer: Layer, rows: np.ndarray | None) -> Iterator[tuple[str, float | None]]:
-    """Each way to store a layer and the mean bytes of its records, by what ``rows`` (n, elements) take; None without rows."""
-    for dtype in DTYPES:
-        for compress in COMPRESS:
-            record = RecordFormat(np.dtype(dtype), layer.record.elements, compress)
-            if compress == "none":
-                yield dtype, float(record.stride)
-            elif rows is None:
-                yield f"{dtype} {compress}", None
-            else:
-                yield f"{dtype} {compress}", float(np.mean([len(record.encode(row.astype(dtype))) for row in rows]))
+def planned_files(plan: Plan) -> int:
+    """Files of a store that holds this source alone, once the plan has been carried out."""
+    coordinates = {*plan.existing.columns, *plan.new.columns, *KEY, "path", "image_sha256"}
+    return store_files(len(plan.existing) + len(plan.new), len(coordinates), [part.layer for part in plan.layers])
 
 
 def scale_lines(plan: Plan, timed: Estimate | None) -> list[str]:
@@ -61,8 +33,8 @@ def scale_lines(plan: Plan, timed: Estimate | None) -> list[str]:
             part.layer.name,
             *("" if each is None else human_bytes(layer_bytes(part.layer, n_items, each)) for each in found),
         ))  # fmt: skip
-    shards = sum(-(-n_items // part.layer.slots) for part in plan.layers)
-    files = store_files(plan)
+    layers = [part.layer for part in plan.layers]
+    shards, files = shard_files(n_items, layers), planned_files(plan)
     lines = [*aligned(table), ""]
     if len(names) > len(DTYPES):
         what = "rendered faces" if timed and timed.rendered else "the first photographs"

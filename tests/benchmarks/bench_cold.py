@@ -28,7 +28,7 @@ from featurestore import FeatureStore
 from heads.features import Features
 from heads.registry import draw_head
 from heads.train import Examples, Settings, train_epoch
-from tests.benchmarks.measure import MAXP_5_3, Line, compare, empty_cache, fill_store, run_sections
+from tests.benchmarks.measure import MAXP_5_3, Line, compare, empty_cache, fill_store, run_sections, section_options
 
 LAYERS = {"maxp_5_3": (MAXP_5_3, 20_480), "fc7-relu": ((4096,), 65_536)}  # shape of a row, items
 PEERS = Path(__file__).with_name("cold_peers.py")
@@ -312,8 +312,7 @@ SECTIONS: dict[str, Callable[[Path], list[Line]]] = {
 
 
 @click.command()
-@click.option("--only", multiple=True, type=click.Choice(list(SECTIONS)), help="Only these sections.")
-@click.option("--markdown", is_flag=True, help="Print a Markdown table.")
+@section_options(SECTIONS)
 def main(only: tuple[str, ...], markdown: bool) -> None:
     """Compare rows that are not in memory with what the disk gives; nothing is asserted."""
     run_sections(SECTIONS, only, markdown)

@@ -21,7 +21,16 @@ from heads.explain.methods import METHODS, Trial
 from heads.explain.run import explain
 from heads.legs import Legs
 from heads.registry import draw_head
-from tests.benchmarks.measure import ROOT, Line, compare, in_fresh_process, peak_anonymous, rate, run_sections
+from tests.benchmarks.measure import (
+    ROOT,
+    Line,
+    compare,
+    in_fresh_process,
+    peak_anonymous,
+    rate,
+    run_sections,
+    section_options,
+)
 
 _WANTED = {"grad-cam": 1.2, "lrp": 2.0}  # times three bare passes forward and backward
 _TRIALS = (100, 1000)
@@ -100,8 +109,7 @@ SECTIONS: dict[str, Callable[[Path], list[Line]]] = {"speed": speed, "memory": m
 
 
 @click.command()
-@click.option("--only", multiple=True, type=click.Choice(list(SECTIONS)), help="These sections alone.")
-@click.option("--markdown", is_flag=True, help="As the documentation shows it.")
+@section_options(SECTIONS)
 @click.option("--memory-of", type=click.Path(path_type=Path), hidden=True)
 @click.option("--n", type=int, hidden=True)
 def main(only: tuple[str, ...], markdown: bool, memory_of: Path | None, n: int) -> None:

@@ -62,6 +62,7 @@ from tests.benchmarks.measure import (
     in_fresh_process,
     peak_anonymous,
     run_sections,
+    section_options,
 )
 from tests.heads.published import Published
 
@@ -566,8 +567,7 @@ SECTIONS: dict[str, Callable[[Path], list[Line]]] = {
 
 
 @click.command()
-@click.option("--only", multiple=True, type=click.Choice(list(SECTIONS)), help="Only these sections.")
-@click.option("--markdown", is_flag=True, help="Print a Markdown table.")
+@section_options(SECTIONS)
 @click.option("--child", "task", nargs=2, hidden=True)
 def main(only: tuple[str, ...], markdown: bool, task: tuple[str, str] | None) -> None:
     """Compare training with the usual loop, and show what heads reach; nothing is asserted."""

@@ -15,7 +15,8 @@ import torch
 from featurestore.caching.extractor import load_extractor
 from featurestore.caching.job import CachingJob, CachingRequest, prepare_job
 from featurestore.caching.planning import make_plan
-from featurestore.caching.run import cache_layers, decoding_threads, photos_to_append
+from featurestore.caching.run import cache_layers, photos_to_append
+from featurestore.caching.stream import decoding_threads
 from featurestore.checkpoints.weights import open_weights
 from featurestore.networks.hooks import HookedNetwork
 from featurestore.photos.keys import find_faces
@@ -23,7 +24,7 @@ from featurestore.photos.loading import batches
 from featurestore.store.lock import store_lock
 from featurestore.store.writer import SourceWriter
 from tests.benchmarks.bench_store import BATCH, make_photographs
-from tests.benchmarks.measure import Line, compare, rate, run_sections
+from tests.benchmarks.measure import Line, compare, rate, run_sections, section_options
 
 # Layers of each network: two on the way and its descriptor, or what stands for one; and photographs for a round of seconds.
 NETWORKS = {
@@ -121,8 +122,7 @@ SECTIONS: dict[str, Callable[[Path], list[Line]]] = {"speed": speed}
 
 
 @click.command()
-@click.option("--only", multiple=True, type=click.Choice(list(SECTIONS)), help="Only these sections.")
-@click.option("--markdown", is_flag=True, help="Print a Markdown table.")
+@section_options(SECTIONS)
 def main(only: tuple[str, ...], markdown: bool) -> None:
     """Compare each network's pass with its bare forward loop; nothing is asserted."""
     run_sections(SECTIONS, only, markdown)

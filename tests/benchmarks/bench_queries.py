@@ -27,7 +27,7 @@ from featurestore.queries import compare_layers, mean, neighbours, rdm
 from featurestore.queries.blocks import beside_this_program
 from featurestore.queries.output import write_result
 from featurestore.text import human_bytes
-from tests.benchmarks.measure import Line, fill_store, in_fresh_process, peak_anonymous, run_sections
+from tests.benchmarks.measure import Line, fill_store, in_fresh_process, peak_anonymous, run_sections, section_options
 
 N, FC7 = 20_000, (4096,)
 N_MAPS, MAPS = 5_000, (512, 7, 7)
@@ -264,8 +264,7 @@ SECTIONS: dict[str, Callable[[Path], list[Line]]] = {
 
 
 @click.command()
-@click.option("--only", multiple=True, type=click.Choice(list(SECTIONS)), help="Only these sections.")
-@click.option("--markdown", is_flag=True, help="Print a Markdown table.")
+@section_options(SECTIONS)
 @click.option("--side", hidden=True)
 @click.argument("arguments", nargs=-1)
 def main(only: tuple[str, ...], markdown: bool, side: str | None, arguments: tuple[str, ...]) -> None:

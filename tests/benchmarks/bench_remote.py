@@ -10,7 +10,6 @@ answer takes Python longer than the program takes for it; else Tornado's.
 
 import asyncio
 import logging
-import multiprocessing
 import os
 import shutil
 import socket
@@ -33,8 +32,8 @@ from featurestore.remote.mirror import put_file
 from heads.features import Features
 from heads.registry import draw_head
 from heads.train import Examples, Settings, train_epoch
-from tests.benchmarks.measure import Line, compare, fill_store, rate, run_sections
-from tests.object_servers import KEYS, request, s3_server
+from tests.benchmarks.measure import Line, compare, fill_store, rate, run_sections, section_options
+from tests.object_servers import KEYS, in_process, request, s3_server
 
 LAYER, SHAPE, SLOTS, ROWS = "fc7-relu", (4096,), 256, 1024
 _ROW_BYTES = 4 * 4096
@@ -95,22 +94,8 @@ def web_server(root: Path) -> Iterator[tuple[str, int]]:
                 process.terminate()
                 process.wait()
         return
-    with tornado_server(root) as port:
+    with in_process(_serve_files, root) as port:
         yield "Tornado", port
-
-
-@contextmanager
-def tornado_server(root: Path) -> Iterator[int]:
-    """The same by Tornado; the port."""
-    context = multiprocessing.get_context("spawn")
-    port = context.Queue()
-    process = context.Process(target=_serve_files, args=(root, port), daemon=True)
-    process.start()
-    try:
-        yield port.get(timeout=60)
-    finally:
-        process.kill()
-        process.join()
 
 
 def gather_lines(server: str, url: str, flat: tuple[ObjectStore, str], n_items: int) -> list[Line]:
@@ -187,8 +172,7 @@ SECTIONS: dict[str, Callable[[Path], list[Line]]] = {"gather": gather, "cache": 
 
 
 @click.command()
-@click.option("--only", multiple=True, type=click.Choice(list(SECTIONS)), help="Only these sections.")
-@click.option("--markdown", is_flag=True, help="Print a Markdown table.")
+@section_options(SECTIONS)
 def main(only: tuple[str, ...], markdown: bool) -> None:
     """Compare rows of a store at a URL with plain transfers and with a store on this disk; nothing is asserted."""
     run_sections(SECTIONS, only, markdown)

@@ -47,6 +47,7 @@ from tests.benchmarks.measure import (
     peak_anonymous,
     rate,
     run_sections,
+    section_options,
 )
 
 BATCH = 16
@@ -408,8 +409,7 @@ SECTIONS: dict[str, Callable[[Path], list[Line]]] = {
 
 
 @click.command()
-@click.option("--only", multiple=True, type=click.Choice(list(SECTIONS)), help="Only these sections.")
-@click.option("--markdown", is_flag=True, help="Print a Markdown table.")
+@section_options(SECTIONS)
 @click.option("--child", type=(str, str, click.Path(path_type=Path), str), hidden=True)
 def main(only: tuple[str, ...], markdown: bool, child: tuple[str, str, Path, str] | None) -> None:
     """Compare the store and the pass with what people use today; nothing is asserted."""

@@ -175,6 +175,16 @@ def show(lines: list[Line], markdown: bool) -> None:
         click.echo("  ".join(cell.ljust(width) for cell, width in zip(row, widths, strict=True)).rstrip())
 
 
+def section_options(sections: Mapping[str, object]) -> Callable[[Callable[..., None]], Callable[..., None]]:
+    """``--only`` and ``--markdown``, the arguments ``only`` and ``markdown`` of ``run_sections``."""
+
+    def add(function: Callable[..., None]) -> Callable[..., None]:
+        only = click.option("--only", multiple=True, type=click.Choice(list(sections)), help="Only these sections.")
+        return only(click.option("--markdown", is_flag=True, help="Print a Markdown table.")(function))
+
+    return add
+
+
 def run_sections(sections: Mapping[str, Callable[[Path], list[Line]]], only: Sequence[str], markdown: bool) -> None:
     """Run sections one by one, each in a folder of its own that goes again, and show their lines as they come, then all."""
     lines: list[Line] = []

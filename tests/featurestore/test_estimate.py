@@ -13,8 +13,9 @@ from featurestore.caching.extractor import Loaded
 from featurestore.caching.job import prepare_job
 from featurestore.caching.planning import make_plan
 from featurestore.caching.run import cache_layers
-from featurestore.caching.scale import layer_bytes, store_files, stored_sizes
+from featurestore.caching.scale import planned_files
 from featurestore.store.lock import store_lock
+from featurestore.store.sizes import layer_bytes, stored_sizes
 from featurestore.text import human_duration
 from tests.commands import command
 from tests.conftest import request_for, run_pass, write_photographs
@@ -123,7 +124,7 @@ def test_the_plan_says_the_files_and_bytes_of_the_store_that_is_written(
     assert timed is not None
     with store_lock(store, "test"):
         cache_layers(job, plan)
-    assert store_files(plan) == sum(path.is_file() for path in store.rglob("*"))
+    assert planned_files(plan) == sum(path.is_file() for path in store.rglob("*"))
     for layer in FeatureStore.open(store).layers.values():
         written = sum(path.stat().st_size for path in (layer.folder / "c").rglob("*") if path.is_file())
         sizes = dict(stored_sizes(layer, timed.rows[layer.name]))
